@@ -1,0 +1,69 @@
+"""What a request gives back. Names follow vLLM's RequestOutput."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Logprob:
+    """Natural-log probability of one token, its rank (1 is the most probable) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(kw_only=True, slots=True)
+class CompletionOutput:
+    """One completion of a request; with RequestOutputKind.DELTA only what is new since the last one."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token id or stop string that ended it; None for end-of-sequence and length."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestMetrics:
+    """Times of one request on the monotonic clock, in seconds; None until it happened."""
+
+    arrival_s: float
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestOutput:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineStats:
+    """A snapshot for /metrics, --stats and the benchmarks. Counters only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_total: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_aborted: int = 0
+    graph_cache: dict[str, int] = field(default_factory=dict)
+    """Step counts by how a graph was found: exact, padded, dynamic, eager; and per fallback reason."""

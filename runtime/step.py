@@ -1,0 +1,50 @@
+"""One token-packed step: what the scheduler builds and the model runner executes.
+
+Prefill chunks and decodes ride together. All arrays are int32. T tokens, S sequences, R logits rows.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    token_ids: Int32Array
+    """[T]"""
+    positions: Int32Array
+    """[T] position of each token in its sequence."""
+    rope_len: Int32Array
+    """[T] length that length-dependent rotary scaling uses: max(prompt length, context_len) of the token's sequence."""
+    seq_start: Int32Array
+    """[S+1] cumulative token counts; sequence s owns rows seq_start[s]:seq_start[s+1]."""
+    context_len: Int32Array
+    """[S] tokens in the cache once this step's tokens are written."""
+    slot: Int32Array
+    """[S] KV-cache row the sequence owns."""
+    logits_at: Int32Array
+    """[R] rows of the step whose logits are wanted."""
+
+
+class ModelRunner(Protocol):
+    """Executes steps. The engine knows no more of the model than this."""
+
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    """Most sequences in one step."""
+    max_num_batched_tokens: int
+    """Most tokens in one step."""
+
+    def execute(self, step: Step) -> Tensor:
+        """Run one step, writing the KV cache. Returns float32 logits [R, vocab_size], valid until the next call."""
+        ...
+
+    def graph_cache_stats(self) -> dict[str, int]:
+        """Counts of graph lookups by outcome."""
+        ...
