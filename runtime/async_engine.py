@@ -1,0 +1,296 @@
+"""The engine for asyncio: one daemon thread steps it, results reach their consumers on their own event loops.
+
+The thread sleeps on a condition while there is nothing to do. After a step, all outputs for one event loop travel in
+one ``call_soon_threadsafe``; when that loop has not yet run the last one, they join it.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.outputs import EngineStats, RequestOutput
+from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
+from xllm_compile.runtime.sequence import Request, num_queued_tokens
+
+logger = logging.getLogger(__name__)
+
+# Tokenising this much text takes about a millisecond; more goes to a thread, so that the event loop stays responsive.
+MAX_INLINE_CHARS = 4096
+
+
+class EngineDeadError(RuntimeError):
+    """The engine thread ended, by an error or by shutdown; the process should be restarted."""
+
+
+class EngineDrainingError(RuntimeError):
+    """The engine finishes what it has and takes nothing new; another instance should serve the request."""
+
+
+class RequestStream:
+    """Outputs of one request, for one consumer. Closing it before the end aborts the request."""
+
+    def __init__(self, engine: "AsyncEngine", request: Request, mailbox: "_Mailbox") -> None:
+        self.request_id = request.request_id
+        self.prompt_token_ids = request.prompt_token_ids
+        self._engine = engine
+        self._mailbox = mailbox
+        self._keeps_last = request.params.output_kind is RequestOutputKind.CUMULATIVE
+        self._items: deque[RequestOutput | BaseException] = deque()
+        self._has_items = asyncio.Event()
+        self._is_ended = False
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while not self._items:
+            if self._is_ended:
+                raise StopAsyncIteration
+            self._has_items.clear()
+            await self._has_items.wait()
+        item = self._items.popleft()
+        if isinstance(item, BaseException):
+            self._is_ended = True
+            raise item
+        self._is_ended = item.finished
+        return item
+
+    async def aclose(self) -> None:
+        """Stop listening; aborts the request unless its end was reached. Safe to call twice."""
+        if not self._is_ended:
+            self._is_ended = True
+            self._items.clear()
+            self._has_items.set()
+            self._engine._leave(self)
+
+    def _push(self, item: RequestOutput | BaseException) -> None:
+        if self._is_ended:
+            return
+        if self._keeps_last and isinstance(item, RequestOutput):
+            # A slow consumer of cumulative outputs has no use for the older ones.
+            self._items.clear()
+        self._items.append(item)
+        self._has_items.set()
+
+
+class _Mailbox:
+    """Carries items from the engine thread to one event loop with as few wake-ups as possible."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._lock = threading.Lock()
+        self._items: list[tuple[RequestStream, RequestOutput | BaseException]] = []
+
+    def post(self, items: list[tuple[RequestStream, RequestOutput | BaseException]]) -> bool:
+        """From the engine thread. False when the loop is closed and nobody will ever read."""
+        with self._lock:
+            is_first = not self._items
+            self._items += items
+        if is_first:
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                return False
+        return True
+
+    def _deliver(self) -> None:
+        with self._lock:
+            items, self._items = self._items, []
+        for stream, item in items:
+            stream._push(item)
+
+
+class AsyncEngine:
+    """Serves many concurrent requests on one Engine, which it owns from here on."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._wake = threading.Condition()
+        # Guarded by _wake:
+        self._inbox: list[Request | str] = []
+        """Requests to add and ids to abort, in order."""
+        self._streams: dict[str, RequestStream] = {}
+        self._mailboxes: dict[asyncio.AbstractEventLoop, _Mailbox] = {}
+        self._num_waiting = 0
+        self._num_waiting_tokens = 0
+        self._is_draining = False
+        self._is_stopping = False
+        self._error: BaseException | None = None
+        self._idle = threading.Event()
+        self._idle.set()
+        self._thread = threading.Thread(target=self._run, name="xllm-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_healthy(self) -> bool:
+        return self._error is None and not self._is_stopping and self._thread.is_alive()
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the engine thread, if an error did."""
+        return self._error
+
+    async def submit(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt_text: str | None = None,
+    ) -> RequestStream:
+        """Admit a request; its outputs come from the stream. Nothing is computed for a request that raises here.
+
+        Raises ValueError on a bad prompt, option or an id in use; QueueFullError, EngineDrainingError,
+        EngineDeadError. prompt_text is shown in the outputs beside a prompt of token ids.
+        """
+        if isinstance(prompt, str) and len(prompt) > MAX_INLINE_CHARS:
+            request = await asyncio.to_thread(self.engine.make_request, request_id, prompt, params, prompt_text)
+        else:
+            request = self.engine.make_request(request_id, prompt, params, prompt_text)
+        loop = asyncio.get_running_loop()
+        with self._wake:
+            self._check_admission(request)
+            stream = RequestStream(self, request, self._mailbox_of(loop))
+            self._streams[request_id] = stream
+            self._inbox.append(request)
+            self._num_waiting += len(request.sequences)
+            self._num_waiting_tokens += num_queued_tokens(request.sequences)
+            self._idle.clear()
+            self._wake.notify()
+        return stream
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt_text: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request as they come. Leaving the loop early or cancelling aborts the request.
+
+        Raises what `submit` raises, at the first step of the iteration.
+        """
+        stream = await self.submit(request_id, prompt, params, prompt_text=prompt_text)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            await stream.aclose()
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its consumer gets a last output with finish_reason "abort". Unknown ids are ignored."""
+        with self._wake:
+            if request_id in self._streams:
+                self._inbox.append(request_id)
+                self._wake.notify()
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new, finish what runs, abort what is left after timeout_s. True when all finished in time."""
+        with self._wake:
+            self._is_draining = True
+        if await asyncio.to_thread(self._idle.wait, timeout_s):
+            return True
+        with self._wake:
+            self._inbox += list(self._streams)
+            self._wake.notify()
+        await asyncio.to_thread(self._idle.wait)
+        return False
+
+    def shutdown(self) -> None:
+        """End the thread after its current step. Requests that still run fail with EngineDeadError."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check_admission(self, request: Request) -> None:
+        if self._error is not None or self._is_stopping:
+            raise self._dead_error()
+        if self._is_draining:
+            raise EngineDrainingError("the engine is draining; send the request to another instance")
+        if request.request_id in self._streams:
+            raise ValueError(f"request_id={request.request_id!r} is already in use; choose another")
+        self.engine.check_queue(request, num_waiting=self._num_waiting, num_waiting_tokens=self._num_waiting_tokens)
+
+    def _mailbox_of(self, loop: asyncio.AbstractEventLoop) -> _Mailbox:
+        if loop not in self._mailboxes:
+            self._mailboxes = {old: box for old, box in self._mailboxes.items() if not old.is_closed()}
+            self._mailboxes[loop] = _Mailbox(loop)
+        return self._mailboxes[loop]
+
+    def _dead_error(self) -> EngineDeadError:
+        if self._error is None:
+            return EngineDeadError("the engine was shut down")
+        error = EngineDeadError(f"the engine died of {self._error!r}; see its log, then restart the process")
+        error.__cause__ = self._error
+        return error
+
+    def _leave(self, stream: RequestStream) -> None:
+        with self._wake:
+            if self._streams.get(stream.request_id) is stream:
+                # The id stays taken until the engine has let go of it.
+                self._inbox.append(stream.request_id)
+                self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._receive():
+                self._send(self.engine.step())
+        except BaseException as err:
+            logger.exception("the engine thread failed; all its requests fail with it")
+            self._error = err
+        finally:
+            self._fail_all()
+
+    def _receive(self) -> bool:
+        """Apply what came in; sleep while there is nothing to do. False when it is time to stop."""
+        with self._wake:
+            while not (self._inbox or self.engine.has_work or self._is_stopping):
+                if not self._streams:
+                    self._idle.set()
+                self._wake.wait()
+            inbox, self._inbox = self._inbox, []
+            for item in inbox:
+                if isinstance(item, Request):
+                    self.engine.add(item)
+                else:
+                    self.engine.abort(item)
+            self._num_waiting = self.engine.num_waiting
+            self._num_waiting_tokens = self.engine.num_waiting_tokens
+            return not self._is_stopping
+
+    def _send(self, outputs: list[RequestOutput]) -> None:
+        by_mailbox: dict[_Mailbox, list[tuple[RequestStream, RequestOutput | BaseException]]] = {}
+        with self._wake:
+            for output in outputs:
+                stream = self._streams.pop(output.request_id) if output.finished else self._streams[output.request_id]
+                by_mailbox.setdefault(stream._mailbox, []).append((stream, output))
+        for mailbox, items in by_mailbox.items():
+            if not mailbox.post(items):
+                self._drop_loop(mailbox)
+
+    def _drop_loop(self, mailbox: _Mailbox) -> None:
+        """The event loop is gone, and with it everybody who waited on it."""
+        with self._wake:
+            self._mailboxes.pop(mailbox.loop, None)
+            self._inbox += [name for name, stream in self._streams.items() if stream._mailbox is mailbox]
+
+    def _fail_all(self) -> None:
+        with self._wake:
+            self._is_stopping = True
+            streams, self._streams = list(self._streams.values()), {}
+            self._idle.set()
+        for stream in streams:
+            stream._mailbox.post([(stream, self._dead_error())])

@@ -1,0 +1,87 @@
+"""Turns the scheduler's decision into the arrays of a Step, and remembers which row of logits answers what."""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+
+from xllm_compile.runtime.sequence import Sequence
+from xllm_compile.runtime.step import Step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRows:
+    """Rows begin, begin + 1, ... of the logits predict token_ids of the sequence's prompt."""
+
+    sequence: Sequence
+    begin: int
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    step: Step
+    sampled: list[Sequence]
+    """Sequences that get a token from this step; their rows of logits are the first ones, in this order."""
+    prompt_rows: list[PromptRows]
+    """Rows for prompt_logprobs; they follow."""
+
+
+def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
+    """Arrays for the next `count` tokens of each sequence. Each sequence must own a slot. Changes nothing."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    rope_len: list[int] = []
+    seq_start, context_len, slots = [0], [], []
+    sampled: list[Sequence] = []
+    sampled_at: list[int] = []
+    prompt_rows: list[PromptRows] = []
+    prompt_at: list[int] = []
+    for sequence, count in chunks:
+        begin = sequence.num_computed_tokens
+        end = begin + count
+        first_row = len(token_ids) - begin
+        token_ids += sequence.token_ids[begin:end]
+        positions += range(begin, end)
+        # By token, not by chunk: a token computed again after a preemption is rotated as it was the first time.
+        rope_len += [max(sequence.num_prompt_tokens, position + 1) for position in range(begin, end)]
+        seq_start.append(len(token_ids))
+        context_len.append(end)
+        assert sequence.slot is not None
+        slots.append(sequence.slot)
+        if end == sequence.num_tokens:
+            sampled.append(sequence)
+            sampled_at.append(first_row + end - 1)
+        if sequence.wants_prompt_logprobs:
+            # The row of position p predicts the prompt token at p + 1.
+            next_at = _num_collected(sequence)
+            last = min(end, sequence.num_prompt_tokens - 1)
+            wanted = range(next_at - 1, last)
+            if len(wanted):
+                prompt_rows.append(
+                    PromptRows(
+                        sequence=sequence,
+                        begin=len(prompt_at),
+                        token_ids=sequence.token_ids[next_at : last + 1],
+                    )
+                )
+                prompt_at += [first_row + position for position in wanted]
+    step = Step(
+        token_ids=np.array(token_ids, dtype=np.int32),
+        positions=np.array(positions, dtype=np.int32),
+        rope_len=np.array(rope_len, dtype=np.int32),
+        seq_start=np.array(seq_start, dtype=np.int32),
+        context_len=np.array(context_len, dtype=np.int32),
+        slot=np.array(slots, dtype=np.int32),
+        logits_at=np.array(sampled_at + prompt_at, dtype=np.int32),
+    )
+    shifted = [
+        PromptRows(sequence=rows.sequence, begin=rows.begin + len(sampled), token_ids=rows.token_ids)
+        for rows in prompt_rows
+    ]
+    return Batch(step=step, sampled=sampled, prompt_rows=shifted)
+
+
+def _num_collected(sequence: Sequence) -> int:
+    """Prompt positions that are answered; the first never has a prediction and counts from the start."""
+    return max(1, len(sequence.request.prompt_logprobs or ()))

@@ -1,0 +1,325 @@
+"""The engine of one instance: requests in, one token-packed step at a time, outputs out.
+
+``step`` is the loop: schedule -> build the step -> execute -> sample -> postprocess. All of it runs in one thread;
+`async_engine` puts a thread and asyncio around it, `llm` a plain loop.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from xllm_compile.runtime.batch import Batch, build_batch
+from xllm_compile.runtime.detokenizer import make_detokenizer
+from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.local_scheduler import Limits, Schedule, check_queue, schedule
+from xllm_compile.runtime.output_processor import append_token, decoded_logprobs, finish_length, make_output
+from xllm_compile.runtime.outputs import EngineStats, RequestMetrics, RequestOutput
+from xllm_compile.runtime.sampler import SampledToken, SamplingFailure, SamplingState, sample, token_logprobs
+from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
+from xllm_compile.runtime.step import ModelRunner
+from xllm_compile.runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Bounds of one engine. None takes the model runner's limit."""
+
+    max_num_seqs: int | None = None
+    """Most running sequences."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step: long prompts are cut into chunks of this size."""
+    max_waiting: int = 1024
+    """Most sequences that wait to be scheduled; more are refused with QueueFullError."""
+    max_waiting_tokens: int = 4 * 1024 * 1024
+    """Most prompt tokens that wait."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
+class Engine:
+    """Belongs to one thread, but for `make_request` and `check_queue`, which change nothing, and `stats`."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        kv_cache: KVCache,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.config = config or EngineConfig()
+        self.max_model_len = min(runner.max_model_len, kv_cache.config.max_model_len)
+        self.vocab_size = runner.vocab_size
+        self._runner = runner
+        self._kv_cache = kv_cache
+        self._clock = clock
+        self._limits = Limits(
+            max_num_seqs=min(runner.max_num_seqs, kv_cache.num_slots, self.config.max_num_seqs or runner.max_num_seqs),
+            max_num_batched_tokens=min(
+                runner.max_num_batched_tokens, self.config.max_num_batched_tokens or runner.max_num_batched_tokens
+            ),
+            kv_total_tokens=kv_cache.total_tokens,
+        )
+        self._requests: dict[str, Request] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._ended: dict[str, Request] = {}
+        """Requests that ended between steps; the next step reports them."""
+        self._num_arrived = 0
+        self._stats = EngineStats(kv_tokens_total=kv_cache.total_tokens)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._ended)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return num_queued_tokens(self._waiting)
+
+    def add_request(self, request_id: str, prompt: str | Items[int], params: SamplingParams) -> None:
+        """Queue a request. Raises ValueError on a bad prompt or option and QueueFullError when the queue is full."""
+        request = self.make_request(request_id, prompt, params)
+        self.check_queue(request, num_waiting=self.num_waiting, num_waiting_tokens=self.num_waiting_tokens)
+        self.add(request)
+
+    def make_request(
+        self, request_id: str, prompt: str | Items[int], params: SamplingParams, prompt_text: str | None = None
+    ) -> Request:
+        """Tokenise and validate. May be called from any thread. prompt_text is shown with a prompt of token ids."""
+        text = prompt if isinstance(prompt, str) else prompt_text
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        self._check_prompt(token_ids)
+        self._check_params(params)
+        room = self.max_model_len - len(token_ids)
+        request = Request(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            metrics=RequestMetrics(arrival_s=self._clock()),
+            max_output_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        )
+        request.sequences = [self._make_sequence(request, index) for index in range(params.n)]
+        return request
+
+    def check_queue(self, request: Request, *, num_waiting: int, num_waiting_tokens: int) -> None:
+        """Raise QueueFullError when the request does not fit behind what waits. May be called from any thread."""
+        check_queue(
+            num_waiting=num_waiting,
+            num_waiting_tokens=num_waiting_tokens,
+            num_new=len(request.sequences),
+            num_new_tokens=num_queued_tokens(request.sequences),
+            max_waiting=self.config.max_waiting,
+            max_tokens=self.config.max_waiting_tokens,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request from make_request. Raises ValueError when its id is in use."""
+        if request.request_id in self._requests or request.request_id in self._ended:
+            raise ValueError(f"request_id={request.request_id!r} is already in use; choose another")
+        self._requests[request.request_id] = request
+        for sequence in request.sequences:
+            sequence.arrival = self._num_arrived
+            self._num_arrived += 1
+            self._waiting.append(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; the next step reports it with finish_reason "abort". Unknown ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        for sequence in request.sequences:
+            if not sequence.is_finished:
+                self._release(sequence)
+                sequence.detokenizer.finish()
+                sequence.finish("abort")
+        self._forget_finished()
+        self._stats.num_aborted += 1
+        self._close(request)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns the outputs of the requests that it changed, in order of arrival."""
+        changed = self._ended
+        self._ended = {}
+        plan = self._schedule(changed)
+        if plan.chunks:
+            batch = build_batch(plan.chunks)
+            logits = self._runner.execute(batch.step)
+            self._advance(plan)
+            self._collect_prompt_logprobs(batch, logits)
+            sampled = sample(logits[: len(batch.sampled)], [sequence.sampling for sequence in batch.sampled])
+            self._postprocess(batch, sampled, changed)
+        outputs = (make_output(request) for request in changed.values())
+        return [output for output in outputs if output is not None]
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the counters."""
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            kv_tokens_used=self._kv_cache.used_tokens,
+            kv_tokens_total=self._kv_cache.total_tokens,
+            num_steps=self._stats.num_steps,
+            num_prompt_tokens=self._stats.num_prompt_tokens,
+            num_generated_tokens=self._stats.num_generated_tokens,
+            num_preemptions=self._stats.num_preemptions,
+            num_aborted=self._stats.num_aborted,
+            graph_cache=dict(self._runner.graph_cache_stats()),
+        )
+
+    def _schedule(self, changed: dict[str, Request]) -> Schedule[Sequence]:
+        """Decide the step and bring queues and KV slots in line with it."""
+        plan = schedule(self._waiting, self._running, self._limits)
+        for sequence in reversed(plan.preempted):
+            self._release(sequence)
+            sequence.rewind()
+            sequence.request.metrics.num_preemptions += 1
+            self._stats.num_preemptions += 1
+            self._waiting.appendleft(sequence)
+            logger.debug("request %s preempted at %d tokens", sequence.request.request_id, sequence.num_tokens)
+        for sequence in plan.too_large:
+            self._release(sequence)
+            finish_length(sequence)
+            self._report(sequence, changed)
+        now = self._clock()
+        for sequence, count in plan.chunks:
+            if sequence.slot is None:
+                self._start(sequence, now)
+            assert sequence.slot is not None
+            has_room = self._kv_cache.extend(sequence.slot, count)
+            assert has_room, "the scheduler counts the same tokens as the cache"
+        self._forget_finished()
+        return plan
+
+    def _start(self, sequence: Sequence, now: float) -> None:
+        sequence.slot = self._kv_cache.allocate()
+        sequence.status = SequenceStatus.RUNNING
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        if sequence.request.metrics.scheduled_s is None:
+            sequence.request.metrics.scheduled_s = now
+
+    def _advance(self, plan: Schedule[Sequence]) -> None:
+        self._stats.num_steps += 1
+        for sequence, count in plan.chunks:
+            self._stats.num_prompt_tokens += min(
+                count, max(0, sequence.num_prompt_tokens - sequence.num_computed_tokens)
+            )
+            sequence.num_computed_tokens += count
+
+    def _collect_prompt_logprobs(self, batch: Batch, logits: Tensor) -> None:
+        for rows in batch.prompt_rows:
+            request = rows.sequence.request
+            assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
+            for at, token_id in enumerate(rows.token_ids, start=rows.begin):
+                found = token_logprobs(logits[at], token_id, request.params.prompt_logprobs)
+                request.prompt_logprobs.append(decoded_logprobs(found, self.tokenizer))
+
+    def _postprocess(
+        self, batch: Batch, sampled: list[SampledToken | SamplingFailure], changed: dict[str, Request]
+    ) -> None:
+        now = self._clock()
+        for sequence, result in zip(batch.sampled, sampled, strict=True):
+            if isinstance(result, SamplingFailure):
+                self._fail(sequence, result.reason)
+            else:
+                append_token(sequence, result, self.tokenizer)
+                self._stats.num_generated_tokens += 1
+                if sequence.num_output_tokens == 1:
+                    # Once per sequence, however often a preemption has it computed again.
+                    self._stats.num_prompt_tokens += sequence.num_prompt_tokens
+                metrics = sequence.request.metrics
+                if metrics.first_token_s is None:
+                    metrics.first_token_s = now
+                metrics.last_token_s = now
+            if sequence.is_finished:
+                self._release(sequence)
+            self._report(sequence, changed)
+        self._forget_finished()
+
+    def _fail(self, sequence: Sequence, reason: str) -> None:
+        request_id = sequence.request.request_id
+        logger.error("request %s failed: %s", request_id, reason)
+        sequence.detokenizer.finish()
+        sequence.finish("abort", f"error: request {request_id} failed: {reason}")
+
+    def _report(self, sequence: Sequence, changed: dict[str, Request]) -> None:
+        request = sequence.request
+        changed[request.request_id] = request
+        if request.is_finished:
+            self._requests.pop(request.request_id, None)
+
+    def _close(self, request: Request) -> None:
+        """Report a request that ended between two steps."""
+        del self._requests[request.request_id]
+        self._ended[request.request_id] = request
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self._kv_cache.free(sequence.slot)
+            sequence.slot = None
+
+    def _forget_finished(self) -> None:
+        """Drop what left its queue: finished sequences, and preempted ones from the running list."""
+        self._running = [sequence for sequence in self._running if sequence.status is SequenceStatus.RUNNING]
+        if any(sequence.is_finished for sequence in self._waiting):
+            self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_finished)
+
+    def _make_sequence(self, request: Request, index: int) -> Sequence:
+        params = request.params
+        eos_token_ids = () if params.ignore_eos else self.tokenizer.eos_token_ids
+        return Sequence(
+            request=request,
+            index=index,
+            arrival=-1,
+            token_ids=list(request.prompt_token_ids),
+            sampling=SamplingState(
+                params, request.prompt_token_ids, stop_ids=(*eos_token_ids, *params.stop_token_ids), index=index
+            ),
+            detokenizer=make_detokenizer(
+                self.tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                stop=params.stop,
+                include_stop=params.include_stop_str_in_output,
+            ),
+        )
+
+    def _check_prompt(self, token_ids: Items[int]) -> None:
+        if not token_ids:
+            raise ValueError("the prompt has 0 tokens, at least 1 is needed; send a non-empty prompt")
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens and max_model_len={self.max_model_len} must hold it and one "
+                "generated token; shorten the prompt or build the artifact with a larger max_model_len"
+            )
+        for token_id in (min(token_ids), max(token_ids)):
+            self._check_token_id("prompt token id", token_id)
+
+    def _check_params(self, params: SamplingParams) -> None:
+        for token_id in params.logit_bias:
+            self._check_token_id("logit_bias token id", token_id)
+
+    def _check_token_id(self, what: str, token_id: int) -> None:
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(
+                f"{what} {token_id} is outside the vocabulary of {self.vocab_size} tokens; "
+                "use the tokenizer that belongs to the model"
+            )

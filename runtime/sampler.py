@@ -1,0 +1,173 @@
+"""Logits to tokens. Each row depends on its own state only, so a seeded request never notices the batch around it.
+
+A row is drawn by inverting its cumulative distribution at one uniform number from its own generator. Top-k, top-p and
+min-p all keep a prefix of the tokens sorted by probability; `candidates` finds that prefix without sorting the
+vocabulary. Order of the steps: penalties, logit_bias, min_tokens; temperature; min-p, top-k, top-p.
+
+Log-probabilities are those of the model: before penalties, biases and temperature.
+
+R rows of logits, V vocabulary.
+"""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xllm_compile.runtime.candidates import keep_candidates
+from xllm_compile.runtime.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """The asked-for token first, then the most probable ones in order."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingFailure:
+    """The row held nothing to choose from; only this request fails."""
+
+    reason: str
+
+
+class SamplingState:
+    """What sampling has to remember of one sequence."""
+
+    def __init__(
+        self, params: SamplingParams, prompt_token_ids: Sequence[int], *, stop_ids: Sequence[int] = (), index: int = 0
+    ) -> None:
+        """stop_ids may not be chosen before min_tokens. index tells the n sequences of a seeded request apart."""
+        self.params = params
+        self.output_counts: dict[int, int] = {}
+        self.num_output_tokens = 0
+        self._prompt_token_ids = prompt_token_ids
+        self._stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.long)
+        self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.long)
+        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+        self._seen = torch.empty(0, dtype=torch.bool)
+        self._generator: torch.Generator | None = None
+        self._seed = secrets.randbits(63) if params.seed is None else (params.seed + index) % 2**64
+        self._is_penalised = params.presence_penalty != 0 or params.frequency_penalty != 0
+        self._is_repetition_penalised = params.repetition_penalty != 1
+
+    def record(self, token_id: int) -> None:
+        """Count a token that became part of the output."""
+        self.num_output_tokens += 1
+        if self._is_penalised:
+            self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
+        if self._seen.numel():
+            self._seen[token_id] = True
+
+    def uniform(self) -> float:
+        """The next number in [0, 1) of this sequence's own generator."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self._seed)
+        return torch.rand((), generator=self._generator, dtype=torch.float64).item()
+
+    @property
+    def edits_logits(self) -> bool:
+        return (
+            self._is_penalised
+            or self._is_repetition_penalised
+            or bool(self.params.logit_bias)
+            or self.num_output_tokens < self.params.min_tokens
+        )
+
+    def edited(self, row: Tensor) -> Tensor:
+        """A copy of the row [V] with penalties, biases and min_tokens applied."""
+        row = row.clone()
+        params = self.params
+        if self._is_repetition_penalised:
+            seen = self._seen_tokens(len(row))
+            penalised = torch.where(row > 0, row / params.repetition_penalty, row * params.repetition_penalty)
+            row = torch.where(seen, penalised, row)
+        if self._is_penalised and self.output_counts:
+            ids = torch.tensor(list(self.output_counts))
+            counts = torch.tensor(list(self.output_counts.values()), dtype=torch.float32)
+            row[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        if params.logit_bias:
+            row[self._bias_ids] += self._bias
+        if self.num_output_tokens < params.min_tokens:
+            row[self._stop_ids[self._stop_ids < len(row)]] = -math.inf
+        return row
+
+    def _seen_tokens(self, vocab_size: int) -> Tensor:
+        """[V] bool, the tokens of prompt and output; built on first use, then kept up by record()."""
+        if not self._seen.numel():
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+            self._seen[torch.tensor(self._prompt_token_ids, dtype=torch.long)] = True
+        return self._seen
+
+
+def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken | SamplingFailure]:
+    """Choose one token per row of logits [R, V] float32, which are not changed."""
+    if all(state.params.is_greedy and state.params.logprobs is None and not state.edits_logits for state in states):
+        return _all_greedy(logits)
+    return [_sample_row(row, state) for row, state in zip(logits, states, strict=True)]
+
+
+def token_logprobs(row: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+    """Log-probabilities of token_id and of the num_top most probable tokens of the row [V]. Rank 1 is the best."""
+    normaliser = row.logsumexp(0)
+    chosen = row[token_id]
+    ids, values, ranks = [token_id], [(chosen - normaliser).item()], [int((row > chosen).sum()) + 1]
+    if num_top:
+        top = row.topk(min(num_top, len(row)))
+        ids += top.indices.tolist()
+        values += (top.values - normaliser).tolist()
+        ranks += range(1, len(top.indices) + 1)
+    return TokenLogprobs(token_ids=ids, logprobs=values, ranks=ranks)
+
+
+def _all_greedy(logits: Tensor) -> list[SampledToken | SamplingFailure]:
+    chosen = logits.argmax(dim=1, keepdim=True)
+    # argmax points at a NaN wherever the row has one, so looking at the chosen value is enough.
+    usable = logits.gather(1, chosen).isfinite()
+    return [
+        SampledToken(token_id=token_id) if is_usable else _failure(logits[row])
+        for row, (token_id, is_usable) in enumerate(zip(chosen[:, 0].tolist(), usable[:, 0].tolist(), strict=True))
+    ]
+
+
+def _sample_row(row: Tensor, state: SamplingState) -> SampledToken | SamplingFailure:
+    if not row.amax().isfinite():
+        return _failure(row)
+    edited = state.edited(row) if state.edits_logits else row
+    if not edited.amax().isfinite():
+        return SamplingFailure(reason="min_tokens and logit_bias leave no token to choose; relax them")
+    token_id = int(edited.argmax()) if state.params.is_greedy else _draw(edited, state)
+    num_top = state.params.logprobs
+    logprobs = None if num_top is None else token_logprobs(row, token_id, num_top)
+    return SampledToken(token_id=token_id, logprobs=logprobs)
+
+
+def _draw(row: Tensor, state: SamplingState) -> int:
+    params = state.params
+    kept = keep_candidates(
+        row, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
+    )
+    # In float64 the sum over a large vocabulary keeps its small terms.
+    cumulative = kept.weights.cumsum(0, dtype=torch.float64)
+    total = cumulative[-1].item()
+    target = min(state.uniform() * total, math.nextafter(total, 0.0))
+    # right=True passes over tokens of weight zero.
+    at = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64), right=True))
+    return at if kept.token_ids is None else int(kept.token_ids[at])
+
+
+def _failure(row: Tensor) -> SamplingFailure:
+    what = "NaN" if row.isnan().any() else "no finite maximum"
+    return SamplingFailure(reason=f"the model's logits hold {what}; check the weights and the data type")

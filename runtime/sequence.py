@@ -1,0 +1,117 @@
+"""State of a request and of its sequences. Data only: the scheduler decides, the engine changes it."""
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from xllm_compile.runtime.detokenizer import Detokenizer
+from xllm_compile.runtime.outputs import FinishReason, Logprob, RequestMetrics
+from xllm_compile.runtime.sampler import SamplingState
+from xllm_compile.runtime.sampling_params import SamplingParams
+
+# Each row of logits is a vocabulary of float32; this bounds what one chunk with prompt_logprobs asks for.
+MAX_PROMPT_LOGPROB_ROWS = 256
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Sequence:
+    """One completion in the making. Compared by identity."""
+
+    request: "Request"
+    index: int
+    """Which of the request's n completions."""
+    arrival: int
+    """Order of arrival over all sequences of the engine."""
+    token_ids: list[int]
+    """Prompt, then output. After a preemption all of it is computed again."""
+    sampling: SamplingState
+    detokenizer: Detokenizer
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the slot."""
+    slot: int | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_tokens_sent: int = 0
+    """Output tokens that were part of a DELTA output."""
+    is_end_sent: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        """Most tokens of one prefill chunk."""
+        if self.wants_prompt_logprobs:
+            return MAX_PROMPT_LOGPROB_ROWS
+        return self.num_uncomputed_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """The first of n sequences collects them, once: not again when it is computed again."""
+        collected = self.request.prompt_logprobs
+        return self.index == 0 and collected is not None and len(collected) < self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def rewind(self) -> None:
+        """Back to waiting with nothing computed; what was generated stays and so does the random generator."""
+        self.status = SequenceStatus.WAITING
+        self.num_computed_tokens = 0
+        self.slot = None
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        self.status = SequenceStatus.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Request:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    max_output_tokens: int
+    """max_tokens, and what max_model_len leaves."""
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """Grows with the chunks; None when not asked for."""
+    is_prompt_sent: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.is_finished for sequence in self.sequences)
+
+
+def num_queued_tokens(sequences: Iterable[Sequence]) -> int:
+    """Tokens that waiting sequences still have to prefill."""
+    return sum(sequence.num_uncomputed_tokens for sequence in sequences)
