@@ -1,0 +1,161 @@
+// packed_linear: x [T, C] times weights packed in blocks of 32 columns, for one row as for thousands.
+//
+// Rows are packed into tiles of at most kTileRows, [unit][row], once per call. Work items are (group of column blocks,
+// range of row tiles): the group stays in L2 while the row tiles pass over it, and with one tile the weights are
+// streamed once. The whole reduction axis runs in registers, so there is one rounding order for every tile height.
+#include <utility>
+
+#include "packed.h"
+#include "shim_util.h"
+#include "tile.h"
+
+namespace xllm {
+namespace {
+
+constexpr int64_t kSubTiles = kBlockColumns / kTileColumns;
+// Bytes of weights a group of blocks may hold: a share of L2 that leaves room for row tiles.
+constexpr int64_t kGroupBytes = 256 * 1024;
+
+struct Job {
+  const uint32_t* weight;
+  int64_t block_stride, blocks, steps;
+  const uint32_t* packed;
+  int64_t rows, tiles, columns;
+  const void* bias;
+  void* out;
+  int64_t out_stride;
+};
+
+template <class T, class Out, int R, int NB>
+void block_tile(const Job& job, const uint32_t* a, int64_t row, int64_t block) {
+  // Tiles of few rows are bound by memory: prefetch. The distance is in units, 32 per step.
+  constexpr int kAhead = R <= 4 ? 32 * 12 : 0;
+  for (int64_t sub = 0; sub < kSubTiles; ++sub) {
+    vf acc[R][NB * kTileVecs] = {};
+    multiply<T, R, NB, kAhead>(a, 1, R, job.weight + block * job.block_stride + sub * kTileColumns, kBlockColumns,
+                               job.block_stride, job.steps, acc);
+    for (int n = 0; n < NB; ++n) {
+      const int64_t column = (block + n) * kBlockColumns + sub * kTileColumns;
+      for (int v = 0; v < kTileVecs; ++v) {
+        const int64_t first = column + v * kLanes;
+        const int64_t count = job.columns - first < kLanes ? job.columns - first : kLanes;
+        if (count <= 0) break;
+        const vf bias = job.bias ? load_n(static_cast<const T*>(job.bias) + first, count) : vf{};
+        for (int r = 0; r < R; ++r)
+          store_n(static_cast<Out*>(job.out) + (row + r) * job.out_stride + first, acc[r][n * kTileVecs + v] + bias,
+                  count);
+      }
+    }
+  }
+}
+
+// Blocks taken at once: enough independent accumulators to hide the latency of the multiply-adds, within the registers.
+template <int R>
+constexpr int kWide = R == 1 ? 4 : R == 2 ? (kTileRows >= 8 ? 4 : 2) : R <= 4 && kTileRows >= 8 ? 2 : 1;
+
+template <class T, class Out, int R>
+void tile_columns(const Job& job, const uint32_t* a, int64_t row, int64_t begin, int64_t end) {
+  int64_t block = begin;
+  for (; block + kWide<R> <= end; block += kWide<R>) block_tile<T, Out, R, kWide<R>>(job, a, row, block);
+  for (; block < end; ++block) block_tile<T, Out, R, 1>(job, a, row, block);
+}
+
+using TileColumns = void (*)(const Job&, const uint32_t*, int64_t, int64_t, int64_t);
+
+template <class T, class Out, int... I>
+TileColumns kernel_for(int64_t rows, std::integer_sequence<int, I...>) {
+  static constexpr TileColumns kTable[] = {tile_columns<T, Out, I + 1>...};
+  return kTable[rows - 1];
+}
+
+template <class T, class Out>
+void run_item(const Job& job, int64_t block_begin, int64_t block_end, int64_t tile_begin, int64_t tile_end) {
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const Span rows = even_span(job.rows, job.tiles, tile);
+    const auto kernel = kernel_for<T, Out>(rows.end - rows.begin, std::make_integer_sequence<int, kTileRows>());
+    kernel(job, job.packed + rows.begin * job.steps, rows.begin, block_begin, block_end);
+  }
+}
+
+template <class T>
+void pack_tile(const View& x, const Job& job, int64_t tile, uint32_t* packed) {
+  const Span span = even_span(job.rows, job.tiles, tile);
+  const int count = int(span.end - span.begin);
+  const T* rows[kTileRows];
+  for (int r = 0; r < count; ++r) rows[r] = x.ptr<const T>() + (span.begin + r) * x.strides[0];
+  transpose_units(rows, count, x.sizes[1], packed + span.begin * job.steps, count);
+}
+
+template <class T, class Out>
+void linear(const View& x, Job job) {
+  const bool direct = job.rows == 1 && x.sizes[1] % kPair<T> == 0;
+  static thread_local Scratch scratch;
+  uint32_t* packed = direct ? nullptr : scratch.get<uint32_t>(size_t(job.rows * job.steps) * 4);
+  job.packed = direct ? x.ptr<const uint32_t>() : packed;
+
+  const int threads = threads_for(job.rows * job.steps * job.blocks * 4);
+  const int64_t block_bytes = job.steps * kBlockColumns * 4;
+  const int64_t wanted = job.tiles == 1 ? 4 : std::max<int64_t>(1, kGroupBytes / block_bytes);
+  const int64_t group = std::max<int64_t>(1, std::min(wanted, job.blocks / (2 * threads)));
+  const int64_t groups = (job.blocks + group - 1) / group;
+  // Few column groups for the threads: share the row tiles of a group as well.
+  const int64_t row_parts = std::min(job.tiles, std::max<int64_t>(1, 4 * threads / groups));
+  const int64_t items = groups * row_parts;
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if (!direct) {
+#pragma omp for schedule(static)
+      for (int64_t tile = 0; tile < job.tiles; ++tile) pack_tile<T>(x, job, tile, packed);
+    }
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t begin = item / row_parts * group;
+      const Span tiles = even_span(job.tiles, row_parts, item % row_parts);
+      run_item<T, Out>(job, begin, std::min(begin + group, job.blocks), tiles.begin, tiles.end);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace xllm
+
+using namespace xllm;
+
+XLLM_EXPORT AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle x_handle, AtenTensorHandle weight_handle,
+                                                        AtenTensorHandle* bias_handle, int64_t out_features,
+                                                        int32_t f32_out, AtenTensorHandle* ret0) {
+  return run("packed_linear", [&] {
+    const View x("x", x_handle), weight("weight", weight_handle);
+    x.expect_dim(2).expect_last_contiguous();
+    weight.expect_dtype(x.dtype);
+    Job job{};
+    if (bias_handle != nullptr) {
+      const View bias("bias", *bias_handle);
+      bias.expect_dim(1).expect_dtype(x.dtype).expect_size(0, out_features).expect_last_contiguous();
+      job.bias = bias.data;
+    }
+    dispatch(x, [&](auto tag) {
+      using T = decltype(tag);
+      check_packed<T>(weight, x.sizes[1]);
+      check(out_features >= 1, "out_features is %lld, expected at least 1", (long long)out_features);
+      weight.expect_size(0, (out_features + kBlockColumns - 1) / kBlockColumns);
+      Output out({x.sizes[0], out_features}, f32_out ? aoti_torch_dtype_float32() : x.dtype);
+      job.weight = weight.ptr<const uint32_t>();
+      job.block_stride = weight.strides[0] / kPair<T>;
+      job.blocks = weight.sizes[0];
+      job.steps = weight.sizes[1];
+      job.rows = x.sizes[0];
+      job.tiles = (job.rows + kTileRows - 1) / kTileRows;
+      job.columns = job.out_stride = out_features;
+      job.out = out.ptr<void>();
+      if (job.rows > 0) {
+        if (f32_out)
+          linear<T, float>(x, job);
+        else
+          linear<T, T>(x, job);
+      }
+      out.release(ret0);
+    });
+  });
+}

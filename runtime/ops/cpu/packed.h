@@ -1,0 +1,23 @@
+// The layout of packed weights: [block][unit][32 columns], see the package docstring.
+#pragma once
+
+#include "shim_util.h"
+#include "tile.h"
+
+namespace xllm {
+
+constexpr int64_t kBlockColumns = 32;
+
+// Contiguous inside a block; the blocks may lie any distance apart.
+template <class T>
+void check_packed(const View& weight, int64_t in_features) {
+  weight.expect_dim(kPair<T> == 2 ? 4 : 3);
+  weight.expect_size(1, units_of<T>(in_features)).expect_size(2, kBlockColumns);
+  if (kPair<T> == 2) weight.expect_size(3, 2);
+  int64_t step = 1;
+  for (int64_t axis = weight.dim - 1; axis > 0; step *= weight.sizes[axis--])
+    check(weight.strides[axis] == step || weight.sizes[axis] == 1, "weight.stride(%lld) is %lld, expected %lld",
+          (long long)axis, (long long)weight.strides[axis], (long long)step);
+}
+
+}  // namespace xllm

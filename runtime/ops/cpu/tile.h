@@ -1,0 +1,146 @@
+// The register tile shared by the matrix products and attention, and the packing of its operands.
+//
+// Both operands are streams of 4-byte units along the reduction axis: one float32, or a pair of bfloat16. An operand
+// of the row side is read one unit at a time and broadcast; the column side is read one vector of units at a time.
+// Each output element is one accumulator that is fed in ascending order of the reduction axis, whatever the height
+// of the tile: a row gives the same bits alone or in a batch.
+#pragma once
+
+#include "vec.h"
+
+namespace xllm {
+
+template <class T>
+constexpr int kPair = 4 / sizeof(T);
+
+template <class T>
+constexpr int64_t units_of(int64_t elements) {
+  return (elements + kPair<T> - 1) / kPair<T>;
+}
+
+template <class T>
+struct Dot;
+
+template <>
+struct Dot<float> {
+  using Operand = vf;
+  static XLLM_INLINE Operand vector(const uint32_t* p) { return load_raw<vf>(p); }
+  static XLLM_INLINE Operand broadcast(const uint32_t* p) {
+    float x;
+    std::memcpy(&x, p, 4);
+    return splat(x);
+  }
+  static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return a * b + acc; }
+};
+
+template <>
+struct Dot<bf16> {
+#if defined(XLLM_AVX512) && defined(__AVX512BF16__)
+  using Operand = __m512bh;
+  static XLLM_INLINE Operand vector(const uint32_t* p) { return (Operand)_mm512_loadu_si512(p); }
+  static XLLM_INLINE Operand broadcast(const uint32_t* p) { return (Operand)_mm512_set1_epi32(int(*p)); }
+  static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
+#else
+  struct Operand {
+    vf even, odd;
+  };
+  static XLLM_INLINE Operand split(vu pairs) { return {as_float(pairs << 16), as_float(pairs & 0xffff0000u)}; }
+  static XLLM_INLINE Operand vector(const uint32_t* p) { return split(load_raw<vu>(p)); }
+  static XLLM_INLINE Operand broadcast(const uint32_t* p) { return split(vu{} + *p); }
+  static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return a.odd * b.odd + (a.even * b.even + acc); }
+#endif
+};
+
+// acc[r][b * kTileVecs + v] += sum over k of a[r * a_row + k * a_step] * b[block * b_block + k * b_step + v].
+// kAhead > 0 prefetches that many units ahead in every block: the hardware prefetchers stop at 4 KiB pages.
+template <class T, int R, int NB, int kAhead = 0>
+XLLM_INLINE void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t b_step,
+                          int64_t b_block, int64_t steps, vf (&acc)[R][NB * kTileVecs]) {
+  for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
+    typename Dot<T>::Operand columns[NB * kTileVecs];
+#pragma GCC unroll 16
+    for (int n = 0; n < NB; ++n) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kTileVecs; ++v)
+        columns[n * kTileVecs + v] = Dot<T>::vector(b + n * b_block + v * kLanes);
+      if (kAhead > 0) {
+#pragma GCC unroll 16
+        for (int line = 0; line < kTileColumns; line += 16) __builtin_prefetch(b + n * b_block + kAhead + line, 0, 3);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const typename Dot<T>::Operand row = Dot<T>::broadcast(a + r * a_row);
+#pragma GCC unroll 16
+      for (int v = 0; v < NB * kTileVecs; ++v) acc[r][v] = Dot<T>::add(acc[r][v], row, columns[v]);
+    }
+  }
+}
+
+// Rows of a tile number `tile` of `tiles` when `rows` are spread evenly: 13 rows are 7 + 6, not 12 + 1.
+struct Span {
+  int64_t begin, end;
+};
+XLLM_INLINE Span even_span(int64_t total, int64_t parts, int64_t index) {
+  return {total * index / parts, total * (index + 1) / parts};
+}
+
+// [count rows][columns] -> dst[unit * ld + row]: the transpose in units, count <= 16. Rows lie row_stride apart.
+template <class T>
+inline void transpose_units(const T* const* rows, int count, int64_t columns, uint32_t* dst, int64_t ld) {
+  const int64_t whole = columns / kPair<T>;
+  int64_t u = 0;
+#if defined(XLLM_AVX512)
+  const __mmask16 row_mask = __mmask16((1u << count) - 1);
+  for (; u < whole; u += 16) {
+    const int wide = whole - u < 16 ? int(whole - u) : 16;
+    const __mmask16 unit_mask = __mmask16((1u << wide) - 1);
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      r[i] = i < count ? _mm512_maskz_loadu_epi32(unit_mask, reinterpret_cast<const uint32_t*>(rows[i]) + u)
+                       : _mm512_setzero_si512();
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+      t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+      t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+      t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+      r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+      r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+      r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      if (i < wide) _mm512_mask_storeu_epi32(dst + (u + i) * ld, row_mask, r[i]);
+  }
+#else
+  for (; u < whole; ++u)
+    for (int i = 0; i < count; ++i) std::memcpy(dst + u * ld + i, rows[i] + u * kPair<T>, 4);
+#endif
+  if (columns % kPair<T> != 0) {
+    for (int i = 0; i < count; ++i) {
+      uint32_t unit = 0;
+      std::memcpy(&unit, rows[i] + columns - 1, sizeof(T));
+      dst[whole * ld + i] = unit;
+    }
+  }
+}
+
+}  // namespace xllm
