@@ -1,0 +1,51 @@
+"""What the service needs of an engine and a tokenizer, and how the engine's errors read to a client."""
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from xllm_compile.runtime.outputs import EngineStats, RequestOutput
+from xllm_compile.runtime.sampling_params import SamplingParams
+
+
+class EngineClient(Protocol):
+    """The asynchronous engine (runtime/async_engine.py), as far as the service uses it."""
+
+    @property
+    def is_healthy(self) -> bool: ...
+
+    def generate(
+        self, request_id: str, prompt: str | list[int], params: SamplingParams
+    ) -> AsyncIterator[RequestOutput]:
+        """Closing or cancelling the iterator aborts the request."""
+        ...
+
+    async def abort(self, request_id: str) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new, wait, then abort what is left. True when all finished in time."""
+        ...
+
+
+class ServiceTokenizer(Protocol):
+    """The tokenizer (runtime/tokenizer.py), as far as the service uses it. Thread-safe."""
+
+    is_byte_level: bool
+    generation_defaults: dict[str, float]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    @property
+    def token_text(self) -> Callable[[int], str]: ...
+
+    @property
+    def token_bytes(self) -> Callable[[int], bytes]:
+        """Meaningful when is_byte_level."""
+        ...
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str: ...

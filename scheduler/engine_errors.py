@@ -1,0 +1,22 @@
+"""How the engine's errors read to a client."""
+
+from xllm_compile.runtime.async_engine import EngineDeadError, EngineDrainingError
+from xllm_compile.runtime.local_scheduler import QueueFullError
+from xllm_compile.scheduler import errors
+
+
+def to_api_error(err: Exception) -> errors.ApiError:
+    """The text of an unexpected error is not passed on: it may hold prompts or paths."""
+    match err:
+        case errors.ApiError():
+            return err
+        case QueueFullError():
+            return errors.queue_full(str(err))
+        case EngineDrainingError():
+            return errors.draining()
+        case EngineDeadError():
+            return errors.engine_dead()
+        case ValueError():
+            return errors.invalid(str(err))
+        case _:
+            return errors.internal()

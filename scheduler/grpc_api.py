@@ -1,0 +1,144 @@
+"""The gRPC API (proto/xllm.proto): the Inference service, health, reflection and the API key."""
+
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from xllm_compile.scheduler.engine_errors import to_api_error
+from xllm_compile.scheduler.grpc_convert import choice_message, prompt_of, sampling_params_of, usage_message
+from xllm_compile.scheduler.output_stream import OutputStream
+from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
+from xllm_compile.scheduler.service import Service
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME: str = xllm_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+MAX_SEND_BYTES = 64 << 20
+
+# A health probe has no key to send, and learns nothing but up or down.
+_OPEN_METHODS = f"/{health.SERVICE_NAME}/"
+
+
+class InferenceServicer:
+    """Methods carry the names of the proto."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            with self._service.admit("grpc"):
+                async for response in self._generate(request):
+                    yield response
+        except Exception as err:
+            await _abort(context, err)
+
+    async def _generate(self, request: Any) -> AsyncIterator[Any]:
+        service = self._service
+        service.check_model(request.model)
+        prompt = await prompt_of(request, service.tokenizer)
+        params = sampling_params_of(request, service, num_prompt=len(prompt))
+        request_id = request.request_id or f"grpc-{uuid.uuid4().hex}"
+        iterator = service.generate(request_id, prompt, params)
+        async with OutputStream([iterator], params.n, abort_is_error=False) as outputs:
+            if request.final_only:
+                choices = [choice_message(choice) for choice in await outputs.collect()]
+                usage = usage_message(len(prompt), outputs)
+                yield xllm_pb2.GenerateResponse(request_id=request_id, choices=choices, usage=usage)
+                return
+            async for moved in outputs:
+                choices = [choice_message(choice) for choice in moved]
+                yield xllm_pb2.GenerateResponse(request_id=request_id, choices=choices)
+            yield xllm_pb2.GenerateResponse(request_id=request_id, usage=usage_message(len(prompt), outputs))
+
+    async def Abort(self, request: Any, context: Any) -> Any:
+        return xllm_pb2.AbortResponse(was_open=await self._service.abort(request.request_id))
+
+    async def GetServerInfo(self, request: Any, context: Any) -> Any:
+        service = self._service
+        stats = service.engine.stats()
+        return xllm_pb2.GetServerInfoResponse(
+            version=service.version,
+            model_names=service.model_names,
+            max_model_len=service.max_model_len,
+            is_draining=service.is_draining,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            kv_tokens_used=stats.kv_tokens_used,
+            kv_tokens_total=stats.kv_tokens_total,
+        )
+
+
+async def _abort(context: Any, err: Exception) -> None:
+    """End the call with the status code of the error; the metadata holds OpenAI's code and field."""
+    error = to_api_error(err)
+    if error.code == "internal_error":
+        logger.error("a gRPC call failed", exc_info=err)
+    metadata = [("error-code", error.code), ("error-param", error.param)]
+    if error.retry_after_s is not None:
+        metadata.append(("retry-after", str(error.retry_after_s)))
+    pairs = tuple((key, value) for key, value in metadata if value is not None)
+    await context.abort(getattr(grpc.StatusCode, error.kind.grpc), error.message, pairs)
+
+
+class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
+    """Asks for `authorization: Bearer <key>` on everything but the health check."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        key = dict(details.invocation_metadata).get("authorization")
+        if details.method.startswith(_OPEN_METHODS) or self._service.is_authorized(key.encode() if key else None):
+            return await continuation(details)
+        return grpc.unary_unary_rpc_method_handler(_refuse_key)
+
+
+async def _refuse_key(request: Any, context: Any) -> None:
+    message = "Incorrect API key provided; send metadata 'authorization: Bearer <key>'."
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
+
+
+class GrpcServer:
+    """Bind, start, announce draining, stop."""
+
+    def __init__(self, service: Service) -> None:
+        self._server = grpc.aio.server(
+            interceptors=(_KeyCheck(service),),
+            options=(
+                ("grpc.max_receive_message_length", service.max_body_bytes),
+                ("grpc.max_send_message_length", MAX_SEND_BYTES),
+                # A second server on the same port must fail, not take half of the calls.
+                ("grpc.so_reuseport", 0),
+            ),
+        )
+        xllm_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    def bind(self, host: str, port: int) -> int:
+        """The real port. Raises OSError when it is taken."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            return int(self._server.add_insecure_port(address))
+        except RuntimeError as err:
+            raise OSError(f"gRPC cannot listen on {address}: {err}") from err
+
+    async def start(self) -> None:
+        await self._server.start()
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def announce_draining(self) -> None:
+        """Health answers NOT_SERVING from here on; open calls go on."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)

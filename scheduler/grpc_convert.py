@@ -1,0 +1,117 @@
+"""Between the messages of xllm.proto and the runtime's types."""
+
+from typing import Any
+
+from xllm_compile.runtime.outputs import CompletionOutput, Logprob
+from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
+from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.engine_client import ServiceTokenizer
+from xllm_compile.scheduler.openai_params import build_sampling_params, fit_max_tokens
+from xllm_compile.scheduler.openai_types import ChatMessage
+from xllm_compile.scheduler.output_stream import OutputStream
+from xllm_compile.scheduler.prompts import chat_prompt, encode
+from xllm_compile.scheduler.proto import xllm_pb2
+from xllm_compile.scheduler.service import Service
+
+_CHAT_ROLES = ("system", "developer", "user", "assistant")
+
+# Fields whose absence means "the model's default".
+_OPTIONAL = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "min_tokens",
+    "logprobs",
+)
+
+_FINISH_REASONS = {
+    None: xllm_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop": xllm_pb2.FINISH_REASON_STOP,
+    "length": xllm_pb2.FINISH_REASON_LENGTH,
+    "abort": xllm_pb2.FINISH_REASON_ABORT,
+}
+
+
+async def prompt_of(request: Any, tokenizer: ServiceTokenizer) -> list[int]:
+    """Token ids of a GenerateRequest's prompt. Raises ApiError when there is none."""
+    kind = request.WhichOneof("prompt")
+    if kind == "text":
+        token_ids = await encode(tokenizer, request.text, add_special_tokens=True)
+    elif kind == "token_ids":
+        token_ids = list(request.token_ids.ids)
+    elif kind == "chat":
+        messages = [_chat_message(message) for message in request.chat.messages]
+        token_ids = (await chat_prompt(tokenizer, messages)).token_ids
+    else:
+        raise errors.invalid("Set one of text, token_ids and chat.", param="prompt")
+    if not token_ids:
+        raise errors.invalid("The prompt must not be empty.", param=kind)
+    return token_ids
+
+
+def _chat_message(message: Any) -> ChatMessage:
+    if message.role not in _CHAT_ROLES:
+        raise errors.invalid(f"role='{message.role}' must be one of {', '.join(_CHAT_ROLES)}.", param="chat.messages")
+    return ChatMessage(role=message.role, content=message.content)
+
+
+def sampling_params_of(request: Any, service: Service, *, num_prompt: int) -> SamplingParams:
+    """Raises ApiError naming the option that is out of range."""
+    sampling = request.sampling
+    asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
+    options: dict[str, Any] = dict(service.tokenizer.generation_defaults)
+    options.update({name: getattr(sampling, name) for name in _OPTIONAL if sampling.HasField(name)})
+    return build_sampling_params(
+        options
+        | {
+            "max_tokens": fit_max_tokens(asked, num_prompt, service.max_model_len, "prompt"),
+            "stop": tuple(sampling.stop),
+            "stop_token_ids": tuple(sampling.stop_token_ids),
+            "include_stop_str_in_output": sampling.include_stop_str_in_output,
+            "ignore_eos": sampling.ignore_eos,
+            "skip_special_tokens": not sampling.keep_special_tokens,
+            "logit_bias": dict(sampling.logit_bias),
+            "output_kind": RequestOutputKind.FINAL_ONLY if request.final_only else RequestOutputKind.DELTA,
+        }
+    )
+
+
+def choice_message(choice: CompletionOutput) -> Any:
+    message = xllm_pb2.Choice(
+        index=choice.index,
+        text=choice.text,
+        token_ids=choice.token_ids,
+        finish_reason=_FINISH_REASONS[choice.finish_reason],
+    )
+    for token_id, entries in zip(choice.token_ids, choice.logprobs or (), strict=False):
+        message.logprobs.append(_token_logprobs(token_id, entries))
+    if isinstance(choice.stop_reason, str):
+        message.stop_string = choice.stop_reason
+    elif choice.stop_reason is not None:
+        message.stop_token_id = choice.stop_reason
+    return message
+
+
+def _token_logprobs(token_id: int, entries: dict[int, Logprob]) -> Any:
+    ranked = sorted(entries.items(), key=lambda item: item[1].rank)
+    # Without alternatives asked for the only entry is the chosen token itself.
+    top = [_logprob(top_id, entry) for top_id, entry in ranked if top_id != token_id or len(entries) > 1]
+    return xllm_pb2.TokenLogprobs(chosen=_logprob(token_id, entries[token_id]), top=top)
+
+
+def _logprob(token_id: int, entry: Logprob) -> Any:
+    return xllm_pb2.Logprob(token_id=token_id, text=entry.decoded_token, logprob=entry.logprob, rank=entry.rank)
+
+
+def usage_message(num_prompt: int, outputs: OutputStream) -> Any:
+    return xllm_pb2.Usage(
+        prompt_tokens=num_prompt,
+        completion_tokens=outputs.num_completion_tokens,
+        cached_tokens=outputs.num_cached_tokens,
+    )

@@ -1,0 +1,139 @@
+"""uvicorn with bounds on what a connection may cost: how many, how long to send a request, how long not to read."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from xllm_compile.scheduler import errors
+
+logger = logging.getLogger(__name__)
+
+HEADER_TIMEOUT_S = 30.0
+"""Longest wait for a complete request line and headers."""
+STALL_TIMEOUT_S = 60.0
+"""Longest time a client may leave its answer unread once all buffers are full."""
+KEEP_ALIVE_S = 75
+"""Idle time of a connection between two requests; above the usual 60 s of proxies, which must close first."""
+BACKLOG = 4096
+
+_MAX_HEADER_BYTES = 64 << 10
+
+
+class HttpServer(uvicorn.Server):
+    """Leaves signals to its owner. `ready` is set once connections are accepted."""
+
+    def __init__(self, app: ASGIApp, *, max_connections: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_bounded_protocol(max_connections),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                date_header=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                # The owner drains first; what is left by then is cut.
+                timeout_graceful_shutdown=2,
+                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            )
+        )
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _bounded_protocol(max_connections: int) -> type[asyncio.Protocol]:
+    class BoundedProtocol(_BoundedProtocol):
+        limit = max_connections
+
+    return BoundedProtocol
+
+
+class _BoundedProtocol(H11Protocol):
+    limit: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_refused = False
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._is_refused = len(self.connections) > self.limit
+        self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_header_timer()
+        self._stop_stall_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            # Answered only now: closing with the request unread would reset the connection, answer and all.
+            self.transport.write(_refusal())
+            self.transport.close()
+            return
+        super().data_received(data)
+        is_waiting = self.cycle is None or self.cycle.response_complete
+        if not is_waiting:
+            self._stop_header_timer()
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(STALL_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_stall_timer()
+        super().resume_writing()
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(_raw_response(errors.invalid(msg, code="invalid_http")))
+        self.transport.close()
+
+
+def _refusal() -> bytes:
+    message = "Too many connections to this server; retry later or raise --max-connections."
+    return _raw_response(
+        errors.ApiError(errors.OVERLOADED, message, code="too_many_connections", retry_after_s=errors.RETRY_AFTER_S)
+    )
+
+
+def _raw_response(error: errors.ApiError) -> bytes:
+    """For a connection that never got as far as the application."""
+    body = json.dumps(error.body())
+    retry = f"retry-after: {error.retry_after_s}\r\n" if error.retry_after_s is not None else ""
+    reason = {400: "Bad Request", 429: "Too Many Requests"}[error.kind.status]
+    head = f"HTTP/1.1 {error.kind.status} {reason}\r\ncontent-type: application/json\r\n{retry}"
+    return f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode("ascii")

@@ -1,0 +1,95 @@
+"""Prometheus metrics of one serving process. Names follow vLLM's, prefixed xllm_."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from xllm_compile.runtime.outputs import EngineStats, RequestMetrics
+from xllm_compile.scheduler.limits import StreamLimiter
+
+_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_TPOT_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+_E2E_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+
+OUTCOMES = ("ok", "refused", "abort", "error")
+"""How a generation request ended: refused is any 4xx and 503, abort a client that left, error any other 5xx."""
+APIS = ("http", "grpc")
+FINISH_REASONS = ("stop", "length", "abort")
+
+
+class ServiceMetrics:
+    """Histograms are filled once per finished request; engine numbers are read from its stats at scrape time."""
+
+    def __init__(self, stats: Callable[[], EngineStats], limiter: StreamLimiter) -> None:
+        self._registry = CollectorRegistry()
+        self._ttft = self._histogram("xllm_time_to_first_token_seconds", "Arrival to first token", _TTFT_S)
+        self._tpot = self._histogram(
+            "xllm_time_per_output_token_seconds", "Mean gap between a request's tokens after the first", _TPOT_S
+        )
+        self._e2e = self._histogram("xllm_e2e_request_latency_seconds", "Arrival to last token", _E2E_S)
+        self._requests = Counter(
+            "xllm_requests", "Generation requests by how they ended", ["api", "outcome"], registry=self._registry
+        )
+        self._finished = Counter(
+            "xllm_request_finished", "Completions by finish reason", ["reason"], registry=self._registry
+        )
+        # Series that exist from the start show as 0 instead of missing.
+        for api in APIS:
+            for outcome in OUTCOMES:
+                self._requests.labels(api, outcome)
+        for reason in FINISH_REASONS:
+            self._finished.labels(reason)
+        self._registry.register(_Snapshot(stats, limiter))
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        return Histogram(name, text, buckets=tuple(buckets), registry=self._registry)
+
+    def observe(self, times: RequestMetrics, num_tokens: int) -> None:
+        """Times of one finished engine request that generated num_tokens."""
+        if times.first_token_s is None or times.last_token_s is None:
+            return
+        self._ttft.observe(times.first_token_s - times.arrival_s)
+        self._e2e.observe(times.last_token_s - times.arrival_s)
+        if num_tokens > 1:
+            self._tpot.observe((times.last_token_s - times.first_token_s) / (num_tokens - 1))
+
+    def count_finished(self, reason: str) -> None:
+        self._finished.labels(reason).inc()
+
+    def count_request(self, api: str, outcome: str) -> None:
+        self._requests.labels(api, outcome).inc()
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _Snapshot(Collector):
+    """Engine and limiter state as of the scrape."""
+
+    def __init__(self, stats: Callable[[], EngineStats], limiter: StreamLimiter) -> None:
+        self._stats = stats
+        self._limiter = limiter
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        yield GaugeMetricFamily("xllm_num_requests_running", "Sequences in the running batch", stats.num_running)
+        yield GaugeMetricFamily("xllm_num_requests_waiting", "Sequences waiting for a place", stats.num_waiting)
+        yield GaugeMetricFamily("xllm_open_streams", "Generations open over HTTP and gRPC", self._limiter.num_open)
+        usage = stats.kv_tokens_used / stats.kv_tokens_total if stats.kv_tokens_total else 0.0
+        yield GaugeMetricFamily("xllm_kv_cache_usage_ratio", "Used part of the KV cache, 0 to 1", usage)
+        yield GaugeMetricFamily("xllm_kv_cache_tokens_used", "Tokens in the KV cache", stats.kv_tokens_used)
+        yield GaugeMetricFamily("xllm_kv_cache_tokens_total", "Tokens the KV cache can hold", stats.kv_tokens_total)
+        yield CounterMetricFamily("xllm_engine_steps", "Steps the engine ran", stats.num_steps)
+        yield CounterMetricFamily("xllm_prompt_tokens", "Prompt tokens prefilled", stats.num_prompt_tokens)
+        yield CounterMetricFamily("xllm_generation_tokens", "Tokens generated", stats.num_generated_tokens)
+        yield CounterMetricFamily("xllm_preemptions", "Sequences preempted for memory", stats.num_preemptions)
+        yield CounterMetricFamily("xllm_aborted_requests", "Engine requests aborted", stats.num_aborted)
+        refused = self._limiter.num_refused
+        yield CounterMetricFamily("xllm_streams_refused", "Generations refused by --max-streams", refused)
+        graphs = CounterMetricFamily("xllm_graph_cache_steps", "Steps by how a graph was found", labels=["outcome"])
+        for outcome, count in sorted(stats.graph_cache.items()):
+            graphs.add_metric([outcome], count)
+        yield graphs

@@ -1,0 +1,157 @@
+"""POST /v1/chat/completions."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import Send
+
+from xllm_compile.runtime.outputs import CompletionOutput
+from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.scheduler import openai_params
+from xllm_compile.scheduler.http_io import send_events, send_json
+from xllm_compile.scheduler.openai_logprobs import chat_logprobs
+from xllm_compile.scheduler.openai_stream import ChunkEncoder, dumps, quote, usage
+from xllm_compile.scheduler.openai_types import ChatCompletionRequest
+from xllm_compile.scheduler.openai_validation import parse_body
+from xllm_compile.scheduler.output_stream import OutputStream
+from xllm_compile.scheduler.prompts import Prompt, chat_prompt
+from xllm_compile.scheduler.service import Service
+
+
+@dataclass(kw_only=True, slots=True)
+class _Chat:
+    """One validated request."""
+
+    request: ChatCompletionRequest
+    prompt: Prompt
+    params: SamplingParams
+    request_id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def open(self, service: Service) -> OutputStream:
+        return OutputStream([service.generate(self.request_id, self.prompt.token_ids, self.params)], self.params.n)
+
+    def head(self, service: Service, kind: str) -> dict[str, Any]:
+        return {"id": self.request_id, "object": kind, "created": self.created, "model": service.model_name}
+
+    def usage(self, outputs: OutputStream) -> dict[str, Any]:
+        return usage(len(self.prompt.token_ids), outputs.num_completion_tokens, outputs.num_cached_tokens)
+
+
+async def handle_chat(service: Service, body: bytes, send: Send) -> None:
+    """Raises ApiError for anything the client should hear as an error."""
+    chat = await _prepare(service, parse_body(ChatCompletionRequest, body))
+    if chat.request.stream:
+        await send_events(send, _stream(service, chat))
+        return
+    async with chat.open(service) as outputs:
+        finished = await outputs.collect()
+    choices = [_choice(service, chat, output) for output in finished]
+    answer = chat.head(service, "chat.completion") | {"choices": choices, "usage": chat.usage(outputs)}
+    if chat.request.return_token_ids:
+        answer["prompt_token_ids"] = chat.prompt.token_ids
+    await send_json(send, answer)
+
+
+async def _prepare(service: Service, request: ChatCompletionRequest) -> _Chat:
+    service.check_model(request.model)
+    openai_params.refuse_unavailable(request)
+    logprobs = openai_params.chat_logprobs(request)
+    prompt = await chat_prompt(
+        service.tokenizer,
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt is not False,
+        template_kwargs=request.chat_template_kwargs,
+    )
+    asked, asked_param = openai_params.chat_max_tokens(request)
+    max_tokens = openai_params.fit_max_tokens(asked, len(prompt.token_ids), service.max_model_len, "messages")
+    params = openai_params.sampling_params(
+        request,
+        service.tokenizer.generation_defaults,
+        max_tokens=max_tokens,
+        max_tokens_param=asked_param,
+        logprobs=logprobs,
+    )
+    return _Chat(request=request, prompt=prompt, params=params)
+
+
+def _choice(service: Service, chat: _Chat, output: CompletionOutput) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": output.index,
+        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "logprobs": _logprobs(service, chat, output),
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }
+    if chat.request.return_token_ids:
+        choice["token_ids"] = output.token_ids
+    return choice
+
+
+def _logprobs(service: Service, chat: _Chat, output: CompletionOutput) -> dict[str, Any] | None:
+    if not chat.request.logprobs:
+        return None
+    return chat_logprobs(service.tokenizer, output.token_ids, output.logprobs or [], chat.request.top_logprobs or 0)
+
+
+async def _stream(service: Service, chat: _Chat) -> AsyncGenerator[bytes, None]:
+    options = chat.request.stream_options
+    encoder = ChunkEncoder(
+        chat.head(service, "chat.completion.chunk"),
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
+    )
+    is_plain = not chat.request.logprobs and not chat.request.return_token_ids
+    started: set[int] = set()
+    async with chat.open(service) as outputs:
+        async for moved in outputs:
+            so_far = chat.usage(outputs) if encoder.continuous_usage else None
+            chunks = []
+            for output in moved:
+                if output.index not in started:
+                    started.add(output.index)
+                    chunks.append(encoder.chunk(dumps(_role_choice(chat, output.index)), so_far))
+                if is_plain and output.finish_reason is None:
+                    # A token may end in an unfinished character or a possible stop string: nothing to show yet.
+                    if output.text:
+                        choice = (
+                            f'{{"index":{output.index},"delta":{{"content":{quote(output.text)}}},'
+                            '"logprobs":null,"finish_reason":null}'
+                        )
+                        chunks.append(encoder.chunk(choice, so_far))
+                else:
+                    chunks.append(encoder.chunk(dumps(_delta_choice(service, chat, output)), so_far))
+            if chunks:
+                yield "".join(chunks).encode()
+        if encoder.include_usage:
+            yield encoder.usage_chunk(chat.usage(outputs)).encode()
+
+
+def _role_choice(chat: _Chat, index: int) -> dict[str, Any]:
+    """OpenAI opens each choice with its role and no content."""
+    choice: dict[str, Any] = {
+        "index": index,
+        "delta": {"role": "assistant", "content": ""},
+        "logprobs": None,
+        "finish_reason": None,
+    }
+    if chat.request.return_token_ids:
+        choice["prompt_token_ids"] = chat.prompt.token_ids
+    return choice
+
+
+def _delta_choice(service: Service, chat: _Chat, output: CompletionOutput) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": output.index,
+        "delta": {"content": output.text} if output.text else {},
+        "logprobs": _logprobs(service, chat, output),
+        "finish_reason": output.finish_reason,
+    }
+    if output.finish_reason is not None:
+        choice["stop_reason"] = output.stop_reason
+    if chat.request.return_token_ids:
+        choice["token_ids"] = output.token_ids
+    return choice

@@ -1,0 +1,163 @@
+"""POST /v1/completions."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import Send
+
+from xllm_compile.runtime.outputs import CompletionOutput
+from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.scheduler import openai_params
+from xllm_compile.scheduler.http_io import send_events, send_json
+from xllm_compile.scheduler.openai_logprobs import TokenLogprobs, completion_logprobs
+from xllm_compile.scheduler.openai_stream import ChunkEncoder, dumps, quote, usage
+from xllm_compile.scheduler.openai_types import CompletionRequest
+from xllm_compile.scheduler.openai_validation import parse_body
+from xllm_compile.scheduler.output_stream import OutputStream
+from xllm_compile.scheduler.prompts import Prompt, completion_prompts
+from xllm_compile.scheduler.service import Service
+
+
+@dataclass(kw_only=True, slots=True)
+class _Completion:
+    """One validated request, and what has been written of its choices."""
+
+    request: CompletionRequest
+    prompts: list[Prompt]
+    params: list[SamplingParams]
+    drops_output: bool
+    """max_tokens=0 with echo: the prompt is scored, the one token that a step must generate is not shown."""
+    request_id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    text_offsets: dict[int, int] = field(default_factory=dict)
+    """Characters written per choice; a choice that is missing has not started."""
+
+    @property
+    def n(self) -> int:
+        return self.request.n or 1
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    def open(self, service: Service) -> OutputStream:
+        jobs = enumerate(zip(self.prompts, self.params, strict=True))
+        return OutputStream(
+            [service.generate(f"{self.request_id}-{at}", prompt.token_ids, params) for at, (prompt, params) in jobs],
+            self.n,
+        )
+
+    def head(self, service: Service) -> dict[str, Any]:
+        return {
+            "id": self.request_id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": service.model_name,
+        }
+
+    def usage(self, outputs: OutputStream) -> dict[str, Any]:
+        num_completion = 0 if self.drops_output else outputs.num_completion_tokens
+        return usage(self.num_prompt_tokens, num_completion, outputs.num_cached_tokens)
+
+
+async def handle_completion(service: Service, body: bytes, send: Send) -> None:
+    """Raises ApiError for anything the client should hear as an error."""
+    completion = await _prepare(service, parse_body(CompletionRequest, body))
+    if completion.request.stream:
+        await send_events(send, _stream(service, completion))
+        return
+    async with completion.open(service) as outputs:
+        finished = await outputs.collect()
+        choices = [_choice(service, completion, output, outputs) for output in finished]
+    await send_json(send, completion.head(service) | {"choices": choices, "usage": completion.usage(outputs)})
+
+
+async def _prepare(service: Service, request: CompletionRequest) -> _Completion:
+    service.check_model(request.model)
+    openai_params.refuse_unavailable(request)
+    prompts = await completion_prompts(
+        service.tokenizer, request.prompt, add_special_tokens=request.add_special_tokens is not False
+    )
+    max_tokens = openai_params.DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    drops_output = max_tokens == 0 and bool(request.echo)
+    logprobs, prompt_logprobs = openai_params.completion_logprobs(request)
+    params = []
+    for prompt in prompts:
+        room = openai_params.fit_max_tokens(
+            max_tokens or int(drops_output), len(prompt.token_ids), service.max_model_len, "prompt"
+        )
+        params.append(
+            openai_params.sampling_params(
+                request,
+                service.tokenizer.generation_defaults,
+                max_tokens=room,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+            )
+        )
+    return _Completion(request=request, prompts=prompts, params=params, drops_output=drops_output)
+
+
+async def _stream(service: Service, completion: _Completion) -> AsyncGenerator[bytes, None]:
+    options = completion.request.stream_options
+    encoder = ChunkEncoder(
+        completion.head(service),
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
+    )
+    is_plain = completion.request.logprobs is None and not completion.request.echo
+    is_plain = is_plain and not completion.request.return_token_ids
+    async with completion.open(service) as outputs:
+        async for moved in outputs:
+            so_far = completion.usage(outputs) if encoder.continuous_usage else None
+            chunks = []
+            for output in moved:
+                if is_plain and output.finish_reason is None:
+                    # A token may end in an unfinished character or a possible stop string: nothing to show yet.
+                    if output.text:
+                        choice = (
+                            f'{{"index":{output.index},"text":{quote(output.text)},'
+                            '"logprobs":null,"finish_reason":null,"stop_reason":null}'
+                        )
+                        chunks.append(encoder.chunk(choice, so_far))
+                else:
+                    chunks.append(encoder.chunk(dumps(_choice(service, completion, output, outputs)), so_far))
+            if chunks:
+                yield "".join(chunks).encode()
+        if encoder.include_usage:
+            yield encoder.usage_chunk(completion.usage(outputs)).encode()
+
+
+def _choice(
+    service: Service, completion: _Completion, output: CompletionOutput, outputs: OutputStream
+) -> dict[str, Any]:
+    """One choice, or with streaming what is new of it; the first piece carries the echoed prompt."""
+    request, tokenizer = completion.request, service.tokenizer
+    prompt = completion.prompts[output.index // completion.n]
+    is_first = output.index not in completion.text_offsets
+    text, token_ids = output.text, output.token_ids
+    logprobs: list[TokenLogprobs | None] = list(output.logprobs or ())
+    if completion.drops_output:
+        text, token_ids, logprobs = "", [], []
+    if request.echo and is_first:
+        text = (tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text) + text
+        token_ids = prompt.token_ids + token_ids
+        logprobs = list(outputs.prompt_logprobs[output.index // completion.n] or ()) + logprobs
+    choice: dict[str, Any] = {
+        "index": output.index,
+        "text": text,
+        "logprobs": None,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }
+    offset = completion.text_offsets.get(output.index, 0)
+    if request.logprobs is not None:
+        choice["logprobs"], offset = completion_logprobs(tokenizer, token_ids, logprobs, offset)
+    completion.text_offsets[output.index] = offset
+    if request.return_token_ids:
+        choice["token_ids"] = [] if completion.drops_output else output.token_ids
+        choice["prompt_token_ids"] = prompt.token_ids if is_first else None
+    return choice

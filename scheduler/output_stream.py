@@ -1,0 +1,113 @@
+"""The outputs of all prompts of one request as one stream that a slow reader cannot make grow."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self
+
+from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestOutput
+from xllm_compile.scheduler import errors
+
+
+class OutputStream:
+    """Merges engine iterators, one per prompt; choice c of prompt p gets index p * n + c.
+
+    Deltas that nobody has read yet are joined per choice, so what is held is at most what the request may generate
+    and a reader that fell behind catches up in one step. Leaving the context cancels whatever still runs.
+    """
+
+    def __init__(
+        self, iterators: Sequence[AsyncGenerator[RequestOutput, None]], n: int, *, abort_is_error: bool = True
+    ) -> None:
+        """abort_is_error: raise ApiError for a choice that the server ended early; OpenAI has no reason for that."""
+        self._abort_is_error = abort_is_error
+        self._iterators = iterators
+        self._n = n
+        self._pending: dict[int, CompletionOutput] = {}
+        self._wake = asyncio.Event()
+        self._num_running = len(iterators)
+        self._error: Exception | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.num_completion_tokens = 0
+        self.num_cached_tokens = 0
+        self.prompt_logprobs: list[list[dict[int, Logprob] | None] | None] = [None] * len(iterators)
+        """Per prompt, known before its first choice is read."""
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._pump(index, item)) for index, item in enumerate(self._iterators)]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _pump(self, prompt_index: int, iterator: AsyncGenerator[RequestOutput, None]) -> None:
+        try:
+            async with aclosing(iterator):
+                async for output in iterator:
+                    self._take(prompt_index, output)
+                    self._wake.set()
+        except Exception as err:
+            self._error = self._error or err
+        finally:
+            self._num_running -= 1
+            self._wake.set()
+
+    def _take(self, prompt_index: int, output: RequestOutput) -> None:
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs[prompt_index] = output.prompt_logprobs
+        if output.finished:
+            self.num_cached_tokens += output.num_cached_tokens
+        for choice in output.outputs:
+            self.num_completion_tokens += len(choice.token_ids)
+            index = prompt_index * self._n + choice.index
+            held = self._pending.get(index)
+            if held is None:
+                choice.index = index
+                self._pending[index] = choice
+            else:
+                _join(held, choice)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[CompletionOutput]:
+        """What is new since the last call, one entry per choice that moved. Raises ApiError of the first failure."""
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if self._num_running == 0:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        return self._pop()
+
+    async def collect(self) -> list[CompletionOutput]:
+        """Every choice in full, once all are finished. Raises ApiError of the first failure."""
+        while self._num_running > 0 and self._error is None:
+            self._wake.clear()
+            await self._wake.wait()
+        if self._error is not None:
+            raise self._error
+        return self._pop()
+
+    def _pop(self) -> list[CompletionOutput]:
+        choices = [self._pending[index] for index in sorted(self._pending)]
+        self._pending.clear()
+        if self._abort_is_error and any(choice.finish_reason == "abort" for choice in choices):
+            raise errors.ApiError(errors.UNAVAILABLE, "The server ended this request early.", code="aborted")
+        return choices
+
+
+def _join(held: CompletionOutput, new: CompletionOutput) -> None:
+    held.text += new.text
+    held.token_ids = held.token_ids + new.token_ids
+    if new.logprobs is not None:
+        held.logprobs = (held.logprobs or []) + new.logprobs
+    held.cumulative_logprob = new.cumulative_logprob
+    held.finish_reason = new.finish_reason
+    held.stop_reason = new.stop_reason

@@ -1,0 +1,1 @@
+"""xllm.proto and the code generated from it; see the head of xllm.proto for the command."""

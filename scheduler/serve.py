@@ -1,0 +1,84 @@
+"""xllm-serve: an artifact in, OpenAI HTTP and gRPC out."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from xllm_compile import __version__
+from xllm_compile.scheduler.sizes import parse_size
+
+# Exit codes: 0 clean drain, 1 requests were cut or the server failed, 2 the user's mistake, 128 + n a second signal.
+EXIT_CUT = 1
+EXIT_USAGE = 2
+
+
+def parse_size_option(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as err:
+        raise click.BadParameter(str(err)) from None
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", help="Address of both servers; beyond this machine it needs an API key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="HTTP port; 0 lets the system choose.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, help="gRPC port; 0 lets the system choose.")
+@click.option("--served-model-name", multiple=True, metavar="NAME", help="Name in the API; may be repeated.")
+@click.option("--api-key", envvar="XLLM_API_KEY", show_envvar=True, help="Key that clients must send.")
+@click.option("--allow-unauthenticated", is_flag=True, help="Serve other machines without an API key.")
+@click.option("--max-num-seqs", type=click.IntRange(1), help="Most sequences running at once.")
+@click.option("--max-num-batched-tokens", type=click.IntRange(1), help="Most tokens in one step.")
+@click.option("--max-model-len", type=click.IntRange(2), help="Longest prompt plus output, in tokens.")
+@click.option("--kv-memory", callback=parse_size_option, metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
+@click.option("--max-waiting", type=click.IntRange(1), help="Sequences that may wait; more are answered 429.")
+@click.option("--max-streams", type=click.IntRange(1), default=1024, help="Requests open at once; more get 429.")
+@click.option("--max-connections", type=click.IntRange(1), default=16384, help="HTTP connections; more get 429.")
+@click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of the engine.")
+@click.option("--compile", "use_compile", is_flag=True, help="Compile a model directory first, into the user's cache.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@click.version_option(__version__, prog_name="xllm-serve")
+def command(**options: Any) -> int:
+    """Serve ARTIFACT, built by xllm-compile, over the OpenAI HTTP API and gRPC.
+
+    Prints one line "READY http=HOST:PORT grpc=HOST:PORT startup_s=SECONDS" on stdout once both answer; logs go to
+    stderr. SIGTERM finishes open requests and exits, a second one exits at once.
+    """
+    logging.basicConfig(
+        level=options["log_level"].upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    # It announces every start and stop; the lines here say the same with the ports.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    from xllm_compile.scheduler.startup import serve
+
+    return serve(options)
+
+
+def main() -> NoReturn:
+    """Entry point: a user's mistake is one line and exit code 2."""
+    try:
+        code = command.main(standalone_mode=False)
+    except click.ClickException as err:
+        _fail(err.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except (ValueError, OSError) as err:
+        logging.getLogger(__name__).debug("start-up failed", exc_info=True)
+        _fail(str(err))
+    # --help and --version give 0 as well.
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"xllm-serve: error: {' '.join(message.split())}", err=True)
+    sys.exit(EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    main()

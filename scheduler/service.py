@@ -1,0 +1,128 @@
+"""What HTTP and gRPC share: the engine, who may use it, and how many at once."""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+from collections.abc import AsyncGenerator, Iterator, Sequence
+
+from xllm_compile.runtime.outputs import RequestOutput
+from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.engine_client import EngineClient, ServiceTokenizer
+from xllm_compile.scheduler.engine_errors import to_api_error
+from xllm_compile.scheduler.limits import StreamLimiter
+from xllm_compile.scheduler.metrics import ServiceMetrics
+
+logger = logging.getLogger(__name__)
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; nobody is left to answer. Caught where the request came in."""
+
+
+class Service:
+    """One served model. Lives on one event loop; owns nothing of the engine."""
+
+    def __init__(
+        self,
+        *,
+        engine: EngineClient,
+        tokenizer: ServiceTokenizer,
+        model_names: Sequence[str],
+        max_model_len: int,
+        version: str,
+        api_key: str | None = None,
+        max_streams: int = 1024,
+        max_body_bytes: int = 8 << 20,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.model_names = tuple(model_names)
+        self.max_model_len = max_model_len
+        self.version = version
+        self.max_body_bytes = max_body_bytes
+        self.limiter = StreamLimiter(max_streams)
+        self.metrics = ServiceMetrics(engine.stats, self.limiter)
+        self.is_draining = False
+        self._open_ids: set[str] = set()
+        self._api_key = api_key.encode() if api_key else None
+
+    @property
+    def model_name(self) -> str:
+        """The name answers carry."""
+        return self.model_names[0]
+
+    @property
+    def is_ready(self) -> bool:
+        return self.engine.is_healthy and not self.is_draining
+
+    def is_authorized(self, authorization: bytes | None) -> bool:
+        """authorization is the whole header, "Bearer <key>"."""
+        if self._api_key is None:
+            return True
+        scheme, _, key = (authorization or b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key)
+
+    def check_model(self, name: str | None) -> None:
+        if name and name not in self.model_names:
+            raise errors.model_not_found(name, "', '".join(self.model_names))
+
+    @contextlib.contextmanager
+    def admit(self, api: str) -> Iterator[None]:
+        """Hold a stream for one request and count how it ends. Raises ApiError (429, 503) when there is none."""
+        outcome = "ok"
+        try:
+            if self.is_draining:
+                raise errors.draining()
+            with self.limiter.slot():
+                yield
+        except errors.ApiError as err:
+            outcome = "error" if err.kind is errors.INTERNAL else "refused"
+            raise
+        except (ClientGoneError, asyncio.CancelledError, GeneratorExit):
+            outcome = "abort"
+            raise
+        except BaseException:
+            outcome = "error"
+            raise
+        finally:
+            self.metrics.count_request(api, outcome)
+
+    async def generate(
+        self, request_id: str, token_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The engine's outputs of one prompt, measured. Raises ApiError whatever the engine raised."""
+        if request_id in self._open_ids:
+            message = f"A request of id '{request_id}' is open; choose another."
+            raise errors.ApiError(errors.ALREADY_EXISTS, message, param="request_id", code="request_id_in_use")
+        self._open_ids.add(request_id)
+        num_tokens = 0
+        outputs = self.engine.generate(request_id, token_ids, params)
+        try:
+            async for output in outputs:
+                for choice in output.outputs:
+                    num_tokens += len(choice.token_ids)
+                    if choice.finish_reason is not None:
+                        self.metrics.count_finished(choice.finish_reason)
+                if output.finished:
+                    self.metrics.observe(output.metrics, num_tokens)
+                yield output
+        except Exception as err:
+            error = to_api_error(err)
+            if error.code == "internal_error":
+                logger.exception("request %s failed", request_id)
+            raise error from err
+        finally:
+            # An abandoned iterator aborts its request only when closed, and the collector closes it late.
+            close = getattr(outputs, "aclose", None)
+            if close is not None:
+                await close()
+            self._open_ids.discard(request_id)
+
+    async def abort(self, request_id: str) -> bool:
+        """End an open request, all prompts of it. False when there is none of that id."""
+        found = [name for name in self._open_ids if request_id in (name, name.rpartition("-")[0])]
+        for name in found:
+            await self.engine.abort(name)
+        return bool(found)

@@ -1,0 +1,142 @@
+"""From the command line's options to a serving process, with the slow parts side by side."""
+
+import asyncio
+import ipaddress
+import logging
+import resource
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xllm_compile import __version__
+from xllm_compile.scheduler.artifact_source import find_artifact
+
+if TYPE_CHECKING:
+    from xllm_compile.runtime.instance import Instance
+
+logger = logging.getLogger(__name__)
+
+# Descriptors that are not connections: artifact files, libraries, event loop.
+_RESERVED_FILES = 512
+
+
+def serve(options: Mapping[str, Any]) -> int:
+    """The exit code, after the drain. Raises ValueError or OSError on the user's mistakes."""
+    host, api_key = options["host"], options["api_key"]
+    if not is_loopback(host) and not api_key and not options["allow_unauthenticated"]:
+        raise ValueError(
+            f"--host {host} is reachable from other machines and there is no API key; "
+            "give --api-key (or XLLM_API_KEY), or --allow-unauthenticated if something in front checks who calls"
+        )
+    max_connections = min(options["max_connections"], raise_open_files() - _RESERVED_FILES)
+    artifact = find_artifact(options["artifact"], options)
+    # Before the long part: a port that is taken should not cost a model load.
+    http_socket = bind_socket(host, options["port"])
+    with http_socket:
+        # The servers' imports run beside the loading of the artifact, which mostly waits for disk and memory.
+        imports = threading.Thread(target=_import_servers, name="xllm-imports", daemon=True)
+        imports.start()
+        instance = open_configured_instance(artifact, options)
+        imports.join()
+        return _run(instance, options, http_socket, max_connections)
+
+
+def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> "Instance":
+    """The one place that turns options into the instance's configuration."""
+    from xllm_compile.runtime.instance import InstanceConfig, open_instance
+
+    names = {
+        "max_num_seqs": "max_num_seqs",
+        "max_num_batched_tokens": "max_num_batched_tokens",
+        "max_model_len": "max_model_len",
+        "kv_memory": "kv_memory_bytes",
+        "max_waiting": "max_waiting",
+        "threads": "num_threads",
+    }
+    given = {field: options[option] for option, field in names.items() if options[option] is not None}
+    return open_instance(artifact, InstanceConfig(**given))
+
+
+def _import_servers() -> None:
+    import xllm_compile.scheduler.server  # noqa: F401
+
+
+def _run(instance: "Instance", options: Mapping[str, Any], http_socket: socket.socket, max_connections: int) -> int:
+    from xllm_compile.runtime.async_engine import AsyncEngine
+    from xllm_compile.scheduler.server import ServerConfig, run_server
+    from xllm_compile.scheduler.service import Service
+
+    host = options["host"]
+    engine = AsyncEngine(instance.engine)
+    try:
+        service = Service(
+            engine=engine,
+            tokenizer=instance.tokenizer,
+            model_names=options["served_model_name"] or (instance.model_name,),
+            max_model_len=instance.max_model_len,
+            version=__version__,
+            api_key=options["api_key"],
+            max_streams=options["max_streams"],
+        )
+        config = ServerConfig(
+            host=host,
+            grpc_port=options["grpc_port"],
+            max_connections=max_connections,
+            drain_timeout_s=options["drain_timeout"],
+        )
+        is_clean = asyncio.run(run_server(config, http_socket, service, lambda *ports: _announce(host, *ports)))
+    finally:
+        engine.shutdown()
+    return 0 if is_clean else 1
+
+
+def _announce(host: str, http_port: int, grpc_port: int) -> None:
+    name = f"[{host}]" if ":" in host else host
+    ready = f"READY http={name}:{http_port} grpc={name}:{grpc_port} startup_s={process_age_s():.2f}"
+    print(ready, flush=True)
+    logger.info("serving on http://%s:%d and grpc %s:%d", name, http_port, name, grpc_port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address. A name counts as one address of another machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: clients are refused until the model is there. Raises OSError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as err:
+        raise OSError(f"HTTP cannot listen on {host}:{port}: {err.strerror or err}; choose another --port") from err
+    return bound
+
+
+def raise_open_files() -> int:
+    """Lift the soft limit of open files to the hard one and return it: a connection is a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else 1 << 20
+
+
+def process_age_s() -> float:
+    """Seconds since the process was started, interpreter and imports included."""
+    # Field 22 of stat is the start in clock ticks since boot; the name before it may hold spaces.
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started_s = int(fields[19]) / 100
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s

@@ -1,0 +1,86 @@
+"""A real engine and tokenizer over a model that counts: after byte b comes byte b + 1."""
+
+import threading
+
+import torch
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+from xllm_compile.runtime.chat_template import ChatTemplate
+from xllm_compile.runtime.engine import Engine, EngineConfig
+from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.step import Step
+from xllm_compile.runtime.tokenizer import BYTE_OF_CHAR, Tokenizer
+
+MAX_MODEL_LEN = 128
+EOS_ID = 256
+VOCAB_SIZE = 257
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' and loop.first %}{{ raise_exception('assistant first') }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}{{ suffix }}"
+)
+
+
+def byte_tokenizer(generation_defaults: dict[str, float] | None = None) -> Tokenizer:
+    """Token id = byte value; 256 is end-of-sequence."""
+    vocab = {char: byte for char, byte in BYTE_OF_CHAR.items()}
+    raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(["<eos>"])
+    return Tokenizer(
+        raw,
+        eos_token_ids=(EOS_ID,),
+        chat_template=ChatTemplate({"default": CHAT_TEMPLATE}, {}),
+        generation_defaults=generation_defaults or {"temperature": 0.0},
+    )
+
+
+class CountingRunner:
+    """The next byte gets logit 10, the one after it 5; `gate` cleared makes the model wait before a step."""
+
+    vocab_size = VOCAB_SIZE
+    max_model_len = MAX_MODEL_LEN
+    max_num_seqs = 8
+    max_num_batched_tokens = 64
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.num_steps = 0
+        self.error: Exception | None = None
+
+    def execute(self, step: Step) -> Tensor:
+        if not self.gate.wait(timeout=30):
+            raise TimeoutError("the test left the gate closed")
+        if self.error is not None:
+            raise self.error
+        self.num_steps += 1
+        last = torch.from_numpy(step.token_ids[step.logits_at]).long()
+        logits = torch.zeros(len(last), VOCAB_SIZE)
+        rows = torch.arange(len(last))
+        logits[rows, (last + 2) % 256] = 5.0
+        logits[rows, (last + 1) % 256] = 10.0
+        return logits
+
+    def graph_cache_stats(self) -> dict[str, int]:
+        return {"exact": self.num_steps}
+
+
+def counting_engine(runner: CountingRunner, config: EngineConfig | None = None) -> Engine:
+    cache = KVCache(
+        KVCacheConfig(
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=1,
+            dtype=torch.float32,
+            max_model_len=MAX_MODEL_LEN,
+            num_slots=8,
+            kv_memory_bytes=1 << 20,
+        )
+    )
+    return Engine(runner, cache, byte_tokenizer(), config)
