@@ -220,9 +220,6 @@ class Engine:
     def _advance(self, plan: Schedule[Sequence]) -> None:
         self._stats.num_steps += 1
         for sequence, count in plan.chunks:
-            self._stats.num_prompt_tokens += min(
-                count, max(0, sequence.num_prompt_tokens - sequence.num_computed_tokens)
-            )
             sequence.num_computed_tokens += count
 
     def _collect_prompt_logprobs(self, batch: Batch, logits: Tensor) -> None:

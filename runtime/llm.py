@@ -161,8 +161,6 @@ def _content(prompt: Prompt) -> str | Sequence[int]:
 
 
 def _progress(total: int, *, is_wanted: bool) -> AbstractContextManager[ProgressReport]:
-    import sys
-
     if not is_wanted or not sys.stderr.isatty():
         return nullcontext(_no_report)
     from xllm_compile.runtime.progress import progress_bar

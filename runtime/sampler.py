@@ -66,7 +66,7 @@ class SamplingState:
     def record(self, token_id: int) -> None:
         """Count a token that became part of the output."""
         self.num_output_tokens += 1
-        if self._is_penalised:
+        if self._is_penalised or self._is_repetition_penalised:
             self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
         if self._seen.numel():
             self._seen[token_id] = True
@@ -108,7 +108,7 @@ class SamplingState:
         """[V] bool, the tokens of prompt and output; built on first use, then kept up by record()."""
         if not self._seen.numel():
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-            self._seen[torch.tensor(self._prompt_token_ids, dtype=torch.long)] = True
+            self._seen[torch.tensor([*self._prompt_token_ids, *self.output_counts], dtype=torch.long)] = True
         return self._seen
 
 

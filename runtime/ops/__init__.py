@@ -48,6 +48,8 @@ SCHEMAS: dict[str, str] = {
     ),
     # x [T, C] @ packed weight + bias -> [T, out_features], x's dtype or, with f32_out, float32.
     "packed_linear": "(Tensor x, Tensor weight, Tensor? bias, int out_features, bool f32_out) -> Tensor",
+    # Rows token_ids [T] of a packed [vocab, columns] weight: a tied embedding is held once, in the head's layout.
+    "packed_embedding": "(Tensor token_ids, Tensor weight, int columns) -> Tensor",
 }
 
 # Held for the life of the process: a Library that is collected takes its operators with it.

@@ -172,3 +172,13 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: 
 
 def packed_linear_meta(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, f32_out: bool) -> Tensor:
     return x.new_empty(x.shape[0], out_features, dtype=torch.float32 if f32_out else x.dtype)
+
+
+def packed_embedding(token_ids: Tensor, weight: Tensor, columns: int) -> Tensor:
+    ids = token_ids.long()
+    rows = weight[ids // PACK_COLUMNS, :, ids % PACK_COLUMNS]
+    return rows.reshape(ids.shape[0], -1)[:, :columns].contiguous()
+
+
+def packed_embedding_meta(token_ids: Tensor, weight: Tensor, columns: int) -> Tensor:
+    return weight.new_empty(token_ids.shape[0], columns)

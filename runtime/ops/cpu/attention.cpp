@@ -163,9 +163,11 @@ void tile_block(const Problem& p, const Buffers& b, const Rows& rows, int64_t ro
   for (int64_t first = 0; first < kKeys; first += kTileColumns) {
     vf acc[R][kTileVecs] = {};
     multiply<T, R, 1>(queries, 1, R, b.keys + first, kKeys, 0, p.units, acc);
+    vf products[R][kTileVecs];
+    unrolled_copy(acc, products);
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < kTileVecs; ++v) {
-        vf score = acc[r][v] * p.scale;
+        vf score = products[r][v] * p.scale;
         if (edge) {
           vi lane;
           for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -198,11 +200,17 @@ void tile_block(const Problem& p, const Buffers& b, const Rows& rows, int64_t ro
   const int64_t steps = units_of<T>(keys.end - keys.begin);
   for (int64_t d = 0; d < p.padded_dim; d += kTileColumns) {
     vf acc[R][kTileVecs];
-    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
       for (int v = 0; v < kTileVecs; ++v) acc[r][v] = load(out + r * p.padded_dim + d + v * kLanes) * factor[r];
+    }
     multiply<T, R, 1>(b.probs, kKeys / kPair<T>, 1, b.values + d, p.padded_dim, 0, steps, acc);
-    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
       for (int v = 0; v < kTileVecs; ++v) store(out + r * p.padded_dim + d + v * kLanes, acc[r][v]);
+    }
   }
 }
 

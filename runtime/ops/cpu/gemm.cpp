@@ -34,6 +34,9 @@ void block_tile(const Job& job, const uint32_t* a, int64_t row, int64_t block) {
     vf acc[R][NB * kTileVecs] = {};
     multiply<T, R, NB, kAhead>(a, 1, R, job.weight + block * job.block_stride + sub * kTileColumns, kBlockColumns,
                                job.block_stride, job.steps, acc);
+    // Copied with constant indices: an accumulator that is indexed by a loop would live in memory, not in a register.
+    vf result[R][NB * kTileVecs];
+    unrolled_copy(acc, result);
     for (int n = 0; n < NB; ++n) {
       const int64_t column = (block + n) * kBlockColumns + sub * kTileColumns;
       for (int v = 0; v < kTileVecs; ++v) {
@@ -42,7 +45,7 @@ void block_tile(const Job& job, const uint32_t* a, int64_t row, int64_t block) {
         if (count <= 0) break;
         const vf bias = job.bias ? load_n(static_cast<const T*>(job.bias) + first, count) : vf{};
         for (int r = 0; r < R; ++r)
-          store_n(static_cast<Out*>(job.out) + (row + r) * job.out_stride + first, acc[r][n * kTileVecs + v] + bias,
+          store_n(static_cast<Out*>(job.out) + (row + r) * job.out_stride + first, result[r][n * kTileVecs + v] + bias,
                   count);
       }
     }

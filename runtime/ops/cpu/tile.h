@@ -77,6 +77,15 @@ XLLM_INLINE void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, cons
   }
 }
 
+template <int R, int V>
+XLLM_INLINE void unrolled_copy(const vf (&from)[R][V], vf (&to)[R][V]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) to[r][v] = from[r][v];
+  }
+}
+
 // Rows of a tile number `tile` of `tiles` when `rows` are spread evenly: 13 rows are 7 + 6, not 12 + 1.
 struct Span {
   int64_t begin, end;

@@ -1,0 +1,76 @@
+"""The executable specification of a region's graph, run before the first and after every pass."""
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from xllm_compile.graph_passes.region import RegionGraph
+
+_WRITES_CACHE = {torch.ops.xllm.kv_write.default, torch.ops.xllm.qkv_rope_write.default}
+
+
+class GraphVerificationError(AssertionError):
+    """A graph breaks the contract between passes; names the pass after which it was seen."""
+
+
+def verify_graph(region: RegionGraph, *, after: str) -> None:
+    """Raises GraphVerificationError unless
+
+    - placeholders are exactly the region's inputs, in order, then its weights, each of the shape its spec says;
+    - every value is known (``meta["val"]``) and is what its operator gives for its arguments' values;
+    - the cache is written at most once, and before it is read; no output is an input.
+    """
+    region.graph.lint()
+    _check_placeholders(region, after)
+    for node in region.graph.nodes:
+        if node.op == "call_function":
+            _check_value(region, node, after)
+    _check_cache_order(region, after)
+    (outputs,) = region.graph.output_node().args
+    for output in outputs:  # type: ignore[union-attr]
+        if isinstance(output, fx.Node) and output.op == "placeholder":
+            raise GraphVerificationError(f"{region.name} after {after}: output {output} is an input")
+
+
+def _check_placeholders(region: RegionGraph, after: str) -> None:
+    names = [node.name for node in region.graph.find_nodes(op="placeholder")]
+    expected = [spec.name for spec in region.inputs] + list(region.weights)
+    if names != expected:
+        raise GraphVerificationError(f"{region.name} after {after}: placeholders {names}, expected {expected}")
+    for name, spec in region.weights.items():
+        value = region.placeholder(name).meta["val"]
+        if tuple(value.shape) != spec.shape or str(value.dtype) != f"torch.{spec.dtype}":
+            raise GraphVerificationError(
+                f"{region.name} after {after}: weight {name} is {value.dtype}{list(value.shape)},"
+                f" its spec says {spec.dtype}{list(spec.shape)}"
+            )
+
+
+def _check_value(region: RegionGraph, node: fx.Node, after: str) -> None:
+    if "val" not in node.meta:
+        raise GraphVerificationError(f"{region.name} after {after}: {node} has no value")
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    tensors = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta["val"], FakeTensor)]
+    if not tensors:
+        return
+    with tensors[0].fake_mode:
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    said, found = _shapes(node.meta["val"]), _shapes(value)
+    if said != found:
+        raise GraphVerificationError(f"{region.name} after {after}: {node} says {said}, computes {found}")
+
+
+def _shapes(value: object) -> list[str]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [f"{v.dtype}{[str(n) for n in v.shape]}" for v in values if isinstance(v, torch.Tensor)]
+
+
+def _check_cache_order(region: RegionGraph, after: str) -> None:
+    written = False
+    for node in region.graph.nodes:
+        if node.target in _WRITES_CACHE:
+            if written:
+                raise GraphVerificationError(f"{region.name} after {after}: {node} writes the cache a second time")
+            written = True
+        elif node.target is torch.ops.xllm.attention.default and not written:
+            raise GraphVerificationError(f"{region.name} after {after}: {node} reads the cache before it is written")

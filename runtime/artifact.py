@@ -1,0 +1,215 @@
+"""The artifact on disk: the contract between build and serve. The driver writes it through this module.
+
+model.xllm/
+  manifest.json     everything but bytes of weights and code; read and checked first
+  weights/          model.safetensors in the layout the graphs want, memory-mapped
+  graphs/           one library per (region, bucket), the kernels, and each region's program as text
+  tokenizer/        tokenizer.json, chat template, generation defaults
+  report/           what each pass did
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from xllm_compile import __version__
+from xllm_compile.runtime.program import RegionProgram
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights/model.safetensors"
+TOKENIZER = "tokenizer"
+REPORT = "report"
+
+
+class ArtifactMismatchError(ValueError):
+    """The artifact cannot be served here: damaged, incomplete, or built for something else. Names what differs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """What serving needs to know of the model."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    max_model_len: int
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """A file of the artifact, its size and the xxh3-128 of its content."""
+
+    path: str
+    num_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphEntry:
+    """One compiled graph. ``sizes`` are the symbols it fixes; empty is the dynamic-shape graph."""
+
+    region: str
+    sizes: dict[str, int]
+    key: str
+    file: FileEntry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    schema_version: int
+    build_key: str
+    """Hash of everything the build depends on; equal keys mean there is nothing to do."""
+    model: ModelInfo
+    model_config: dict[str, Any]
+    config_hash: str
+    target: str
+    target_features: tuple[str, ...]
+    versions: dict[str, str]
+    passes: tuple[dict[str, Any], ...]
+    token_buckets: tuple[int, ...]
+    logits_buckets: tuple[int, ...]
+    buckets_reason: str
+    max_num_batched_tokens: int
+    programs: tuple[RegionProgram, ...]
+    graphs: tuple[GraphEntry, ...]
+    kernels: FileEntry
+    weights: FileEntry
+    weights_key: str
+    memory_plan: dict[str, int]
+    quantisation: str | None
+    created: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
+        entry = {name: FileEntry(**values[name]) for name in ("kernels", "weights")}
+        return cls(
+            **{
+                **values,
+                **entry,
+                "model": ModelInfo(**values["model"]),
+                "target_features": tuple(values["target_features"]),
+                "passes": tuple(values["passes"]),
+                "token_buckets": tuple(values["token_buckets"]),
+                "logits_buckets": tuple(values["logits_buckets"]),
+                "programs": tuple(RegionProgram.from_json(program) for program in values["programs"]),
+                "graphs": tuple(GraphEntry(**{**g, "file": FileEntry(**g["file"])}) for g in values["graphs"]),
+            }
+        )
+
+    def stable_json(self) -> dict[str, Any]:
+        """The manifest without what two builds of the same inputs may differ in."""
+        return {key: value for key, value in self.to_json().items() if key != "created"}
+
+
+def runtime_versions() -> dict[str, str]:
+    """Versions that compiled code depends on."""
+    return {"xllm_compile": __version__, "torch": torch.__version__}
+
+
+def is_artifact(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def file_entry(root: Path, path: str) -> FileEntry:
+    """Describe root/path."""
+    file = root / path
+    return FileEntry(path=path, num_bytes=file.stat().st_size, digest=file_digest(file))
+
+
+def file_digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(16 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    (root / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of an artifact, unchecked against this machine. Raises ArtifactMismatchError."""
+    path = root / MANIFEST
+    if not path.is_file():
+        raise ArtifactMismatchError(f"{root} is no artifact: no {MANIFEST}; build it: xllm-compile MODEL_DIR -o {root}")
+    try:
+        values = json.loads(path.read_text())
+        version = values["schema_version"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as err:
+        raise ArtifactMismatchError(f"{path} is damaged ({err!r}); {_rebuild(root)}") from err
+    if version != SCHEMA_VERSION:
+        raise ArtifactMismatchError(
+            f"{root} has schema version {version}, this version reads {SCHEMA_VERSION}; {_rebuild(root)}"
+        )
+    try:
+        return Manifest.from_json(values)
+    except (KeyError, TypeError, ValueError) as err:
+        raise ArtifactMismatchError(f"{path} is damaged ({err!r}); {_rebuild(root)}") from err
+
+
+def check_artifact(root: Path, manifest: Manifest, features: tuple[str, ...], *, verify_weights: bool = False) -> None:
+    """Raise ArtifactMismatchError unless the artifact can be served by this installation on this machine.
+
+    ``features`` are those of the present device. Code is checked byte for byte; weights by size, and byte for byte
+    with ``verify_weights`` (a read of the whole file).
+    """
+    versions = runtime_versions()
+    for name, built_with in manifest.versions.items():
+        if name in versions and versions[name] != built_with:
+            raise ArtifactMismatchError(
+                f"{root} was built with {name} {built_with}, this is {name} {versions[name]}; {_rebuild(root)}"
+            )
+    missing = sorted(set(manifest.target_features) - set(features))
+    if missing:
+        raise ArtifactMismatchError(
+            f"{root} was built for a CPU with {', '.join(missing)}, which this one ({platform.machine()}) lacks;"
+            f" {_rebuild(root)}"
+        )
+    for entry in [*(graph.file for graph in manifest.graphs), manifest.kernels]:
+        _check_file(root, entry, is_hashed=True)
+    _check_file(root, manifest.weights, is_hashed=verify_weights)
+
+
+def is_intact(root: Path, entry: FileEntry) -> bool:
+    """Whether the file is there with the content the manifest says."""
+    try:
+        _check_file(root, entry, is_hashed=True)
+    except ArtifactMismatchError:
+        return False
+    return True
+
+
+def _check_file(root: Path, entry: FileEntry, *, is_hashed: bool) -> None:
+    path = root / entry.path
+    if not path.is_file():
+        raise ArtifactMismatchError(f"{path} is missing; {_rebuild(root)}")
+    size = path.stat().st_size
+    if size != entry.num_bytes:
+        raise ArtifactMismatchError(f"{path} has {size} bytes, the manifest says {entry.num_bytes}; {_rebuild(root)}")
+    if is_hashed and file_digest(path) != entry.digest:
+        raise ArtifactMismatchError(f"{path} is damaged: its content does not match the manifest; {_rebuild(root)}")
+
+
+def _rebuild(root: Path) -> str:
+    return f"rebuild it with: xllm-compile MODEL_DIR -o {root}"

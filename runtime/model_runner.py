@@ -1,0 +1,113 @@
+"""Executes token-packed steps on the compiled graphs of one artifact."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xllm_compile.runtime.artifact import Manifest
+from xllm_compile.runtime.graph_cache import build_cache
+from xllm_compile.runtime.program import RegionProgram
+from xllm_compile.runtime.step import Int32Array, Step
+
+
+class CompiledModelRunner:
+    """One model on one device. Not thread-safe: one step at a time.
+
+    ``kv_layers`` are the KV cache's tensors, one per layer, written in place (shape in runtime/ops). The kernels
+    must be loaded before.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        weights: dict[str, Tensor],
+        kv_layers: Sequence[Tensor],
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enforce_eager: bool = False,
+    ) -> None:
+        self.vocab_size = manifest.model.vocab_size
+        self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        by_tokens = [program for program in manifest.programs if program.name != "head"]
+        by_rows = [program for program in manifest.programs if program.name == "head"]
+        self._token_graphs = build_cache(
+            root, "T", manifest.token_buckets, by_tokens, manifest.graphs, enforce_eager=enforce_eager
+        )
+        self._head_graphs = build_cache(
+            root, "R", manifest.logits_buckets, by_rows, manifest.graphs, enforce_eager=enforce_eager
+        )
+        programs = {program.name: program for program in manifest.programs}
+        self._embed_weights = _region_weights(programs["embed"], weights)
+        self._head_weights = _region_weights(programs["head"], weights)
+        self._layers = _layer_plan(manifest.programs, weights, kv_layers)
+
+    def execute(self, step: Step) -> Tensor:
+        """See ModelRunner.execute. Raises RuntimeError when a kernel refuses its arguments."""
+        num_tokens = len(step.token_ids)
+        choice = self._token_graphs.choose(num_tokens)
+        # A bucket's graphs fix S to T: there are never more sequences than tokens.
+        num_seqs = choice.size if choice.outcome in ("exact", "padded") else len(step.slot)
+        positions = _padded(step.positions, choice.size)
+        hidden, cos, sin = self._token_graphs.graph("embed", choice)(
+            [
+                _padded(step.token_ids, choice.size),
+                positions,
+                _padded(step.rope_len, choice.size, 1),
+                *self._embed_weights,
+            ]
+        )
+        metadata = [
+            cos,
+            sin,
+            positions,
+            # Padding sequences are empty: they start where the last one ends.
+            _padded(step.seq_start, num_seqs + 1, num_tokens),
+            _padded(step.context_len, num_seqs),
+            _padded(step.slot, num_seqs),
+        ]
+        for region, kv_cache, weights in self._layers:
+            hidden = self._token_graphs.graph(region, choice)([hidden, *metadata, kv_cache, *weights])[0]
+        num_rows = len(step.logits_at)
+        head = self._head_graphs.choose(num_rows)
+        logits = self._head_graphs.graph("head", head)(
+            [hidden, _padded(step.logits_at, head.size), *self._head_weights]
+        )[0]
+        return logits[:num_rows]
+
+    def graph_cache_stats(self) -> dict[str, int]:
+        """Steps by how their token graphs were found, and the same for the head's."""
+        return {
+            **self._token_graphs.counts,
+            **{f"head_{outcome}": count for outcome, count in self._head_graphs.counts.items()},
+        }
+
+
+def _padded(values: Int32Array, size: int, fill: int = 0) -> Tensor:
+    if len(values) == size:
+        return torch.from_numpy(values)
+    padded = np.full(size, fill, dtype=np.int32)
+    padded[: len(values)] = values
+    return torch.from_numpy(padded)
+
+
+def _region_weights(program: RegionProgram, weights: dict[str, Tensor], layer: int = 0) -> list[Tensor]:
+    return [weights[spec.name.format(layer=layer)] for spec in program.weights]
+
+
+def _layer_plan(
+    programs: Sequence[RegionProgram], weights: dict[str, Tensor], kv_layers: Sequence[Tensor]
+) -> list[tuple[str, Tensor, list[Tensor]]]:
+    """Of each layer in order: its region, its KV cache and its weights."""
+    region_of = {layer: program for program in programs for layer in program.layers}
+    return [
+        (region_of[layer].name, kv_layers[layer], _region_weights(region_of[layer], weights, layer))
+        for layer in sorted(region_of)
+    ]

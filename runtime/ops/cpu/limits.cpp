@@ -1,0 +1,68 @@
+// The machine's own limits, measured with the same vector types and threads as the kernels: what a rate is a share of.
+#include "shim_util.h"
+#include "tile.h"
+
+namespace xllm {
+namespace {
+
+// Sums `bytes` of memory in one pass, the way a weight stream is read: nothing but loads and adds.
+double read_pass(const char* data, int64_t bytes, uint64_t* sink) {
+  const double start = omp_get_wtime();
+  uint64_t total = 0;
+#pragma omp parallel reduction(+ : total)
+  {
+    const Span share = even_span(bytes / 4096, omp_get_num_threads(), omp_get_thread_num());
+    vu sums[8] = {};
+    for (const char *p = data + share.begin * 4096, *end = data + share.end * 4096; p < end; p += sizeof(sums))
+      for (int i = 0; i < 8; ++i) sums[i] += load_raw<vu>(p + i * sizeof(vu));
+    for (int i = 1; i < 8; ++i) sums[0] += sums[i];
+    total += sums[0][0];
+  }
+  *sink = total;
+  return omp_get_wtime() - start;
+}
+
+// Multiply-adds on registers only. Returns seconds; every thread does `steps` x 16 vectors.
+template <class T>
+double multiply_pass(int64_t steps, float* sink) {
+  const double start = omp_get_wtime();
+  float total = 0;
+  const uint32_t one = kPair<T> == 2 ? 0x3f803f80u : 0x3f800000u;
+#pragma omp parallel reduction(+ : total)
+  {
+    vf acc[16] = {};
+    auto a = Dot<T>::broadcast(&one), b = Dot<T>::broadcast(&one);
+    for (int64_t k = 0; k < steps; ++k) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) acc[i] = Dot<T>::add(acc[i], a, b);
+      // Keeps the compiler from summing the steps up in advance.
+      asm volatile("");
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) total += acc[i][0];
+  }
+  *sink = total;
+  return omp_get_wtime() - start;
+}
+
+}  // namespace
+}  // namespace xllm
+
+// Bytes per second of one pass over `bytes` (rounded down to pages) at `data`.
+XLLM_EXPORT double xllm_measure_read(const void* data, int64_t bytes) {
+  static volatile uint64_t sink;
+  uint64_t total;
+  const double seconds = xllm::read_pass(static_cast<const char*>(data), bytes, &total);
+  sink = total;
+  return double(bytes / 4096 * 4096) / seconds;
+}
+
+// Floating-point operations per second (a multiply-add is two) of the float32 or bfloat16 dot products.
+XLLM_EXPORT double xllm_measure_multiply(int32_t bfloat16, int64_t steps) {
+  static volatile float sink;
+  float total;
+  const double seconds =
+      bfloat16 ? xllm::multiply_pass<xllm::bf16>(steps, &total) : xllm::multiply_pass<float>(steps, &total);
+  sink = total;
+  return double(steps) * 16 * xllm::kLanes * (bfloat16 ? 4 : 2) * omp_get_max_threads() / seconds;
+}

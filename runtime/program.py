@@ -1,0 +1,65 @@
+"""A region after the passes, as text: what is compiled, what the artifact keeps, and what eager mode runs.
+
+The text is the Python that torch.fx prints for the graph. It names operators only (``torch.ops``), so it is
+readable, comparable between builds, the stable part of a compiled graph's cache key, and runnable as it is.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+import xllm_compile.runtime.ops  # noqa: F401  (registers torch.ops.xllm)
+from xllm_compile.runtime.ops.spec import TensorSpec, WeightSpec
+
+ProgramFunction = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegionProgram:
+    """Arguments of the function in ``code`` are the inputs, in order, then the weights, in order."""
+
+    name: str
+    code: str
+    inputs: tuple[TensorSpec, ...]
+    weights: tuple[WeightSpec, ...]
+    layers: tuple[int, ...]
+    """Layers that run it; empty for embed and head."""
+
+    def load(self) -> ProgramFunction:
+        """The function itself, running operator by operator."""
+        scope: dict[str, Any] = {"torch": torch, "inf": math.inf, "nan": math.nan, "device": torch.device}
+        exec(compile(self.code, f"<region {self.name}>", "exec"), scope)
+        forward = scope["forward"]
+        return lambda *args: forward(None, *args)
+
+    def content_hash(self) -> str:
+        """Covers code and specs; nothing else."""
+        values = asdict(self)
+        values.pop("layers")
+        return xxhash.xxh3_128(repr(sorted(values.items())).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "RegionProgram":
+        return cls(
+            name=values["name"],
+            code=values["code"],
+            inputs=tuple(TensorSpec(**{**v, "shape": tuple(v["shape"])}) for v in values["inputs"]),
+            weights=tuple(
+                WeightSpec(**{**v, "shape": tuple(v["shape"]), "sources": tuple(v["sources"])})
+                for v in values["weights"]
+            ),
+            layers=tuple(values["layers"]),
+        )
+
+
+def concrete_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> Sequence[int]:
+    """spec.shape with its symbols replaced."""
+    return [size if isinstance(size, int) else sizes[size] for size in spec.shape]

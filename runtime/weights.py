@@ -1,0 +1,87 @@
+"""The artifact's weights file: written once by the driver, memory-mapped by every instance, never copied.
+
+The format is safetensors. Packed tensors come first and the header is padded, so each of them starts on a cache line.
+"""
+
+import json
+import mmap
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xllm_compile.runtime.artifact import ArtifactMismatchError
+from xllm_compile.runtime.ops.spec import WeightSpec
+
+_DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
+_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+_ALIGNMENT = 64
+
+
+def write_weights(
+    path: Path,
+    specs: Sequence[WeightSpec],
+    make: Callable[[WeightSpec], Tensor],
+    on_tensor: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Stream the tensors to ``path``; one is in memory at a time.
+
+    ``specs`` name each tensor exactly (no ``{layer}``). ``make`` returns the tensor a spec describes;
+    ``on_tensor`` hears the bytes of each one written. Raises OSError (a full disk) with a partial file left behind.
+    """
+    ordered = sorted(specs, key=lambda spec: (not spec.is_packed, spec.name))
+    header: dict[str, object] = {}
+    offset = 0
+    for spec in ordered:
+        num_bytes = _num_bytes(spec)
+        header[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + num_bytes],
+        }
+        offset += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for spec in ordered:
+            tensor = make(spec).contiguous()
+            if tuple(tensor.shape) != spec.shape or str(tensor.dtype) != f"torch.{spec.dtype}":
+                raise AssertionError(f"{spec.name} was made as {tensor.dtype}{list(tensor.shape)}, spec is {spec}")
+            file.write(tensor.view(torch.uint8).numpy().data)
+            on_tensor(tensor.nbytes)
+
+
+def map_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a weights file, as views of one private mapping that lives as long as any of them.
+
+    Raises ArtifactMismatchError when the header does not fit the file.
+    """
+    with path.open("rb") as file:
+        # Copy-on-write, so torch may treat it as writable; nothing writes, so nothing is copied.
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        (header_bytes,) = struct.unpack_from("<Q", mapping, 0)
+        header = json.loads(mapping[8 : 8 + header_bytes])
+        start = 8 + header_bytes
+        return {
+            name: torch.frombuffer(
+                mapping,
+                dtype=_DTYPES[entry["dtype"]],
+                count=(entry["data_offsets"][1] - entry["data_offsets"][0]) // _DTYPES[entry["dtype"]].itemsize,
+                offset=start + entry["data_offsets"][0],
+            ).view(entry["shape"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (struct.error, ValueError, KeyError, RuntimeError) as err:
+        raise ArtifactMismatchError(f"{path} is damaged ({err}); rebuild the artifact with xllm-compile") from err
+
+
+def _num_bytes(spec: WeightSpec) -> int:
+    count = 1
+    for size in spec.shape:
+        count *= size
+    return count * int(getattr(torch, spec.dtype).itemsize)

@@ -1,0 +1,420 @@
+"""The build driver: a model directory in, an artifact out. ``build`` reads as the list of what happens."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xllm_compile.atomic_dir import atomic_directory
+from xllm_compile.build_config import MAX_BUCKETS_BY_DEFAULT, BuildConfig, read_workload
+from xllm_compile.build_key import build_key, compiler_version, hash_json, tokenizer_files
+from xllm_compile.capture import capture_region, emit_program
+from xllm_compile.graph_passes.buckets import choose_buckets, default_histogram, workload_histogram
+from xllm_compile.graph_passes.pipeline import cpu_pipeline, run_passes
+from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
+from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
+from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
+from xllm_compile.models.config import DecoderConfig, read_hf_config
+from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, checkpoint_shapes
+from xllm_compile.models.registry import read_model_config
+from xllm_compile.models.rope import rope_constants
+from xllm_compile.progress import BuildProgress
+from xllm_compile.report import RegionReport, write_report
+from xllm_compile.runtime import artifact
+from xllm_compile.runtime.artifact import GraphEntry, Manifest, ModelInfo
+from xllm_compile.runtime.isa import isa_features
+from xllm_compile.runtime.ops import native
+from xllm_compile.runtime.ops.spec import WeightSpec
+from xllm_compile.runtime.program import RegionProgram
+from xllm_compile.targets.cpu import inductor_options
+from xllm_compile.weight_builder import artifact_weights, build_weights, weights_key
+from xllm_compile.workers import build_kernels, compile_graph, worker_pool
+
+GRAPH_STORE_BYTES = 2 << 30
+_WORKER_BYTES = 900 << 20
+_MAX_LOGITS_BUCKET = 32
+
+
+class BuildError(ValueError):
+    """The build cannot go on; the message names the next step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildResult:
+    output: Path
+    is_up_to_date: bool
+    seconds: float
+    num_graphs: int = 0
+    num_compiled: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What is being compiled, read and checked."""
+
+    hf_config: dict[str, Any]
+    config: DecoderConfig
+    checkpoint: Checkpoint
+    checkpoint_hash: str
+    dtype: str
+    max_model_len: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Buckets:
+    tokens: tuple[int, ...]
+    logits: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphJob:
+    """One graph to have: compiled unless a file with its key exists."""
+
+    program: RegionProgram
+    sizes: dict[str, int]
+    key: str
+
+    @property
+    def file(self) -> str:
+        axis = "R" if "R" in self.sizes else "T"
+        return f"graphs/{self.program.name}-{f'{axis}{self.sizes[axis]}' if self.sizes else 'dynamic'}.so"
+
+
+def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
+    """Compile ``config.model_dir`` to an artifact at ``config.output``.
+
+    Raises ValueError (and subclasses) for a bad model or option, BuildError, native.CompilerNotFoundError, OSError
+    (disk full). Whatever happens, ``config.output`` is the old artifact or the new one, never part of either.
+    """
+    began = time.monotonic()
+    source = read_source(config)
+    compiler = compiler_version()
+    buckets = pick_buckets(config)
+    key = build_key(config, source, buckets, compiler)
+    if is_up_to_date(config.output, key):
+        return BuildResult(output=config.output, is_up_to_date=True, seconds=time.monotonic() - began)
+    programs, reports = make_programs(source, config, progress)
+    weights = artifact_weights(programs)
+    jobs = list_jobs(programs, buckets, compiler)
+    store = open_store(config.output)
+    num_workers = check_resources(config, weights, len(jobs))
+    with atomic_directory(config.output) as root:
+        for folder in ("graphs", "weights", artifact.TOKENIZER, artifact.REPORT):
+            (root / folder).mkdir()
+        num_compiled = produce(root, config.output, source, weights, jobs, store, num_workers, compiler, progress)
+        for name in tokenizer_files(config.model_dir):
+            shutil.copyfile(config.model_dir / name, root / artifact.TOKENIZER / name)
+        write_report(root / artifact.REPORT / "passes.html", source.config, reports)
+        manifest = describe(root, key, source, config, buckets, programs, reports, weights, jobs, compiler)
+        artifact.write_manifest(root, manifest)
+    store.trim(GRAPH_STORE_BYTES)
+    return BuildResult(
+        output=config.output,
+        is_up_to_date=False,
+        seconds=time.monotonic() - began,
+        num_graphs=len(jobs),
+        num_compiled=num_compiled,
+    )
+
+
+def read_source(config: BuildConfig) -> Source:
+    """Read and check everything about the model but the values of its weights."""
+    hf_config = read_hf_config(config.model_dir)
+    model = read_model_config(hf_config)
+    limit = model.max_position_embeddings
+    # Rotary scaling stretches the trained length; max_position_embeddings already says so for all but "dynamic".
+    reach = int(limit * model.rope.factor) if model.rope.rope_type == "dynamic" else limit
+    max_model_len = config.max_model_len or limit
+    if max_model_len > reach:
+        raise ValueError(f"max_model_len={max_model_len} is above the model's limit of {reach} positions; lower it")
+    if "tokenizer.json" not in tokenizer_files(config.model_dir):
+        raise ValueError(
+            f"{config.model_dir} has no tokenizer.json; save it there with"
+            " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    checkpoint = Checkpoint(config.model_dir)
+    checkpoint.check(checkpoint_shapes(model))
+    dtype = config.dtype
+    if dtype == "auto":
+        stored = checkpoint.tensor(EMBED_WEIGHT).dtype
+        dtype = "float32" if stored == FLOAT_DTYPES["F32"] else "bfloat16"
+    return Source(
+        hf_config=hf_config,
+        config=model,
+        checkpoint=checkpoint,
+        checkpoint_hash=checkpoint.content_hash(),
+        dtype=dtype,
+        max_model_len=max_model_len,
+    )
+
+
+def pick_buckets(config: BuildConfig) -> Buckets:
+    largest = config.max_num_batched_tokens
+    if config.buckets is not None:
+        tokens, reason = tuple(sorted({*config.buckets})), "given"
+    elif config.workload is not None:
+        histogram = workload_histogram(read_workload(config.workload), largest)
+        tokens, reason = (
+            choose_buckets(histogram, largest, MAX_BUCKETS_BY_DEFAULT),
+            f"chosen for {config.workload.name}",
+        )
+    else:
+        tokens = choose_buckets(default_histogram(largest), largest, MAX_BUCKETS_BY_DEFAULT)
+        reason = "chosen for the default workload"
+    # The head runs on one row per sequence that gets a token: decode batch sizes.
+    return Buckets(tokens=tokens, logits=tuple(size for size in tokens if size <= _MAX_LOGITS_BUCKET), reason=reason)
+
+
+def is_up_to_date(output: Path, key: str) -> bool:
+    """Whether ``output`` is a whole artifact of this very build."""
+    if not artifact.is_artifact(output):
+        return False
+    try:
+        manifest = artifact.read_manifest(output)
+        artifact.check_artifact(output, manifest, isa_features())
+    except artifact.ArtifactMismatchError:
+        return False
+    return manifest.build_key == key
+
+
+def make_programs(
+    source: Source, config: BuildConfig, progress: BuildProgress
+) -> tuple[list[RegionProgram], list[RegionReport]]:
+    """Capture every region and run the passes on it."""
+    regions = build_regions(source.config)
+    tied = frozenset({EMBED_WEIGHT}) if source.config.tie_word_embeddings else frozenset[str]()
+    passes = cpu_pipeline(tied_weights=tied, disabled=config.disabled_passes)
+    progress.start("capture and passes", len(regions))
+    programs, reports = [], []
+    for region in regions:
+        program, report = _make_program(region, source.dtype, passes)
+        programs.append(program)
+        reports.append(report)
+        progress.advance("capture and passes")
+    return programs, reports
+
+
+def _make_program(region: Region, dtype: str, passes: Sequence[Any]) -> tuple[RegionProgram, RegionReport]:
+    graph = capture_region(region, getattr(torch, dtype))
+    before, captured = graph.op_counts(), graph.module.code
+    passes_reports = run_passes(graph, list(passes))
+    program = emit_program(graph, region.layers)
+    return program, RegionReport(
+        region=region.name,
+        passes=passes_reports,
+        ops_before=before,
+        ops_after=graph.op_counts(),
+        captured=captured.strip(),
+        final=program.code,
+    )
+
+
+def list_jobs(programs: Sequence[RegionProgram], buckets: Buckets, compiler: str) -> list[GraphJob]:
+    """Every graph of the artifact: the dynamic one of each region, and one per bucket where shapes matter."""
+    jobs = []
+    for program in programs:
+        if program.name == "head":
+            sizes: list[dict[str, int]] = [{"R": rows} for rows in buckets.logits]
+        elif program.name == "embed":
+            sizes = []
+        else:
+            sizes = [{"T": tokens, "S": tokens, "S1": tokens + 1} for tokens in buckets.tokens]
+        jobs += [_job(program, fixed, compiler) for fixed in [{}, *sizes]]
+    return jobs
+
+
+def _job(program: RegionProgram, sizes: dict[str, int], compiler: str) -> GraphJob:
+    environment = [
+        repr(isa_features()),
+        torch.__version__,
+        compiler,
+        json.dumps(inductor_options(), sort_keys=True, default=str),
+    ]
+    key = graph_key([program.content_hash(), json.dumps(sizes, sort_keys=True), *environment])
+    return GraphJob(program=program, sizes=sizes, key=key)
+
+
+def open_store(output: Path) -> GraphStore:
+    """The user's graph cache, which also finds the graphs of the artifact about to be replaced."""
+    store = GraphStore(cache_dir() / "graphs")
+    try:
+        store.root.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise BuildError(
+            f"cannot write the graph cache {store.root} ({err}); set XDG_CACHE_HOME to a folder you own"
+        ) from err
+    if artifact.is_artifact(output):
+        try:
+            for entry in artifact.read_manifest(output).graphs:
+                if artifact.is_intact(output, entry.file):
+                    store.adopt(entry.key, output / entry.file.path)
+        except artifact.ArtifactMismatchError:
+            pass  # A damaged artifact has nothing to give; it is replaced whole.
+    return store
+
+
+def check_resources(config: BuildConfig, weights: Sequence[WeightSpec], num_graphs: int) -> int:
+    """Number of workers that fit. Raises BuildError when disk or memory cannot hold the build."""
+    sizes = [_bytes_of(spec) for spec in weights]
+    disk_needed = sum(sizes) + num_graphs * (2 << 20)
+    disk_free = free_disk_bytes(config.output.parent)
+    if disk_free < disk_needed:
+        raise BuildError(
+            f"{config.output} needs {disk_needed >> 20} MiB, {disk_free >> 20} MiB are free there;"
+            " free some space or choose another -o"
+        )
+    # The largest tensor is held as read, converted and packed while it is written.
+    memory_needed = 3 * max(sizes) + _WORKER_BYTES
+    memory_free = available_memory_bytes()
+    if memory_free < memory_needed:
+        raise BuildError(
+            f"the build needs about {memory_needed >> 20} MiB of memory, {memory_free >> 20} MiB are free;"
+            " stop other processes or compile on a larger machine"
+        )
+    affordable = 1 + (memory_free - memory_needed) // _WORKER_BYTES
+    return int(min(config.jobs or num_cpus(), affordable, num_graphs + 1))
+
+
+def produce(
+    root: Path,
+    previous: Path,
+    source: Source,
+    weights: Sequence[WeightSpec],
+    jobs: Sequence[GraphJob],
+    store: GraphStore,
+    num_workers: int,
+    compiler: str,
+    progress: BuildProgress,
+) -> int:
+    """Compile what is missing while the weights are written, and link all of it into the artifact.
+
+    Returns how many graphs were compiled.
+    """
+    kernels_key = graph_key(["kernels", native.kernel_source_hash(), compiler])
+    missing = {job.key: job for job in jobs if store.find(job.key) is None}
+    scratch = root / ".scratch"
+    scratch.mkdir()
+    progress.start("graphs", len(jobs))
+    progress.advance("graphs", len(jobs) - len(missing))
+    with worker_pool(num_workers, scratch) as pool:
+        futures: dict[Future[None], str] = {}
+        if store.find(kernels_key) is None:
+            futures[pool.submit(build_kernels, str(store.path(kernels_key)))] = "kernels"
+        for job in missing.values():
+            future = pool.submit(compile_graph, job.program.to_json(), job.sizes, str(store.path(job.key)))
+            futures[future] = job.file
+        try:
+            place_weights(root, previous, source, weights, progress)
+            for future in as_completed(futures):
+                future.result()
+                if futures[future] != "kernels":
+                    progress.advance("graphs")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for job in jobs:
+        link_or_copy(_found(store, job.key), root / job.file)
+    link_or_copy(_found(store, kernels_key), root / KERNELS_FILE)
+    shutil.rmtree(scratch)
+    return len(missing)
+
+
+KERNELS_FILE = "graphs/kernels.so"
+
+
+def _found(store: GraphStore, key: str) -> Path:
+    path = store.find(key)
+    if path is None:
+        raise BuildError(f"graph {key} vanished from {store.root} while building; run the build again")
+    return path
+
+
+def place_weights(
+    root: Path, previous: Path, source: Source, weights: Sequence[WeightSpec], progress: BuildProgress
+) -> None:
+    """Write the weights file, or link the previous artifact's when it is the same."""
+    total = sum(_bytes_of(spec) for spec in weights)
+    computed = rope_constants(source.config)
+    key = weights_key(source.checkpoint_hash, weights, computed)
+    progress.start("weights", total)
+    if artifact.is_artifact(previous):
+        try:
+            manifest = artifact.read_manifest(previous)
+            if manifest.weights_key == key and artifact.is_intact(previous, manifest.weights):
+                link_or_copy(previous / manifest.weights.path, root / artifact.WEIGHTS)
+                progress.advance("weights", total)
+                return
+        except artifact.ArtifactMismatchError:
+            pass  # Written anew below.
+    build_weights(
+        root / artifact.WEIGHTS, source.checkpoint, computed, weights, lambda done: progress.advance("weights", done)
+    )
+
+
+def describe(
+    root: Path,
+    key: str,
+    source: Source,
+    config: BuildConfig,
+    buckets: Buckets,
+    programs: Sequence[RegionProgram],
+    reports: Sequence[RegionReport],
+    weights: Sequence[WeightSpec],
+    jobs: Sequence[GraphJob],
+    compiler: str,
+) -> Manifest:
+    model = ModelInfo(
+        name=config.model_dir.resolve().name,
+        architecture=source.config.architecture,
+        vocab_size=source.config.vocab_size,
+        hidden_size=source.config.hidden_size,
+        num_layers=source.config.num_layers,
+        num_kv_heads=source.config.num_kv_heads,
+        head_dim=source.config.head_dim,
+        dtype=source.dtype,
+        max_model_len=source.max_model_len,
+    )
+    return Manifest(
+        schema_version=artifact.SCHEMA_VERSION,
+        build_key=key,
+        model=model,
+        model_config=source.config.to_json(),
+        config_hash=hash_json(source.hf_config),
+        target=config.target,
+        target_features=isa_features(),
+        versions={**artifact.runtime_versions(), "compiler": compiler},
+        passes=tuple(entry for report in reports for entry in report.to_json()),
+        token_buckets=buckets.tokens,
+        logits_buckets=buckets.logits,
+        buckets_reason=buckets.reason,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        programs=tuple(programs),
+        graphs=tuple(
+            GraphEntry(region=j.program.name, sizes=j.sizes, key=j.key, file=artifact.file_entry(root, j.file))
+            for j in jobs
+        ),
+        kernels=artifact.file_entry(root, KERNELS_FILE),
+        weights=artifact.file_entry(root, artifact.WEIGHTS),
+        weights_key=weights_key(source.checkpoint_hash, weights, rope_constants(source.config)),
+        memory_plan={
+            "weights_bytes": sum(_bytes_of(spec) for spec in weights),
+            "kv_bytes_per_token": model.kv_bytes_per_token,
+        },
+        quantisation=None,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _bytes_of(spec: WeightSpec) -> int:
+    count = 1
+    for size in spec.shape:
+        count *= size
+    return count * int(getattr(torch, spec.dtype).itemsize)

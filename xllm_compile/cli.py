@@ -1,0 +1,128 @@
+"""xllm-compile: a Hugging Face model directory in, an artifact out."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from xllm_compile.build_config import BuildConfig
+
+from xllm_compile import __version__
+from xllm_compile.models.config import DTYPES
+
+
+def parse_buckets(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no comma-separated list of token counts, such as 1,4,16,512") from None
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
+@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact to write.  [default: MODEL_DIR.xllm]")
+@click.option("--target", default="cpu", help="cpu, cuda or npu; cpu is the one built so far.")
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="auto is the checkpoint's own.")
+@click.option("--max-model-len", type=int, help="Longest prompt plus output, in tokens.  [default: the model's limit]")
+@click.option(
+    "--max-num-batched-tokens", type=int, default=512, help="Most tokens in one step; also the prefill chunk."
+)
+@click.option("--buckets", callback=parse_buckets, help="Step sizes with a graph of their own: 1,2,4,8,512.")
+@click.option(
+    "--workload", type=click.Path(path_type=Path), help="Choose buckets for these requests (.jsonl or .csv trace)."
+)
+@click.option("--jobs", "-j", type=int, help="Graphs compiled side by side.  [default: one per CPU]")
+@click.option("--disable-pass", "disabled", multiple=True, metavar="NAME", help="Leave a pass out; may be repeated.")
+@click.option("--explain", is_flag=True, help="Show what the passes do to this model, and compile nothing.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@click.version_option(__version__, prog_name="xllm-compile")
+def main(
+    model_dir: Path,
+    output: Path | None,
+    target: str,
+    dtype: str,
+    max_model_len: int | None,
+    max_num_batched_tokens: int,
+    buckets: tuple[int, ...] | None,
+    workload: Path | None,
+    jobs: int | None,
+    disabled: tuple[str, ...],
+    explain: bool,
+    quiet: bool,
+) -> None:
+    """Compile MODEL_DIR (config.json, *.safetensors, tokenizer.json) ahead of time into an artifact.
+
+    A second run with nothing changed does nothing; with something changed it compiles only the graphs that differ.
+    Serve the result with xllm-serve, or run it in the terminal with xllm-generate.
+    """
+    from xllm_compile.build_config import BuildConfig
+
+    try:
+        config = BuildConfig(
+            model_dir=model_dir,
+            output=output or default_output(model_dir),
+            target=target,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            buckets=buckets,
+            workload=workload,
+            jobs=jobs,
+            disabled_passes=frozenset(disabled),
+        )
+        if explain:
+            from xllm_compile.explain import explain_passes
+
+            explain_passes(config)
+        else:
+            run_build(config, is_quiet=quiet)
+    except KeyboardInterrupt:
+        click.echo("xllm-compile: interrupted; nothing was written", err=True)
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as err:
+        if os.environ.get("XLLM_TRACEBACK"):
+            raise
+        click.echo(f"xllm-compile: error: {error_line(err)}", err=True)
+        sys.exit(2)
+
+
+def run_build(config: "BuildConfig", *, is_quiet: bool = False) -> None:
+    """Build with a progress bar and a one-line summary on stderr."""
+    from xllm_compile.build import build
+    from xllm_compile.progress import NoProgress, TerminalProgress
+
+    if is_quiet:
+        build(config, NoProgress())
+        return
+    with TerminalProgress() as progress:
+        result = build(config, progress)
+    if result.is_up_to_date:
+        click.echo(f"{result.output} is up to date ({result.seconds:.1f} s)", err=True)
+    else:
+        reused = result.num_graphs - result.num_compiled
+        click.echo(
+            f"{result.output}: {result.num_compiled} graphs compiled, {reused} reused, {result.seconds:.1f} s", err=True
+        )
+
+
+def default_output(model_dir: Path) -> Path:
+    resolved = model_dir.resolve()
+    return resolved.with_name(resolved.name + ".xllm")
+
+
+def error_line(err: BaseException) -> str:
+    """One line for the user, with the next step where the error does not name one itself."""
+    import errno
+
+    if isinstance(err, OSError) and err.errno == errno.ENOSPC:
+        return f"disk full while writing {err.filename or 'the artifact'}; free some space or choose another -o"
+    return " ".join(str(err).split()) or type(err).__name__
+
+
+if __name__ == "__main__":
+    main()

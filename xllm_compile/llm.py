@@ -1,0 +1,41 @@
+"""The offline interface: ``LLM(path).generate(prompts, SamplingParams(...))``, in vLLM's shape."""
+
+import os
+from pathlib import Path
+
+from xllm_compile.model_cache import artifact_of
+from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.llm import LLMBase
+
+
+class LLM(LLMBase):
+    """A model or an artifact, opened for offline generation.
+
+    model: an artifact, or a Hugging Face model directory, which is compiled into the user's cache on first use
+    (with a progress bar on a terminal). dtype: auto, bfloat16 or float32; an artifact has its own.
+    max_model_len, max_num_seqs and kv_memory_bytes bound the instance as in runtime.instance.InstanceConfig.
+    Raises ValueError, OSError and the build's errors, each naming the next step.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        kv_memory_bytes: int | None = None,
+        enforce_eager: bool = False,
+    ) -> None:
+        root = artifact_of(Path(model), dtype=dtype, max_model_len=max_model_len)
+        instance = open_instance(
+            root,
+            InstanceConfig(
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                kv_memory_bytes=kv_memory_bytes,
+                enforce_eager=enforce_eager,
+            ),
+        )
+        super().__init__(instance.engine)
+        self.instance = instance

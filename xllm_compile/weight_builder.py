@@ -1,0 +1,61 @@
+"""From checkpoint tensors to the weights file of an artifact: concatenate, convert, pack, stream to disk."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from xllm_compile.models.checkpoint import Checkpoint
+from xllm_compile.runtime.ops.reference import pack_weight
+from xllm_compile.runtime.ops.spec import WeightSpec
+from xllm_compile.runtime.program import RegionProgram
+from xllm_compile.runtime.weights import write_weights
+
+
+def artifact_weights(programs: Sequence[RegionProgram]) -> list[WeightSpec]:
+    """Every weight of the artifact with its layer number filled in; one that two regions share is there once."""
+    specs: dict[str, WeightSpec] = {}
+    for program in programs:
+        for layer in program.layers or (0,):
+            for template in program.weights:
+                spec = replace(
+                    template,
+                    name=template.name.format(layer=layer),
+                    sources=tuple(source.format(layer=layer) for source in template.sources),
+                )
+                if specs.setdefault(spec.name, spec) != spec:
+                    raise AssertionError(f"regions disagree on weight {spec.name}: {specs[spec.name]} and {spec}")
+    return list(specs.values())
+
+
+def weights_key(checkpoint_hash: str, specs: Sequence[WeightSpec], computed: Mapping[str, Tensor]) -> str:
+    """Equal keys mean equal weights files."""
+    digest = xxhash.xxh3_128(repr((checkpoint_hash, sorted(map(repr, specs)))).encode())
+    for name in sorted(computed):
+        digest.update(name.encode() + computed[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build_weights(
+    path: Path,
+    checkpoint: Checkpoint,
+    computed: Mapping[str, Tensor],
+    specs: Sequence[WeightSpec],
+    on_tensor: Callable[[int], None],
+) -> None:
+    """Write the weights file. ``computed`` holds sources that no checkpoint stores (rotary frequencies)."""
+
+    def source(name: str, dtype: torch.dtype) -> Tensor:
+        tensor = computed[name] if name in computed else checkpoint.tensor(name)
+        return tensor.to(dtype)
+
+    def make(spec: WeightSpec) -> Tensor:
+        dtype = getattr(torch, spec.dtype)
+        parts = [source(name, dtype) for name in spec.sources]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return pack_weight(whole) if spec.is_packed else whole
+
+    write_weights(path, specs, make, on_tensor)
