@@ -8,7 +8,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
@@ -173,7 +173,7 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         prompt_text: str | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come. Leaving the loop early or cancelling aborts the request.
 
         Raises what `submit` raises, at the first step of the iteration.

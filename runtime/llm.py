@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol, TypedDict, cast
+from typing import Any, Protocol, cast
 
 from xllm_compile.runtime.chat_template import Message
 from xllm_compile.runtime.engine import Engine
@@ -16,12 +16,8 @@ from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingPara
 from xllm_compile.runtime.sequence import Request
 from xllm_compile.runtime.tokenizer import Tokenizer
 
-
-class TokensPrompt(TypedDict):
-    prompt_token_ids: list[int]
-
-
-Prompt = str | Sequence[int] | TokensPrompt
+# The mapping is {"prompt_token_ids": [...]}.
+Prompt = str | Sequence[int] | Mapping[str, Sequence[int]]
 Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
