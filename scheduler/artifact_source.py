@@ -1,6 +1,5 @@
 """What `xllm-serve ARTIFACT` was given: an artifact, or a model directory that has to be compiled first."""
 
-import hashlib
 import logging
 import os
 import subprocess
@@ -8,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,11 @@ def compile_estimate(model_dir: Path) -> str:
 
 def _compile(model_dir: Path, options: Mapping[str, Any]) -> Path:
     """Run the compiler as its own process: the server must not carry it. A build that is up to date is a quick no."""
-    output = cache_path(model_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    max_model_len = options["max_model_len"]
+    output = cached_artifact(model_dir, max_model_len)
     command = [sys.executable, "-m", "xllm_compile.cli", str(model_dir), "-o", str(output)]
-    for option in ("max_model_len", "max_num_batched_tokens"):
-        if options[option] is not None:
-            command += [f"--{option.replace('_', '-')}", str(options[option])]
+    if max_model_len is not None:
+        command += ["--max-model-len", str(max_model_len)]
     logger.info("compiling %s into %s", model_dir, output)
     # stdout is for the ready line alone.
     done = subprocess.run(command, stdout=sys.stderr, check=False)
@@ -53,10 +53,10 @@ def _compile(model_dir: Path, options: Mapping[str, Any]) -> Path:
     return output
 
 
-def cache_path(model_dir: Path) -> Path:
-    """One place per model directory under $XDG_CACHE_HOME; the compiler sees by itself when the model changed."""
-    resolved = model_dir.resolve()
+def cached_artifact(model_dir: Path, max_model_len: int | None) -> Path:
+    """The place where xllm_compile.model_cache, which serving may not import, keeps the same artifact."""
     root = os.environ.get("XDG_CACHE_HOME")
     cache = Path(root) if root else Path.home() / ".cache"
-    digest = hashlib.sha256(str(resolved).encode()).hexdigest()[:12]
-    return cache / "xllm-compile" / "models" / f"{resolved.name}-{digest}.xllm"
+    resolved = model_dir.resolve()
+    digest = xxhash.xxh3_64(f"{resolved}\0auto\0{max_model_len}".encode()).hexdigest()
+    return cache / "xllm-compile" / "artifacts" / f"{resolved.name}-{digest}.xllm"

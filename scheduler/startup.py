@@ -46,15 +46,18 @@ def serve(options: Mapping[str, Any]) -> int:
 
 def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> "Instance":
     """The one place that turns options into the instance's configuration."""
+    import torch
+
     from xllm_compile.runtime.instance import InstanceConfig, open_instance
 
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
     names = {
         "max_num_seqs": "max_num_seqs",
         "max_num_batched_tokens": "max_num_batched_tokens",
         "max_model_len": "max_model_len",
         "kv_memory": "kv_memory_bytes",
         "max_waiting": "max_waiting",
-        "threads": "num_threads",
     }
     given = {field: options[option] for option, field in names.items() if options[option] is not None}
     return open_instance(artifact, InstanceConfig(**given))
