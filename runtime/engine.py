@@ -11,15 +11,18 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from xllm_compile.runtime.batch import Batch, build_batch
 from xllm_compile.runtime.detokenizer import make_detokenizer
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.local_scheduler import Limits, Schedule, check_queue, schedule
-from xllm_compile.runtime.output_processor import append_token, decoded_logprobs, finish_length, make_output
+from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
 from xllm_compile.runtime.outputs import EngineStats, RequestMetrics, RequestOutput
-from xllm_compile.runtime.sampler import SampledToken, SamplingFailure, SamplingState, sample, token_logprobs
+from xllm_compile.runtime.sampler import (
+    SampledToken,
+    SamplingFailure,
+    SamplingState,
+    sample,
+)
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
 from xllm_compile.runtime.step import ModelRunner
@@ -164,7 +167,7 @@ class Engine:
             batch = build_batch(plan.chunks)
             logits = self._runner.execute(batch.step)
             self._advance(plan)
-            self._collect_prompt_logprobs(batch, logits)
+            collect_prompt_logprobs(batch.prompt_rows, logits, self.tokenizer)
             sampled = sample(logits[: len(batch.sampled)], [sequence.sampling for sequence in batch.sampled])
             self._postprocess(batch, sampled, changed)
         outputs = (make_output(request) for request in changed.values())
@@ -221,14 +224,6 @@ class Engine:
         self._stats.num_steps += 1
         for sequence, count in plan.chunks:
             sequence.num_computed_tokens += count
-
-    def _collect_prompt_logprobs(self, batch: Batch, logits: Tensor) -> None:
-        for rows in batch.prompt_rows:
-            request = rows.sequence.request
-            assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
-            for at, token_id in enumerate(rows.token_ids, start=rows.begin):
-                found = token_logprobs(logits[at], token_id, request.params.prompt_logprobs)
-                request.prompt_logprobs.append(decoded_logprobs(found, self.tokenizer))
 
     def _postprocess(
         self, batch: Batch, sampled: list[SampledToken | SamplingFailure], changed: dict[str, Request]

@@ -1,7 +1,12 @@
 """What a new token means for its sequence, and what the caller gets to see of a request."""
 
+from collections.abc import Sequence as Items
+
+from torch import Tensor
+
+from xllm_compile.runtime.batch import PromptRows
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestOutput
-from xllm_compile.runtime.sampler import SampledToken, TokenLogprobs
+from xllm_compile.runtime.sampler import SampledToken, TokenLogprobs, one_thread, token_logprobs
 from xllm_compile.runtime.sampling_params import RequestOutputKind
 from xllm_compile.runtime.sequence import Request, Sequence
 from xllm_compile.runtime.tokenizer import Tokenizer
@@ -44,11 +49,15 @@ def finish_length(sequence: Sequence) -> None:
         sequence.finish("stop", stop)
 
 
-def decoded_logprobs(found: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
-    return {
-        token_id: Logprob(logprob=logprob, rank=rank, decoded_token=tokenizer.token_text(token_id))
-        for token_id, logprob, rank in zip(found.token_ids, found.logprobs, found.ranks, strict=True)
-    }
+def collect_prompt_logprobs(prompt_rows: Items[PromptRows], logits: Tensor, tokenizer: Tokenizer) -> None:
+    """Append what these rows of logits say of prompt tokens to their requests."""
+    with one_thread():
+        for rows in prompt_rows:
+            request = rows.sequence.request
+            assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
+            for at, token_id in enumerate(rows.token_ids, start=rows.begin):
+                found = token_logprobs(logits[at], token_id, request.params.prompt_logprobs)
+                request.prompt_logprobs.append(_decoded_logprobs(found, tokenizer))
 
 
 def make_output(request: Request) -> RequestOutput | None:
@@ -79,8 +88,15 @@ def make_output(request: Request) -> RequestOutput | None:
 def _append_logprobs(sequence: Sequence, found: TokenLogprobs, tokenizer: Tokenizer) -> None:
     if sequence.logprobs is None:
         sequence.logprobs, sequence.cumulative_logprob = [], 0.0
-    sequence.logprobs.append(decoded_logprobs(found, tokenizer))
+    sequence.logprobs.append(_decoded_logprobs(found, tokenizer))
     sequence.cumulative_logprob = (sequence.cumulative_logprob or 0.0) + found.logprobs[0]
+
+
+def _decoded_logprobs(found: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
+    return {
+        token_id: Logprob(logprob=logprob, rank=rank, decoded_token=tokenizer.token_text(token_id))
+        for token_id, logprob, rank in zip(found.token_ids, found.logprobs, found.ranks, strict=True)
+    }
 
 
 def _has_news(sequence: Sequence) -> bool:

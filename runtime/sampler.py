@@ -11,9 +11,11 @@ R rows of logits, V vocabulary.
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,10 +115,23 @@ class SamplingState:
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken | SamplingFailure]:
-    """Choose one token per row of logits [R, V] float32, which are not changed."""
+    """Choose one token per row of logits [R, V], float32 on the host, which are not changed."""
     if all(state.params.is_greedy and state.params.logprobs is None and not state.edits_logits for state in states):
         return _all_greedy(logits)
-    return [_sample_row(row, state) for row, state in zip(logits, states, strict=True)]
+    with one_thread():
+        return [_sample_row(row, state) for row, state in zip(logits, states, strict=True)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch's loops on the calling thread. One row is too short to share: on a busy machine the wait for the
+    other threads costs up to a hundred times the work."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def token_logprobs(row: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
@@ -133,12 +148,14 @@ def token_logprobs(row: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
 
 
 def _all_greedy(logits: Tensor) -> list[SampledToken | SamplingFailure]:
-    chosen = logits.argmax(dim=1, keepdim=True)
-    # argmax points at a NaN wherever the row has one, so looking at the chosen value is enough.
-    usable = logits.gather(1, chosen).isfinite()
+    rows = logits.numpy()
+    # numpy's argmax is vectorised and torch's is not: 0.15 against 2 ms for 16 rows of 151936.
+    chosen = rows.argmax(axis=1)
+    # It points at a NaN wherever the row has one, so looking at the chosen value is enough.
+    usable = np.isfinite(rows[np.arange(len(rows)), chosen])
     return [
         SampledToken(token_id=token_id) if is_usable else _failure(logits[row])
-        for row, (token_id, is_usable) in enumerate(zip(chosen[:, 0].tolist(), usable[:, 0].tolist(), strict=True))
+        for row, (token_id, is_usable) in enumerate(zip(chosen.tolist(), usable.tolist(), strict=True))
     ]
 
 
@@ -148,7 +165,7 @@ def _sample_row(row: Tensor, state: SamplingState) -> SampledToken | SamplingFai
     edited = state.edited(row) if state.edits_logits else row
     if not edited.amax().isfinite():
         return SamplingFailure(reason="min_tokens and logit_bias leave no token to choose; relax them")
-    token_id = int(edited.argmax()) if state.params.is_greedy else _draw(edited, state)
+    token_id = int(edited.numpy().argmax()) if state.params.is_greedy else _draw(edited, state)
     num_top = state.params.logprobs
     logprobs = None if num_top is None else token_logprobs(row, token_id, num_top)
     return SampledToken(token_id=token_id, logprobs=logprobs)
