@@ -39,7 +39,7 @@ from xllm_compile.workers import build_kernels, compile_graph, worker_pool
 
 GRAPH_STORE_BYTES = 2 << 30
 _WORKER_BYTES = 900 << 20
-_MAX_LOGITS_BUCKET = 32
+_MAX_LOGITS_BUCKET = 8
 
 
 class BuildError(ValueError):

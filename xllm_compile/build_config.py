@@ -8,7 +8,7 @@ from pathlib import Path
 from xllm_compile.models.config import DTYPES
 
 TARGETS = ("cpu",)
-MAX_BUCKETS_BY_DEFAULT = 8
+MAX_BUCKETS_BY_DEFAULT = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
