@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 def byte_tokenizer(generation_defaults: dict[str, float] | None = None) -> Tokenizer:
     """Token id = byte value; 256 is end-of-sequence."""
-    vocab = {char: byte for char, byte in BYTE_OF_CHAR.items()}
+    vocab = dict(BYTE_OF_CHAR.items())
     raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()

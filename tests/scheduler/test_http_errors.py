@@ -5,6 +5,7 @@ import json
 
 import httpx
 import pytest
+
 from xllm_compile.scheduler import http_io
 from xllm_compile.scheduler.errors import ApiError
 from xllm_compile.scheduler.http_api import build_app

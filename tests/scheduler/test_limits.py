@@ -1,6 +1,7 @@
 import asyncio
 
 import pytest
+
 from xllm_compile.scheduler.errors import ApiError
 from xllm_compile.scheduler.limits import StreamLimiter
 

@@ -1,4 +1,5 @@
 import pytest
+
 from xllm_compile.runtime.sampling_params import RequestOutputKind
 from xllm_compile.scheduler import openai_params
 from xllm_compile.scheduler.errors import ApiError

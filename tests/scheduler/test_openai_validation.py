@@ -1,4 +1,5 @@
 import pytest
+
 from xllm_compile.scheduler.errors import ApiError
 from xllm_compile.scheduler.openai_types import ChatCompletionRequest, CompletionRequest
 from xllm_compile.scheduler.openai_validation import parse_body

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import xllm_compile
 
 ROOT = Path(xllm_compile.__file__).resolve().parents[1]

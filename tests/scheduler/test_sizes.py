@@ -1,4 +1,5 @@
 import pytest
+
 from xllm_compile.scheduler.sizes import parse_size
 
 
