@@ -1,6 +1,5 @@
 """xllm-compile: a Hugging Face model directory in, an artifact out."""
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,8 +84,6 @@ def main(
         click.echo("xllm-compile: interrupted; nothing was written", err=True)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as err:
-        if os.environ.get("XLLM_TRACEBACK"):
-            raise
         click.echo(f"xllm-compile: error: {error_line(err)}", err=True)
         sys.exit(2)
 

@@ -31,7 +31,7 @@ def artifact_of(model: Path, *, dtype: str = "auto", max_model_len: int | None =
     done = subprocess.run(command, stderr=None if sys.stderr.isatty() else subprocess.PIPE, text=True)
     if done.returncode:
         reason = (done.stderr or "see above").strip().splitlines()[-1]
-        raise ValueError(f"compiling {model} failed: {reason}")
+        raise ValueError(f"compiling {model} failed: {reason.removeprefix('xllm-compile: error: ')}")
     return output
 
 
