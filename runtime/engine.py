@@ -81,7 +81,6 @@ class Engine:
         self._running: list[Sequence] = []
         self._ended: dict[str, Request] = {}
         """Requests that ended between steps; the next step reports them."""
-        self._num_arrived = 0
         self._stats = EngineStats(kv_tokens_total=kv_cache.total_tokens)
 
     @property
@@ -140,8 +139,6 @@ class Engine:
             raise ValueError(f"request_id={request.request_id!r} is already in use; choose another")
         self._requests[request.request_id] = request
         for sequence in request.sequences:
-            sequence.arrival = self._num_arrived
-            self._num_arrived += 1
             self._waiting.append(sequence)
 
     def abort(self, request_id: str) -> None:
@@ -281,7 +278,6 @@ class Engine:
         return Sequence(
             request=request,
             index=index,
-            arrival=-1,
             token_ids=list(request.prompt_token_ids),
             sampling=SamplingState(
                 params, request.prompt_token_ids, stop_ids=(*eos_token_ids, *params.stop_token_ids), index=index

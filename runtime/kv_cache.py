@@ -193,7 +193,13 @@ def _layer_bytes(config: KVCacheConfig) -> int:
 
 def _reserve(num_bytes: int) -> mmap.mmap:
     # Private, because MADV_DONTNEED gives nothing back on shared anonymous memory.
-    mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    try:
+        mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except (OSError, OverflowError) as err:
+        raise ValueError(
+            f"the system refuses {num_bytes} bytes of addresses for one layer's KV cache ({err}); lower num_slots or "
+            "max_model_len, or set vm.overcommit_memory to 0 or 1"
+        ) from err
     # A huge page would bring 2 MiB per slot and layer on the first token, and the budget would mean nothing.
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         mapping.madvise(mmap.MADV_NOHUGEPAGE)

@@ -24,14 +24,14 @@ def append_token(sequence: Sequence, sampled: SampledToken, tokenizer: Tokenizer
     if sampled.logprobs is not None:
         _append_logprobs(sequence, sampled.logprobs, tokenizer)
 
-    if sequence.num_output_tokens > params.min_tokens:
-        is_eos = token_id in tokenizer.eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids:
-            if params.include_stop_str_in_output:
-                sequence.detokenizer.push(token_id, may_stop=False)
-            sequence.detokenizer.finish()
-            sequence.finish("stop", None if is_eos else token_id)
-            return
+    # Before min_tokens the sampler does not choose these.
+    is_eos = token_id in tokenizer.eos_token_ids and not params.ignore_eos
+    if is_eos or token_id in params.stop_token_ids:
+        if params.include_stop_str_in_output:
+            sequence.detokenizer.push(token_id, may_stop=False)
+        sequence.detokenizer.finish()
+        sequence.finish("stop", None if is_eos else token_id)
+        return
 
     stop = sequence.detokenizer.push(token_id, may_stop=sequence.num_output_tokens > params.min_tokens)
     if stop is not None:

@@ -178,10 +178,10 @@ def _draw(row: Tensor, state: SamplingState) -> int:
     )
     # In float64 the sum over a large vocabulary keeps its small terms.
     cumulative = kept.weights.cumsum(0, dtype=torch.float64)
-    total = cumulative[-1].item()
-    target = min(state.uniform() * total, math.nextafter(total, 0.0))
+    # At most 1 - 2**-53 times the total, which float64 rounds to a number below it: the search ends inside.
+    target = state.uniform() * cumulative[-1:]
     # right=True passes over tokens of weight zero.
-    at = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64), right=True))
+    at = int(torch.searchsorted(cumulative, target, right=True))
     return at if kept.token_ids is None else int(kept.token_ids[at])
 
 

@@ -26,8 +26,6 @@ class Sequence:
     request: "Request"
     index: int
     """Which of the request's n completions."""
-    arrival: int
-    """Order of arrival over all sequences of the engine."""
     token_ids: list[int]
     """Prompt, then output. After a preemption all of it is computed again."""
     sampling: SamplingState

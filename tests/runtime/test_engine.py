@@ -113,6 +113,24 @@ def test_preemption_keeps_every_stream_identical(make_engine: EngineFactory) -> 
             assert length == position + 1 or (length in by_length and position < length)
 
 
+def test_several_preempted_in_one_step_keep_their_order(make_engine: EngineFactory) -> None:
+    engine, runner = make_engine(max_model_len=64, total_tokens=64)
+    engine.add_request("a", [50] * 30, SamplingParams(max_tokens=None, **GREEDY))
+    while engine.stats().kv_tokens_used < 61:
+        engine.step()
+    engine.add_request("b", [51], SamplingParams(max_tokens=3, **GREEDY))
+    engine.add_request("c", [52], SamplingParams(max_tokens=3, **GREEDY))
+    engine.step()
+    assert (engine.stats().kv_tokens_used, engine.stats().num_running) == (64, 3)
+    (last_of_a,) = engine.step()
+    assert (engine.stats().num_preemptions, engine.stats().num_waiting) == (2, 2)
+    assert last_of_a.outputs[0].token_ids == runner.greedy([50] * 30, 34)
+    assert [output.request_id for output in engine.step()] == ["b", "c"]
+    final = run(engine)
+    assert final["b"].outputs[0].token_ids == runner.greedy([51], 3)
+    assert final["c"].outputs[0].token_ids == runner.greedy([52], 3)
+
+
 def test_seeded_sampling_survives_preemption_and_company(make_engine: EngineFactory) -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=25, ignore_eos=True)
     alone, _ = make_engine()

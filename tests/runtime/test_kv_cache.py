@@ -54,6 +54,11 @@ def test_budget_below_one_sequence_names_numbers_and_next_step() -> None:
         dataclasses.replace(CONFIG, num_slots=0)
 
 
+def test_addresses_that_cannot_be_reserved_name_the_next_step() -> None:
+    with pytest.raises(ValueError, match=r"refuses \d+ bytes of addresses.*lower num_slots or max_model_len"):
+        KVCache(dataclasses.replace(CONFIG, num_slots=2**50))
+
+
 def test_layers_have_the_agreed_shape_and_start_as_zeros() -> None:
     cache = KVCache(CONFIG)
     assert [tuple(layer.shape) for layer in cache.layers] == [(6, 100, 2, 1, 8)] * 2

@@ -167,6 +167,17 @@ def test_stop_tokens_are_masked_until_min_tokens(temperature: float) -> None:
     assert sample_ids(logits, [one]) == [4]
 
 
+@pytest.mark.parametrize(("drawn", "chosen"), [(0.0, 1), (math.nextafter(1.0, 0.0), 3)])
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.999999}])
+def test_the_ends_of_the_distribution_never_give_an_impossible_token(params: dict, drawn: float, chosen: int) -> None:
+    class Edge(SamplingState):
+        def uniform(self) -> float:
+            return drawn
+
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf, 0.5, -math.inf]])
+    assert sample_ids(logits, [Edge(SamplingParams(**params), ())]) == [chosen]
+
+
 def test_a_seeded_request_does_not_depend_on_its_batch() -> None:
     row = make_logits(1, 500)
 
