@@ -76,6 +76,9 @@ class CompiledModelRunner:
         for region, kv_cache, weights in self._layers:
             hidden = self._token_graphs.graph(region, choice)([hidden, *metadata, kv_cache, *weights])[0]
         num_rows = len(step.logits_at)
+        if num_rows == 0:
+            # A chunk in the middle of a prompt: the head's weights, a good part of the model, need not be read.
+            return torch.empty(0, self.vocab_size)
         head = self._head_graphs.choose(num_rows)
         logits = self._head_graphs.graph("head", head)(
             [hidden, _padded(step.logits_at, head.size), *self._head_weights]
