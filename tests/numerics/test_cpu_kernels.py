@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,18 @@ def ops(request: pytest.FixtureRequest, kernel_folder: Path) -> native.Kernels:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def single_thread() -> Iterator[None]:
+    """Seeds, and keeps small cases from waiting for threads on a busy machine; tests of sharing ask for threads."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads(single_thread: None) -> None:
+    torch.set_num_threads(2)
 
 
 def make_cache(slots: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -60,8 +70,8 @@ def ints(*values: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 15, 16, 17, 128, 1024, 1100])
-@pytest.mark.parametrize("rows", [0, 1, 5, 40])
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 128, 1100])
+@pytest.mark.parametrize("rows", [0, 1, 5])
 def test_norms(ops: native.Kernels, dtype: torch.dtype, width: int, rows: int) -> None:
     x = torch.randn(rows, 2 * width + 3).to(dtype)[:, 2 : 2 + width]
     residual = torch.randn(rows, width).to(dtype)
@@ -71,6 +81,15 @@ def test_norms(ops: native.Kernels, dtype: torch.dtype, width: int, rows: int) -
     want, want_total = reference.add_rms_norm(x, residual, weight, 1e-5)
     assert_close(got, want, **TOLERANCE[dtype])
     assert_close(total, want_total, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_wise_operators_share_rows(ops: native.Kernels, two_threads: None, dtype: torch.dtype) -> None:
+    """Enough rows for several threads."""
+    x, weight = torch.randn(40, 1024).to(dtype), torch.randn(1024).to(dtype)
+    assert_close(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), **TOLERANCE[dtype])
+    assert_close(ops.add_rms_norm(x, x, weight, 1e-6), reference.add_rms_norm(x, x, weight, 1e-6), **TOLERANCE[dtype])
+    assert_close(ops.silu_mul(x), reference.silu_mul(x), **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +155,7 @@ def test_kv_write(ops: native.Kernels, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 6, 7, 11, 12, 13, 24, 25, 100])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 6, 7, 11, 12, 13, 25])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (65, 33), (1, 1), (96, 31), (130, 300)])
 def test_packed_linear(ops: native.Kernels, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
     x = torch.randn(rows, inputs + 5).to(dtype)[:, 3 : 3 + inputs]
@@ -151,7 +170,7 @@ def test_packed_linear(ops: native.Kernels, dtype: torch.dtype, rows: int, input
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_linear_many_blocks(ops: native.Kernels, dtype: torch.dtype) -> None:
+def test_packed_linear_many_blocks(ops: native.Kernels, two_threads: None, dtype: torch.dtype) -> None:
     """Several column groups and row parts, and blocks that lie apart."""
     weight = native.pack_weight(torch.randn(1200, 512).to(dtype) / 16)
     apart = torch.stack([weight, weight], dim=1)[:, 0]
@@ -215,7 +234,7 @@ def test_attention_decode_edges(ops: native.Kernels, dtype: torch.dtype, context
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_long_prefill(ops: native.Kernels, dtype: torch.dtype) -> None:
+def test_attention_long_prefill(ops: native.Kernels, two_threads: None, dtype: torch.dtype) -> None:
     check_attention(ops, attention_case(dtype, [700, 30], [700, 1200], 4, 2, 64))
 
 
@@ -241,15 +260,11 @@ def test_rows_do_not_depend_on_the_batch(ops: native.Kernels, dtype: torch.dtype
         assert torch.equal(ops.packed_linear(x[begin:end], weight, None, 320, True), whole[begin:end])
     q, cache, _, _, slot = attention_case(dtype, [1300], [1300], 4, 2, 128)
     prefill = ops.attention(q, cache, ints(0, 1300), ints(1300), slot, 0.1, 0)
-    threads = torch.get_num_threads()
     for position in (0, 5, 63, 700, 1299):
         one = q[position : position + 1]
-        for count in (1, threads):
-            torch.set_num_threads(count)
-            try:
-                decode = ops.attention(one, cache, ints(0, 1), ints(position + 1), slot, 0.1, 0)
-            finally:
-                torch.set_num_threads(threads)
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            decode = ops.attention(one, cache, ints(0, 1), ints(position + 1), slot, 0.1, 0)
             assert torch.equal(decode, prefill[position : position + 1]), position
 
 

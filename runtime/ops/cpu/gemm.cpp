@@ -52,10 +52,6 @@ void block_tile(const Job& job, const uint32_t* a, int64_t row, int64_t block) {
   }
 }
 
-// Blocks taken at once: enough independent accumulators to hide the latency of the multiply-adds, within the registers.
-template <int R>
-constexpr int kWide = R == 1 ? 4 : R == 2 ? (kTileRows >= 8 ? 4 : 2) : R <= 4 && kTileRows >= 8 ? 2 : 1;
-
 template <class T, class Out, int R>
 void tile_columns(const Job& job, const uint32_t* a, int64_t row, int64_t begin, int64_t end) {
   int64_t block = begin;

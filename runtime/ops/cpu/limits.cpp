@@ -30,7 +30,10 @@ double multiply_pass(int64_t steps, float* sink) {
   const uint32_t one = kPair<T> == 2 ? 0x3f803f80u : 0x3f800000u;
 #pragma omp parallel reduction(+ : total)
   {
-    vf acc[16] = {};
+    // Different starts keep the compiler from computing one accumulator for all.
+    vf acc[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) acc[i] = splat(float(i));
     auto a = Dot<T>::broadcast(&one), b = Dot<T>::broadcast(&one);
     for (int64_t k = 0; k < steps; ++k) {
 #pragma GCC unroll 16

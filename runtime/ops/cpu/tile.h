@@ -24,6 +24,10 @@ struct Dot;
 template <>
 struct Dot<float> {
   using Operand = vf;
+  // Operands of a column tile read from plain rows: one row per unit for float32, two for bfloat16.
+  static XLLM_INLINE void from_rows(const float* row, const float*, Operand (&to)[kTileVecs]) {
+    for (int v = 0; v < kTileVecs; ++v) to[v] = load(row + v * kLanes);
+  }
   static XLLM_INLINE Operand vector(const uint32_t* p) { return load_raw<vf>(p); }
   static XLLM_INLINE Operand broadcast(const uint32_t* p) {
     float x;
@@ -37,6 +41,15 @@ template <>
 struct Dot<bf16> {
 #if defined(XLLM_AVX512) && defined(__AVX512BF16__)
   using Operand = __m512bh;
+  static XLLM_INLINE void from_rows(const bf16* even, const bf16* odd, Operand (&to)[kTileVecs]) {
+    alignas(64) static constexpr uint16_t kOrder[64] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    to[0] = (Operand)_mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder), b);
+    to[1] = (Operand)_mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder + 32), b);
+  }
   static XLLM_INLINE Operand vector(const uint32_t* p) { return (Operand)_mm512_loadu_si512(p); }
   static XLLM_INLINE Operand broadcast(const uint32_t* p) { return (Operand)_mm512_set1_epi32(int(*p)); }
   static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
@@ -44,6 +57,9 @@ struct Dot<bf16> {
   struct Operand {
     vf even, odd;
   };
+  static XLLM_INLINE void from_rows(const bf16* even, const bf16* odd, Operand (&to)[kTileVecs]) {
+    for (int v = 0; v < kTileVecs; ++v) to[v] = {load(even + v * kLanes), load(odd + v * kLanes)};
+  }
   static XLLM_INLINE Operand split(vu pairs) { return {as_float(pairs << 16), as_float(pairs & 0xffff0000u)}; }
   static XLLM_INLINE Operand vector(const uint32_t* p) { return split(load_raw<vu>(p)); }
   static XLLM_INLINE Operand broadcast(const uint32_t* p) { return split(vu{} + *p); }
@@ -86,6 +102,11 @@ XLLM_INLINE void unrolled_copy(const vf (&from)[R][V], vf (&to)[R][V]) {
   }
 }
 
+// Column tiles (kTileColumns) taken at once for R rows: enough independent accumulators to hide the latency of the
+// multiply-adds (6 cycles on Zen 4), at most 16 of them.
+template <int R>
+constexpr int kWide = R <= 2 ? (kTileRows >= 8 ? 4 : 4 / R) : R <= 4 && kTileRows >= 8 ? 2 : 1;
+
 // Rows of a tile number `tile` of `tiles` when `rows` are spread evenly: 13 rows are 7 + 6, not 12 + 1.
 struct Span {
   int64_t begin, end;
@@ -94,54 +115,75 @@ XLLM_INLINE Span even_span(int64_t total, int64_t parts, int64_t index) {
   return {total * index / parts, total * (index + 1) / parts};
 }
 
-// [count rows][columns] -> dst[unit * ld + row]: the transpose in units, count <= 16. Rows lie row_stride apart.
-template <class T>
-inline void transpose_units(const T* const* rows, int count, int64_t columns, uint32_t* dst, int64_t ld) {
+#if defined(XLLM_AVX512)
+// 16 x 16 units in registers. kWhole drops the masks: masked stores cost several times plain ones on Zen 4.
+template <bool kWhole>
+XLLM_INLINE void transpose_block(const uint32_t* const* rows, int count, int64_t unit, int wide, uint32_t* dst,
+                                 int64_t ld) {
+  const __mmask16 row_mask = __mmask16((1u << count) - 1), unit_mask = __mmask16((1u << wide) - 1);
+  __m512i r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (kWhole)
+      r[i] = _mm512_loadu_si512(rows[i] + unit);
+    else
+      r[i] = i < count ? _mm512_maskz_loadu_epi32(unit_mask, rows[i] + unit) : _mm512_setzero_si512();
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (kWhole)
+      _mm512_storeu_si512(dst + (unit + i) * ld, r[i]);
+    else if (i < wide)
+      _mm512_mask_storeu_epi32(dst + (unit + i) * ld, row_mask, r[i]);
+  }
+}
+#endif
+
+// [count rows][columns] -> dst[unit * ld + row]: the transpose in units, for at most 16 rows. Calls between() after
+// every 16 units: a place to issue prefetches.
+template <class T, class F>
+XLLM_INLINE void transpose_units(const T* const* rows, int count, int64_t columns, uint32_t* dst, int64_t ld,
+                                 F between) {
   const int64_t whole = columns / kPair<T>;
   int64_t u = 0;
 #if defined(XLLM_AVX512)
-  const __mmask16 row_mask = __mmask16((1u << count) - 1);
-  for (; u < whole; u += 16) {
-    const int wide = whole - u < 16 ? int(whole - u) : 16;
-    const __mmask16 unit_mask = __mmask16((1u << wide) - 1);
-    __m512i r[16], t[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
-      r[i] = i < count ? _mm512_maskz_loadu_epi32(unit_mask, reinterpret_cast<const uint32_t*>(rows[i]) + u)
-                       : _mm512_setzero_si512();
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 2) {
-      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 4) {
-      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; ++i) {
-      t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-      t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-      t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-      t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; ++i) {
-      r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-      r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-      r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-      r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
-      if (i < wide) _mm512_mask_storeu_epi32(dst + (u + i) * ld, row_mask, r[i]);
-  }
+  const uint32_t* units[16];
+  for (int i = 0; i < 16; ++i) units[i] = reinterpret_cast<const uint32_t*>(rows[i < count ? i : 0]);
+  if (count == 16)
+    for (; u + 16 <= whole; u += 16, between()) transpose_block<true>(units, 16, u, 16, dst, ld);
+  for (; u < whole; u += 16, between())
+    transpose_block<false>(units, count, u, whole - u < 16 ? int(whole - u) : 16, dst, ld);
 #else
-  for (; u < whole; ++u)
+  for (; u < whole; ++u) {
     for (int i = 0; i < count; ++i) std::memcpy(dst + u * ld + i, rows[i] + u * kPair<T>, 4);
+    if (u % 16 == 15 || u + 1 == whole) between();
+  }
 #endif
   if (columns % kPair<T> != 0) {
     for (int i = 0; i < count; ++i) {
@@ -150,6 +192,10 @@ inline void transpose_units(const T* const* rows, int count, int64_t columns, ui
       dst[whole * ld + i] = unit;
     }
   }
+}
+template <class T>
+inline void transpose_units(const T* const* rows, int count, int64_t columns, uint32_t* dst, int64_t ld) {
+  transpose_units(rows, count, columns, dst, ld, [] {});
 }
 
 }  // namespace xllm

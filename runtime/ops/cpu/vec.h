@@ -54,7 +54,25 @@ XLLM_INLINE vf splat(float x) { return x - vf{}; }
 XLLM_INLINE vf as_float(vu v) { return (vf)v; }
 XLLM_INLINE vu as_bits(vf v) { return (vu)v; }
 
-XLLM_INLINE vf widen(vh v) { return as_float(__builtin_convertvector(v, vu) << 16); }
+// GCC 12 splits __builtin_convertvector of these widths into halves; the intrinsics are one instruction.
+XLLM_INLINE vu zero_extend(vh v) {
+#if defined(XLLM_AVX512)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, vu);
+#endif
+}
+XLLM_INLINE vh truncate(vu v) {
+#if defined(XLLM_AVX512)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, vh);
+#endif
+}
+
+XLLM_INLINE vf widen(vh v) { return as_float(zero_extend(v) << 16); }
 
 XLLM_INLINE vh narrow(vf v) {
 #if defined(XLLM_AVX512) && defined(__AVX512BF16__)
@@ -63,7 +81,7 @@ XLLM_INLINE vh narrow(vf v) {
   const vu bits = as_bits(v);
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vi is_nan = v != v;
-  return __builtin_convertvector((vu)(is_nan ? (vi{} + 0x7fc0) : (vi)rounded), vh);
+  return truncate((vu)(is_nan ? (vi{} + 0x7fc0) : (vi)rounded));
 #endif
 }
 

@@ -1,0 +1,131 @@
+#include "parallel.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <mutex>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace xllm {
+namespace {
+
+// About 50 us: longer than the gaps between the kernels of a layer, short against a scheduler slice.
+constexpr int kSpins = 2000;
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t seen) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+
+void futex_wake_all(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+// Spin, then sleep, until word is no longer `seen`.
+uint32_t wait_while_equal(std::atomic<uint32_t>& word, std::atomic<uint32_t>& sleepers, uint32_t seen) {
+  for (int spin = 0; spin < kSpins; ++spin) {
+    const uint32_t now = word.load(std::memory_order_acquire);
+    if (now != seen) return now;
+    pause();
+  }
+  // Sequentially consistent with the waker's store and load: either it sees a sleeper, or we see its store.
+  sleepers.fetch_add(1);
+  uint32_t now;
+  while ((now = word.load()) == seen) futex_wait(word, seen);
+  sleepers.fetch_sub(1);
+  return now;
+}
+
+struct Pool {
+  std::mutex busy;
+  int workers = 0;
+  ThreadFunction function = nullptr;
+  void* argument = nullptr;
+  int threads = 0;
+  alignas(64) std::atomic<uint32_t> round{0};
+  std::atomic<uint32_t> sleeping_workers{0};
+  alignas(64) std::atomic<uint32_t> remaining{0};
+  std::atomic<uint32_t> sleeping_caller{0};
+
+  void finish() {
+    if (remaining.fetch_sub(1) == 1 && sleeping_caller.load() > 0) futex_wake_all(remaining);
+  }
+
+  void start_workers(int wanted) {
+    while (workers < wanted) {
+      const int thread = ++workers;
+      // A worker that starts now has not seen the present round: no region is open while the pool is held.
+      const uint32_t seen = round.load();
+      std::thread([this, thread, seen] { work(thread, seen); }).detach();
+    }
+  }
+
+  void work(int thread, uint32_t seen) {
+    for (;;) {
+      seen = wait_while_equal(round, sleeping_workers, seen);
+      // The caller changes these fields only after every worker has finished the round.
+      if (thread < threads) function(argument, thread, threads);
+      finish();
+    }
+  }
+
+  void run(int wanted, ThreadFunction region, void* region_argument) {
+    start_workers(wanted - 1);
+    function = region;
+    argument = region_argument;
+    threads = wanted;
+    remaining.store(uint32_t(workers));
+    round.fetch_add(1);
+    if (sleeping_workers.load() > 0) futex_wake_all(round);
+    region(region_argument, 0, wanted);
+    for (uint32_t left; (left = remaining.load(std::memory_order_acquire)) != 0;) {
+      wait_while_equal(remaining, sleeping_caller, left);
+    }
+  }
+};
+
+// Never destroyed: workers outlive static destructors at process exit.
+Pool* g_pool = new Pool;
+std::atomic<int> g_max_threads{0};
+
+// A forked child has none of the workers: it starts with an empty pool.
+const int g_registered = pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
+
+int available_cpus() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
+  return CPU_COUNT(&set);
+}
+
+}  // namespace
+
+int max_threads() {
+  const int chosen = g_max_threads.load(std::memory_order_relaxed);
+  return chosen > 0 ? chosen : available_cpus();
+}
+
+void set_max_threads(int threads) { g_max_threads.store(threads); }
+
+void run_parallel(int threads, ThreadFunction function, void* argument) {
+  Pool& pool = *g_pool;
+  std::unique_lock<std::mutex> held(pool.busy, std::try_to_lock);
+  if (!held.owns_lock()) {
+    for (int thread = 0; thread < threads; ++thread) function(argument, thread, threads);
+    return;
+  }
+  pool.run(threads, function, argument);
+}
+
+}  // namespace xllm
