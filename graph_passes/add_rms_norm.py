@@ -2,7 +2,7 @@
 
 Matches: xllm::rms_norm(aten.add(x, residual)) with both of one shape; other readers of the sum stay.
 Rewrites: (normed, sum) = xllm::add_rms_norm(x, residual, weight, eps).
-Skips: a scaled add (alpha other than 1), a broadcasting add.
+Skips: a scaled add (alpha other than 1), a broadcasting add, operands of two dtypes.
 Numerics: bitwise (the sum is rounded to the model's dtype before it is normed, as in the two operators).
 """
 
@@ -37,6 +37,9 @@ def _match(node: fx.Node, report: PassReport) -> bool:
         return False
     if not all(isinstance(side, fx.Node) and side.meta["val"].shape == add.meta["val"].shape for side in (x, residual)):
         report.skip("broadcasting add")
+        return False
+    if x.meta["val"].dtype != residual.meta["val"].dtype:
+        report.skip("operands of two dtypes")
         return False
     return True
 

@@ -1,9 +1,9 @@
 """Remove what export leaves behind so that every later pattern has one spelling.
 
-Matches: contiguous, clone, alias and detach of values nobody mutates; views and casts that change nothing; asserts
+Matches: contiguous, clone, alias and detach; views and casts that change nothing; asserts
     on symbolic sizes (the runtime, not the graph, guarantees shapes).
 Rewrites: uses read the operand; dead code is dropped.
-Skips: nothing.
+Skips: a copy of a value that the graph writes to.
 Numerics: bitwise.
 """
 
@@ -45,12 +45,26 @@ def canonicalise(region: RegionGraph) -> PassReport:
         if node.target in _ASSERTIONS:
             region.graph.erase_node(node)
             report.matches += 1
+        elif _is_identity(node) and _is_written(args_of(node)[0]):
+            report.skip("copy of a value that is written")
         elif _is_identity(node):
             node.replace_all_uses_with(args_of(node)[0])
             region.graph.erase_node(node)
             report.matches += 1
     region.finish()
     return report
+
+
+def _is_written(value: fx.Node) -> bool:
+    """Whether an operator of the graph writes to the value."""
+    return any(
+        isinstance(user.target, torch._ops.OpOverload)
+        and any(
+            schema.alias_info is not None and schema.alias_info.is_write and given is value
+            for schema, given in zip(user.target._schema.arguments, user.args, strict=False)
+        )
+        for user in value.users
+    )
 
 
 def _is_identity(node: fx.Node) -> bool:

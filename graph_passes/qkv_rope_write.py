@@ -82,9 +82,10 @@ def _rewrite_if_matched(region: RegionGraph, write: fx.Node, query: fx.Node, rep
 def _trace(node: Any) -> _Head | None:
     found: dict[str, Any] = {}
     while isinstance(node, fx.Node):
-        if node.target is xllm.rope.default and "norm" not in found:
+        # From the cache back to the product, each at most once and in this order: rope, head norm, view as heads.
+        if node.target is xllm.rope.default and not found:
             node, found["cos"], found["sin"] = args_of(node)
-        elif node.target is xllm.rms_norm.default:
+        elif node.target is xllm.rms_norm.default and not {"norm", "num_heads"} & found.keys():
             node, found["norm"], found["eps"] = args_of(node)
         elif node.target is aten.view.default and "num_heads" not in found:
             found["num_heads"] = node.meta["val"].shape[1]

@@ -2,7 +2,7 @@
 
 Matches: mul(silu(part 0), part 1) where the two parts are the equal halves of one split_with_sizes.
 Rewrites: xllm::silu_mul on the value that was split.
-Skips: halves of different values, unequal halves.
+Skips: parts of different values, parts that are not the first and second half of the last axis.
 Numerics: silu is no longer rounded to the model's dtype before the product; bitwise in float32.
 """
 
@@ -41,10 +41,12 @@ def _match(node: fx.Node, report: PassReport) -> fx.Node | None:
         report.skip("gate and up are not parts of one product")
         return None
     split, order = first[0], [first[1], second[1]]
-    if order != [0, 1] or args_of(split)[1][0] != args_of(split)[1][1] or len(args_of(split)[1]) != 2:
+    product: fx.Node = args_of(split)[0]
+    sizes, axis = args_of(split)[1], args_of(split)[2] if len(args_of(split)) > 2 else 0
+    is_last_axis = axis in (-1, product.meta["val"].dim() - 1)
+    if order != [0, 1] or len(sizes) != 2 or sizes[0] != sizes[1] or not is_last_axis:
         report.skip("parts are not the two equal halves in order")
         return None
-    product: fx.Node = args_of(split)[0]
     return product
 
 
