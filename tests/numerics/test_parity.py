@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ LLAMA3 = {
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 # What one config.json may change, each on top of a family's checkpoint.
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rope default, other theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
     "rope linear": ("qwen3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}}),
     "rope dynamic, within the trained length": ("qwen3", {"rope_parameters": DYNAMIC}),

@@ -1,0 +1,124 @@
+"""The pass list as a whole: order, options, what is required, and the final programs of one model per family."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.graph_passes.regions import (
+    DTYPES,
+    MIXED,
+    assert_same_outputs,
+    family_config,
+    family_regions,
+    layer_graph,
+    layer_inputs,
+    region_graph,
+)
+from xllm_compile.capture import emit_program
+from xllm_compile.graph_passes.pipeline import RequiredPassError, cpu_pipeline, run_passes
+from xllm_compile.graph_passes.region import PassReport
+from xllm_compile.graph_passes.verify import GraphVerificationError
+from xllm_compile.models.decoder import EMBED_WEIGHT, build_regions
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = ["qwen2", "qwen3", "llama"]
+NAMES = [
+    "canonicalise",
+    "merge_linear",
+    "qkv_rope_write",
+    "silu_mul",
+    "add_rms_norm",
+    "last_token_gather",
+    "pack_linear",
+]
+
+
+def tied(config):
+    return frozenset({EMBED_WEIGHT}) if config.tie_word_embeddings else frozenset()
+
+
+def final_programs(config, dtype):
+    programs = []
+    for graph, region in zip(family_regions(config, dtype), build_regions(config), strict=True):
+        run_passes(graph, cpu_pipeline(tied_weights=tied(config)))
+        programs.append(emit_program(graph, region.layers))
+    return programs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_golden_programs(family, request):
+    """A change of a pass, a model or torch's export shows here as a diff to read.
+
+    Accept it with: pytest tests/graph_passes/test_pipeline.py --update-golden
+    """
+    lines = []
+    for program in final_programs(family_config(family), torch.float32):
+        lines.append(f"== {program.name}, layers {list(program.layers)}")
+        lines += [f"input  {spec.name}: {spec.dtype}{list(spec.shape)}" for spec in program.inputs]
+        for spec in program.weights:
+            packed = " packed" if spec.is_packed else ""
+            lines.append(f"weight {spec.name}: {spec.dtype}{list(spec.shape)}{packed} <- {', '.join(spec.sources)}")
+        lines += ["", program.code]
+    text = "\n".join(line.rstrip() for line in "\n".join(lines).splitlines()) + "\n"
+    path = GOLDEN / f"{family}.txt"
+    if request.config.getoption("--update-golden"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_order_and_names():
+    assert [step.name for step in cpu_pipeline()] == NAMES
+    assert all(step.summary for step in cpu_pipeline())
+
+
+def test_disabled_passes_are_left_out():
+    left = [step.name for step in cpu_pipeline(disabled=frozenset({"silu_mul", "add_rms_norm"}))]
+    assert left == [name for name in NAMES if name not in ("silu_mul", "add_rms_norm")]
+    with pytest.raises(ValueError, match=r"'silu'.*silu_mul"):
+        cpu_pipeline(disabled=frozenset({"silu"}))
+    for name in ("merge_linear", "qkv_rope_write", "last_token_gather", "pack_linear"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot be left out"):
+            cpu_pipeline(disabled=frozenset({name}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("disabled", [frozenset(), frozenset({"canonicalise", "silu_mul", "add_rms_norm"})])
+def test_a_layer_after_all_passes_gives_what_it_gave(family, dtype, disabled):
+    config = family_config(family)
+    before, after = layer_graph(config, dtype), layer_graph(config, dtype)
+    reports = run_passes(after, cpu_pipeline(disabled=disabled))
+    assert {report.name for report in reports if report.matches} >= {"merge_linear", "qkv_rope_write", "pack_linear"}
+    # float32: order of summation. bfloat16: each of a few operators in a row rounds to a neighbour (2^-8).
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 4e-2, "atol": 4e-2}
+    assert_same_outputs(before, after, layer_inputs(config, dtype, MIXED, padding=2), **tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_pass_finds_nothing_the_second_time(family):
+    config = family_config(family)
+    passes = cpu_pipeline(tied_weights=tied(config))
+    for region in family_regions(config, torch.float32):
+        run_passes(region, passes)
+        code = region.module.code
+        assert [step.name for step in passes if step.run(region).matches] == []
+        assert region.module.code == code
+
+
+def test_a_required_pass_that_matches_nothing_is_an_error():
+    region = region_graph(lambda inputs, weights: (inputs["x"] + 1,), {"x": ("T", 6)})
+    with pytest.raises(RequiredPassError, match="merge_linear matched nothing in region layer"):
+        run_passes(region, cpu_pipeline())
+
+
+def test_a_pass_that_breaks_the_graph_is_named():
+    def breaks(region):
+        region.graph.output_node().args = ((region.placeholder("hidden"),),)
+        return PassReport(name="breaks", region=region.name)
+
+    (first, *_) = cpu_pipeline()
+    with pytest.raises(GraphVerificationError, match="after breaks"):
+        run_passes(layer_graph(family_config("llama")), [first, replace(first, name="breaks", run=breaks)])
