@@ -55,7 +55,7 @@ class ServeProcess:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=600)
 
     def metrics(self) -> dict[str, float]:
         text = httpx.get(f"{self.http}/metrics").text

@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 from tests.integration.serve_process import ServeProcess, run_refused, serve_command
-from tests.integration.test_serve_http import PROMPT, until
+from tests.integration.test_serve_http import LONG, PROMPT, until
 
 pytestmark = pytest.mark.integration
 
-LONG = {"prompt": PROMPT, "max_tokens": 1000, "ignore_eos": True, "stream": True}
+LONG_STREAM = LONG | {"stream": True}
 
 
 def test_beyond_this_machine_a_key_is_wanted(demo_artifact):
@@ -58,31 +58,35 @@ def test_the_key_comes_from_the_environment(demo_artifact, monkeypatch):
 
 
 def test_streams_beyond_the_limit_are_refused_and_the_server_stays_up(demo_artifact):
-    with ServeProcess(demo_artifact, "--max-streams", "3") as server, httpx.Client() as client:
+    with ServeProcess(demo_artifact, "--max-streams", "3") as server:
         url = f"{server.http}/v1/completions"
-        with (
-            client.stream("POST", url, json=LONG) as first,
-            client.stream("POST", url, json=LONG) as second,
-            client.stream("POST", url, json=LONG) as third,
-        ):
-            lines = [stream.iter_lines() for stream in (first, second, third)]
-            assert all(next(line).startswith("data: ") for line in lines)
-            for _ in range(50):
-                refused = httpx.post(url, json=LONG)
-                assert refused.status_code == 429
-                assert refused.headers["retry-after"] == "1"
-                assert refused.json()["error"]["type"] == "rate_limit_error"
-            assert httpx.get(f"{server.http}/health").status_code == 200
-            assert all(next(line) == "" for line in lines)
+        # A stream is taken with the first byte of a request, and held while its body is on its way.
+        held = [socket.create_connection((server.host, server.http_port)) for _ in range(3)]
+        for connection in held:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        until(lambda: server.metrics()["xllm_open_streams"] == 3)
+        for _ in range(50):
+            refused = httpx.post(url, json=LONG_STREAM)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert httpx.get(f"{server.http}/health").status_code == 200
+        for connection in held:
+            connection.close()
+        until(lambda: httpx.post(url, json={"prompt": PROMPT, "max_tokens": 1}).status_code == 200)
 
 
 def test_a_full_queue_is_429(demo_artifact):
-    with ServeProcess(demo_artifact, "--max-num-seqs", "1", "--max-waiting", "1") as server:
+    with ServeProcess(demo_artifact, "--max-num-seqs", "1", "--max-waiting", "1") as server, httpx.Client() as client:
         url = f"{server.http}/v1/completions"
-        refused = httpx.post(url, json={"prompt": PROMPT, "n": 5})
-        assert refused.status_code == 429
-        assert refused.json()["error"]["code"] == "queue_full"
-        assert refused.headers["retry-after"] == "1"
+        # An empty queue takes a request whole: one sequence runs, seven wait.
+        with client.stream("POST", url, json=LONG_STREAM) as running:
+            lines = running.iter_lines()
+            next(lines)
+            refused = httpx.post(url, json={"prompt": PROMPT})
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert refused.headers["retry-after"] == "1"
 
 
 def test_connections_beyond_the_limit_are_refused(demo_artifact):
@@ -98,14 +102,14 @@ def test_connections_beyond_the_limit_are_refused(demo_artifact):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_what_runs_and_refuses_the_rest(demo_artifact, number):
-    body = LONG | {"max_tokens": 100}
-    with ServeProcess(demo_artifact) as server, httpx.Client() as client:
-        with client.stream("POST", f"{server.http}/v1/completions", json=body, timeout=60) as stream:
+    body = LONG_STREAM | {"max_tokens": 100}
+    with ServeProcess(demo_artifact, "--drain-timeout", "600") as server, httpx.Client() as client:
+        with client.stream("POST", f"{server.http}/v1/completions", json=body, timeout=600) as stream:
             lines = stream.iter_lines()
             events = [next(lines)]
             server.send(number)
             until(lambda: httpx.get(f"{server.http}/health").status_code == 503)
-            refused = httpx.post(f"{server.http}/v1/completions", json=LONG)
+            refused = httpx.post(f"{server.http}/v1/completions", json=LONG_STREAM)
             assert refused.status_code == 503
             assert refused.headers["retry-after"] == "1"
             events += [line for line in lines if line]
@@ -116,7 +120,7 @@ def test_a_signal_finishes_what_runs_and_refuses_the_rest(demo_artifact, number)
 
 def test_a_drain_ends_at_its_bound(demo_artifact):
     with ServeProcess(demo_artifact, "--drain-timeout", "0.2") as server, httpx.Client() as client:
-        with client.stream("POST", f"{server.http}/v1/completions", json=LONG, timeout=60) as stream:
+        with client.stream("POST", f"{server.http}/v1/completions", json=LONG_STREAM, timeout=600) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.send(signal.SIGTERM)
@@ -131,9 +135,10 @@ def test_a_second_signal_stops_at_once(demo_artifact):
     with (
         ServeProcess(demo_artifact, "--drain-timeout", "600") as server,
         httpx.Client() as client,
-        client.stream("POST", f"{server.http}/v1/completions", json=LONG, timeout=60) as stream,
+        client.stream("POST", f"{server.http}/v1/completions", json=LONG_STREAM, timeout=600) as stream,
     ):
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
         server.send(signal.SIGTERM)
         until(lambda: httpx.get(f"{server.http}/health").status_code == 503)
         server.send(signal.SIGTERM)

@@ -121,7 +121,8 @@ async def test_token_ids_come_back_when_asked_for(client):
 
 async def test_a_stream_adds_up_to_the_answer(client):
     chunks = await stream(client, prompt=["abc", "m"], max_tokens=5, n=2)
-    texts, reasons = {}, {}
+    texts: dict[int, str] = {}
+    reasons = {}
     for chunk in chunks:
         assert chunk["object"] == "text_completion"
         assert "usage" not in chunk

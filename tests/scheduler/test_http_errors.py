@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import Any
 
 import httpx
 import pytest
@@ -23,7 +24,7 @@ def assert_error(response, status, code):
     return error
 
 
-BAD_PROMPTS = [None, "", [], [[]], [""], 5, {}, [1, "a"], [[1], [2.5]], [True], [-1], [[1], "a", None]]
+BAD_PROMPTS: list[Any] = [None, "", [], [[]], [""], 5, {}, [1, "a"], [[1], [2.5]], [True], [-1], [[1], "a", None]]
 
 
 @pytest.mark.parametrize("prompt", BAD_PROMPTS)
@@ -76,7 +77,7 @@ async def test_the_key_is_wanted_everywhere_but_for_health(engine, service):
         for path in ("/v1/models", "/metrics", "/version", "/nowhere"):
             assert_error(await client.get(path), 401, "invalid_api_key")
             for header in ("Bearer wrong", "secret", "Basic secret", "Bearer \xe9"):
-                response = await client.get(path, headers={"authorization": header.encode("latin-1")})
+                response = await client.get(path, headers=[(b"authorization", header.encode("latin-1"))])
                 assert_error(response, 401, "invalid_api_key")
         assert_error(await client.post(COMPLETIONS, content=b"{"), 401, "invalid_api_key")
         assert (await client.get("/health")).status_code == 200
@@ -99,10 +100,10 @@ async def test_a_body_over_the_limit_is_not_read(client):
     assert read <= 12_000
 
 
-async def test_a_full_queue_is_429_with_retry_after(client, runner):
+async def test_a_full_queue_is_429_with_retry_after(client, service, runner):
     runner.gate.clear()
     waiting = [asyncio.create_task(client.post(COMPLETIONS, json=SLOW)) for _ in range(3)]
-    await until(lambda: client_stats(client).num_open == 3)
+    await until(lambda: len(service._open_ids) == 3)
     # 6 may wait: a request for 8 sequences does not fit, whatever the engine has taken so far.
     response = await client.post(COMPLETIONS, json={"prompt": "a", "n": 8})
     assert_error(response, 429, "queue_full")
@@ -111,10 +112,10 @@ async def test_a_full_queue_is_429_with_retry_after(client, runner):
     assert [(await task).status_code for task in waiting] == [200] * 3
 
 
-async def test_too_many_streams_are_429_and_lose_their_connection(client, runner):
+async def test_too_many_streams_are_429_and_lose_their_connection(client, service, runner):
     runner.gate.clear()
     waiting = [asyncio.create_task(client.post(COMPLETIONS, json=SLOW)) for _ in range(4)]
-    await until(lambda: client_stats(client).num_open == 4)
+    await until(lambda: service.limiter.num_open == 4)
     response = await client.post(COMPLETIONS, json=SLOW)
     assert_error(response, 429, "too_many_streams")
     assert response.headers["retry-after"] == "1"
@@ -226,10 +227,6 @@ async def call(app, body, send, gone=None):
         "headers": [],
     }
     await app(scope, receive, send)
-
-
-def client_stats(client):
-    return client._transport.app._service.limiter
 
 
 async def until(condition):

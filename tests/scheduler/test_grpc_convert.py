@@ -1,0 +1,85 @@
+import pytest
+
+from tests.scheduler.service_fixtures import MAX_MODEL_LEN
+from xllm_compile.runtime.outputs import CompletionOutput, Logprob
+from xllm_compile.runtime.sampling_params import RequestOutputKind
+from xllm_compile.scheduler.errors import ApiError
+from xllm_compile.scheduler.grpc_convert import choice_message, prompt_of, sampling_params_of
+from xllm_compile.scheduler.proto import xllm_pb2
+
+
+def params_of(service, final_only=False, **fields):
+    request = xllm_pb2.GenerateRequest(sampling=xllm_pb2.SamplingParams(**fields), final_only=final_only)
+    return sampling_params_of(request, service, num_prompt=8)
+
+
+def test_unset_fields_take_the_models_defaults(service):
+    params = params_of(service)
+    assert params.temperature == 0.0
+    assert params.max_tokens == MAX_MODEL_LEN - 8
+    assert params.skip_special_tokens
+    assert params.logprobs is None
+    assert params.output_kind is RequestOutputKind.DELTA
+    assert params_of(service, final_only=True).output_kind is RequestOutputKind.FINAL_ONLY
+
+
+def test_set_fields_arrive_also_where_they_are_zero(service):
+    params = params_of(
+        service, temperature=0.5, logprobs=0, seed=-3, n=2, max_tokens=4, stop=["a"], logit_bias={7: 1.5}
+    )
+    assert (params.temperature, params.logprobs, params.seed, params.n, params.max_tokens) == (0.5, 0, -3, 2, 4)
+    assert tuple(params.stop) == ("a",)
+    assert dict(params.logit_bias) == {7: 1.5}
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 2.0}, {"n": 0}, {"max_tokens": 10_000}, {"logprobs": 99}])
+def test_bad_fields(service, fields):
+    with pytest.raises(ApiError) as caught:
+        params_of(service, **fields)
+    assert caught.value.kind.grpc == "INVALID_ARGUMENT"
+
+
+async def test_three_forms_of_a_prompt(service):
+    chat = xllm_pb2.Chat(messages=[xllm_pb2.ChatMessage(role="user", content="x")])
+    ids = xllm_pb2.TokenIds(ids=[97, 98])
+    tokenizer = service.tokenizer
+    assert await prompt_of(xllm_pb2.GenerateRequest(text="ab"), tokenizer) == [97, 98]
+    assert await prompt_of(xllm_pb2.GenerateRequest(token_ids=ids), tokenizer) == [97, 98]
+    assert bytes(await prompt_of(xllm_pb2.GenerateRequest(chat=chat), tokenizer)) == b"<user>x<assistant>"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        xllm_pb2.GenerateRequest(),
+        xllm_pb2.GenerateRequest(text=""),
+        xllm_pb2.GenerateRequest(token_ids=xllm_pb2.TokenIds()),
+        xllm_pb2.GenerateRequest(chat=xllm_pb2.Chat()),
+        xllm_pb2.GenerateRequest(chat=xllm_pb2.Chat(messages=[xllm_pb2.ChatMessage(role="robot")])),
+    ],
+)
+async def test_what_is_no_prompt(service, request_):
+    with pytest.raises(ApiError):
+        await prompt_of(request_, service.tokenizer)
+
+
+def test_a_choice():
+    best, other = (Logprob(logprob=-rank, rank=rank, decoded_token="ab"[rank - 1]) for rank in (1, 2))
+    choice = CompletionOutput(
+        index=1, text="b", token_ids=[98], logprobs=[{98: other, 97: best}], finish_reason="stop", stop_reason=98
+    )
+    message = choice_message(choice)
+    assert (message.index, message.text, list(message.token_ids)) == (1, "b", [98])
+    assert message.finish_reason == xllm_pb2.FINISH_REASON_STOP
+    assert message.stop_token_id == 98
+    assert message.logprobs[0].chosen.token_id == 98
+    assert [entry.token_id for entry in message.logprobs[0].top] == [97, 98]
+
+
+def test_stop_reasons_are_told_apart():
+    choice = CompletionOutput(index=0, text="", token_ids=[], finish_reason="stop", stop_reason="END")
+    assert choice_message(choice).WhichOneof("stop_reason") == "stop_string"
+    choice.stop_reason = None
+    assert choice_message(choice).WhichOneof("stop_reason") is None
+    choice.stop_reason = 0
+    assert choice_message(choice).WhichOneof("stop_reason") == "stop_token_id"

@@ -1,0 +1,58 @@
+import socket
+from pathlib import Path
+
+import pytest
+
+from xllm_compile import model_cache
+from xllm_compile.scheduler import startup
+from xllm_compile.scheduler.artifact_source import cached_artifact, find_artifact
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback(host):
+    assert startup.is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.com", ""])
+def test_what_other_machines_reach(host):
+    assert not startup.is_loopback(host)
+
+
+def test_the_system_picks_a_port_and_a_taken_one_is_an_error():
+    with startup.bind_socket("127.0.0.1", 0) as bound:
+        bound.listen()
+        port = bound.getsockname()[1]
+        with pytest.raises(OSError, match=f"127.0.0.1:{port}.*--port"):
+            startup.bind_socket("127.0.0.1", port)
+
+
+def test_nobody_connects_before_the_model_is_there():
+    with startup.bind_socket("127.0.0.1", 0) as bound, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(bound.getsockname())
+
+
+def test_the_age_of_this_process_is_positive_and_grows():
+    first = startup.process_age_s()
+    assert 0 < first <= startup.process_age_s()
+
+
+def test_an_artifact_is_served_as_it_is(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert find_artifact(tmp_path, {"use_compile": False}) == tmp_path
+
+
+def test_a_model_directory_is_compiled_only_when_asked(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"Compile it once \(about 1 min.*xllm-compile"):
+        find_artifact(tmp_path, {"use_compile": False})
+
+
+@pytest.mark.parametrize("max_model_len", [None, 64])
+@pytest.mark.parametrize("root", [None, "/somewhere"])
+def test_the_offline_interface_finds_the_same_artifact(monkeypatch, tmp_path, max_model_len, root):
+    if root is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", root)
+    expected = model_cache.cached_artifact(tmp_path, max_model_len=max_model_len)
+    assert cached_artifact(Path(tmp_path), max_model_len) == expected
