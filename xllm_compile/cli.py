@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -40,7 +40,7 @@ def parse_buckets(_context: click.Context, _parameter: click.Parameter, value: s
 @click.option("--explain", is_flag=True, help="Show what the passes do to this model, and compile nothing.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.version_option(__version__, prog_name="xllm-compile")
-def main(
+def command(
     model_dir: Path,
     output: Path | None,
     target: str,
@@ -61,29 +61,35 @@ def main(
     """
     from xllm_compile.build_config import BuildConfig
 
-    try:
-        config = BuildConfig(
-            model_dir=model_dir,
-            output=output or default_output(model_dir),
-            target=target,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_batched_tokens=max_num_batched_tokens,
-            buckets=buckets,
-            workload=workload,
-            jobs=jobs,
-            disabled_passes=frozenset(disabled),
-        )
-        if explain:
-            from xllm_compile.explain import explain_passes
+    config = BuildConfig(
+        model_dir=model_dir,
+        output=output or default_output(model_dir),
+        target=target,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        buckets=buckets,
+        workload=workload,
+        jobs=jobs,
+        disabled_passes=frozenset(disabled),
+    )
+    if explain:
+        from xllm_compile.explain import explain_passes
 
-            explain_passes(config)
-        else:
-            run_build(config, is_quiet=quiet)
-    except KeyboardInterrupt:
+        explain_passes(config)
+    else:
+        run_build(config, is_quiet=quiet)
+
+
+def main() -> NoReturn:
+    """Entry point: a user's mistake is one line and exit code 2."""
+    try:
+        # --help and --version give 0, a build None.
+        sys.exit(command.main(standalone_mode=False) or 0)
+    except (click.Abort, KeyboardInterrupt):
         click.echo("xllm-compile: interrupted; nothing was written", err=True)
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as err:
+    except (click.ClickException, ValueError, OSError, RuntimeError) as err:
         click.echo(f"xllm-compile: error: {error_line(err)}", err=True)
         sys.exit(2)
 
@@ -118,6 +124,10 @@ def error_line(err: BaseException) -> str:
 
     if isinstance(err, OSError) and err.errno == errno.ENOSPC:
         return f"disk full while writing {err.filename or 'the artifact'}; free some space or choose another -o"
+    if isinstance(err, OSError) and err.filename:
+        return f"{err.filename}: {err.strerror}; check the path and its permissions"
+    if isinstance(err, click.ClickException):
+        return " ".join(err.format_message().split()) + "; see --help"
     return " ".join(str(err).split()) or type(err).__name__
 
 
