@@ -29,12 +29,15 @@ class TerminalProgress(AbstractContextManager["TerminalProgress"]):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=console,
+            # Where there is no terminal rich would still end with an empty line.
+            disable=not console.is_terminal,
         )
         self._tasks: dict[str, object] = {}
 
