@@ -1,0 +1,155 @@
+"""xllm-bench: one subcommand per claim; each prints a table and writes one JSON record."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from xllm_compile import __version__
+from xllm_compile.benchmarks.record import RESULTS
+
+F = TypeVar("F", bound=Callable[..., Any])
+# The shapes of checkpoints.SHAPES, named here so that --help needs no torch.
+_SHAPES = ("qwen3-0.6b", "tiny")
+_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+
+
+@click.group(context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="xllm-bench")
+def command() -> None:
+    """Measure this checkout on this machine.
+
+    Figures are recorded under benchmarks/results/ with command, commit, machine, versions and raw numbers. Run them
+    with nothing else on the machine; what others used is recorded beside them.
+    """
+
+
+def results_option(function: F) -> F:
+    return click.option(
+        "--results", type=click.Path(path_type=Path), default=RESULTS, show_default="benchmarks/results", help="Folder."
+    )(function)
+
+
+def model_options(function: F) -> F:
+    """Options of everything that runs a model of its own making."""
+    for option in reversed(
+        (
+            click.option("--shape", type=click.Choice(_SHAPES), default=_SHAPES[0], help="Model, with random weights."),
+            click.option(
+                "--work-dir",
+                type=click.Path(path_type=Path),
+                default=Path(".cache/bench"),
+                help="Where models and artifacts are kept between runs; some GB.",
+            ),
+            click.option("--seed", type=int, default=1234, help="Of weights and prompts."),
+            results_option,
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def _shape(name: str) -> Any:
+    from xllm_compile.benchmarks.checkpoints import SHAPES
+
+    return SHAPES[name]
+
+
+@command.command("compile")
+@model_options
+@click.option("--repeats", type=click.IntRange(1), default=3, help="Rounds of all cases.")
+def compile_command(shape: str, work_dir: Path, seed: int, results: Path, repeats: int) -> None:
+    """Compile time: cold, twice the layers, unchanged, one pass off -> compile_time.json."""
+    from xllm_compile.benchmarks.bench_compile import run_compile
+
+    run_compile(_shape(shape), work_dir, results, _command_line(), seed=seed, repeats=repeats)
+
+
+@command.command("startup")
+@model_options
+@click.option("--repeats", type=click.IntRange(1), default=7, help="Starts that count.")
+def startup_command(shape: str, work_dir: Path, seed: int, results: Path, repeats: int) -> None:
+    """Process start to first streamed token of xllm-serve -> startup.json."""
+    from xllm_compile.benchmarks.bench_startup import run_startup
+
+    run_startup(_shape(shape), work_dir, results, _command_line(), seed=seed, repeats=repeats)
+
+
+@command.command("latency")
+@model_options
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Rounds of all engines in turns.")
+@click.option("--checked", type=click.IntRange(1), default=16, help="Prompts whose first token is compared.")
+def latency_command(shape: str, work_dir: Path, seed: int, results: Path, rounds: int, checked: int) -> None:
+    """Prefill and decode against the machine's limits and transformers -> latency_SHAPE.json."""
+    from xllm_compile.benchmarks.bench_latency import run_latency
+
+    run_latency(_shape(shape), work_dir, results, _command_line(), seed=seed, rounds=rounds, num_checked=checked)
+
+
+@command.command("memory")
+@model_options
+@click.option("--streams", type=click.IntRange(1), default=8, help="Requests at the same time.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512)
+@click.option("--output-tokens", type=click.IntRange(2), default=128)
+def memory_command(
+    shape: str, work_dir: Path, seed: int, results: Path, streams: int, prompt_tokens: int, output_tokens: int
+) -> None:
+    """Memory of xllm-serve beyond its weights and KV cache -> memory.json."""
+    from xllm_compile.benchmarks.bench_memory import run_memory
+
+    run_memory(
+        _shape(shape),
+        work_dir,
+        results,
+        _command_line(),
+        seed=seed,
+        num_streams=streams,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+    )
+
+
+@command.command("check")
+@results_option
+@click.option("--strict", is_flag=True, help="Exit with 1 when a bar is not met.")
+def check_command(results: Path, strict: bool) -> None:
+    """Show every recorded bar, met or not."""
+    from xllm_compile.benchmarks.console import show_bars
+    from xllm_compile.benchmarks.record import read_records
+
+    rows = [(record.name, bar) for record in read_records(results) for bar in record.bars]
+    if not rows:
+        raise click.ClickException(f"{results} holds no record with bars; run for example: xllm-bench startup")
+    show_bars(f"{results.name}", rows)
+    missed = [bar for _, bar in rows if bar.met is False]
+    click.echo(f"{sum(bar.met is True for _, bar in rows)} bars met, {len(missed)} not met")
+    if strict and missed:
+        sys.exit(1)
+
+
+def _command_line() -> list[str]:
+    return ["xllm-bench", *sys.argv[1:]]
+
+
+def main() -> NoReturn:
+    """Entry point: what goes wrong is one line and exit code 2."""
+    try:
+        code = command.main(standalone_mode=False)
+    except click.ClickException as err:
+        _fail(err.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as err:
+        _fail(str(err))
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"xllm-bench: error: {message}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

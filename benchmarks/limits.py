@@ -1,0 +1,95 @@
+"""The machine's own limits: how fast memory is read and matrices are multiplied, with as many threads as an engine has.
+
+Measured in a process of its own, shortly before and after what is compared with them: on a shared host the memory
+bandwidth changes within minutes. ``python -m xllm_compile.benchmarks.limits KERNELS`` prints them as JSON.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from xllm_compile.benchmarks.timing import measure
+
+# Far beyond any cache; small enough to fill in a moment.
+_READ_BYTES = 1 << 30
+_READ_PASSES = 9
+_MULTIPLY_STEPS = 10_000_000
+# (M, K, N): square ones, and a prefill's largest linear.
+_GEMM_SIZES = ((2048, 2048, 2048), (4096, 4096, 4096), (512, 1024, 6144))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    num_threads: int
+    read_gb_per_s: float
+    """Median of passes over one large buffer in huge pages, nothing but loads and adds."""
+    bf16_gemm_gflops: float
+    """Best of torch.matmul over some sizes."""
+    f32_gemm_gflops: float
+    bf16_register_gflops: float
+    """Multiply-adds on registers only: no product is faster."""
+    f32_register_gflops: float
+
+
+def measure_limits(kernels: Path) -> Limits:
+    """``kernels`` is the kernel library of an artifact (graphs/kernels.so); it holds the two measuring loops."""
+    command = [sys.executable, "-m", "xllm_compile.benchmarks.limits", str(kernels)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring the machine's limits failed:\n{done.stderr.strip()}")
+    return Limits(**json.loads(done.stdout))
+
+
+def _measure_here(kernels: Path) -> Limits:
+    import ctypes
+
+    import torch
+
+    library = ctypes.CDLL(str(kernels))
+    library.xllm_measure_read.restype = library.xllm_measure_multiply.restype = ctypes.c_double
+    library.xllm_measure_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.xllm_measure_multiply.argtypes = [ctypes.c_int32, ctypes.c_int64]
+    return Limits(
+        num_threads=torch.get_num_threads(),
+        read_gb_per_s=_read_rate(library.xllm_measure_read) / 1e9,
+        bf16_gemm_gflops=_gemm_rate(torch.bfloat16) / 1e9,
+        f32_gemm_gflops=_gemm_rate(torch.float32) / 1e9,
+        bf16_register_gflops=max(library.xllm_measure_multiply(1, _MULTIPLY_STEPS) for _ in range(3)) / 1e9,
+        f32_register_gflops=max(library.xllm_measure_multiply(0, _MULTIPLY_STEPS) for _ in range(3)) / 1e9,
+    )
+
+
+def _read_rate(measure_read: Callable[[int, int], float]) -> float:
+    import mmap
+    import statistics
+
+    import numpy as np
+
+    buffer = mmap.mmap(-1, _READ_BYTES)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    data = np.frombuffer(buffer, dtype=np.uint8)
+    # Untouched pages would all be the one page of zeros.
+    data[:] = 1
+    return statistics.median(measure_read(data.ctypes.data, _READ_BYTES) for _ in range(_READ_PASSES))
+
+
+def _gemm_rate(dtype: Any) -> float:
+    from functools import partial
+
+    import torch
+
+    best = 0.0
+    for rows, inner, columns in _GEMM_SIZES:
+        a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+        seconds = measure(partial(torch.matmul, a, b), warmup=1, repeats=3).median
+        best = max(best, 2 * rows * inner * columns / seconds)
+    return best
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_measure_here(Path(sys.argv[1])))))

@@ -1,0 +1,88 @@
+"""xllm-serve as a child process: started as a user starts it, watched from outside."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from xllm_compile.benchmarks.load import process_tree
+
+
+class ServerProcess:
+    """Context manager: starts the server on free ports, ends it on leaving. ``wait_ready`` comes first."""
+
+    def __init__(self, artifact: Path, options: Sequence[str] = ()) -> None:
+        command = [sys.executable, "-m", "xllm_compile.scheduler.serve", str(artifact)]
+        # A file, not a pipe: nobody reads it until something goes wrong.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
+        self.started = time.monotonic()
+        self._process = subprocess.Popen(
+            [*command, "--port", "0", "--grpc-port", "0", *options], stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        self.host, self.port = "127.0.0.1", 0
+        self.startup_s = 0.0
+        """What the server says of its own start, in the ready line."""
+        self.ready_s = 0.0
+        """From the start of the process to the ready line."""
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def wait_ready(self) -> None:
+        """Block until the ready line. Raises RuntimeError with the server's message when there is none."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        self.ready_s = time.monotonic() - self.started
+        if not line.startswith("READY "):
+            self._process.wait()
+            self._log.seek(0)
+            raise RuntimeError(f"xllm-serve did not start:\n{self._log.read().strip()[-2000:]}")
+        fields = dict(field.split("=", 1) for field in line.split()[1:])
+        self.host, _, port = fields["http"].rpartition(":")
+        self.port = int(port)
+        self.startup_s = float(fields["startup_s"])
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the server and its children: rss, pss, and of rss the parts rss_anon, rss_file and rss_shmem."""
+        total = dict.fromkeys(("rss", "pss", "rss_anon", "rss_file", "rss_shmem"), 0)
+        for pid in process_tree(self._process.pid):
+            for key, num_bytes in process_memory(pid).items():
+                total[key] += num_bytes
+        return total
+
+
+def process_memory(pid: int) -> dict[str, int]:
+    """Bytes, from /proc/PID/status and smaps_rollup; empty when the process has ended."""
+    names = {"VmRSS": "rss", "RssAnon": "rss_anon", "RssFile": "rss_file", "RssShmem": "rss_shmem", "Pss": "pss"}
+    found = {}
+    try:
+        text = Path(f"/proc/{pid}/status").read_text() + Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key in names:
+            found[names[key]] = int(value.split()[0]) * 1024
+    return found
+
+
+def import_seconds(module: str) -> float:
+    """Seconds of a fresh interpreter that imports the module and ends."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True, env=dict(os.environ))
+    return time.monotonic() - began
