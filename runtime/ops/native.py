@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from xllm_compile.runtime.ops import LIBRARY, SCHEMAS, reference
+from xllm_compile.runtime.ops import LIBRARY, SCHEMAS
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ COMPILE_FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
-    "-fopenmp",
+    "-pthread",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -130,7 +129,7 @@ def build_kernels(output: Path, features: Sequence[str] | None = None) -> None:
             objects = list(pool.map(compile_source, _sources()))
         library = Path(folder) / "kernels.so"
         # Linked against torch's libraries by name only: they are in the process before the kernels are loaded.
-        _run_compiler(["-shared", "-fopenmp", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(library)])
+        _run_compiler(["-shared", "-pthread", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(library)])
         os.replace(library, output)
 
 
@@ -169,6 +168,10 @@ class Kernels:
             return True
         logger.warning("no CPU kernel for xllm::%s: its slow reference runs instead", name)
         return False
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """Threads the kernels use from now on; 0 is every CPU this process may use."""
+        self._library.xllm_set_max_threads(num_threads)
 
     def names(self) -> list[str]:
         """Operators this library has a kernel for."""
@@ -217,7 +220,7 @@ _loaded: tuple[str, Kernels] | None = None
 
 
 def load_kernels(path: Path) -> None:
-    """Loads a kernel library into the process and registers it for CPU tensors.
+    """Loads a kernel library into the process and registers it for CPU tensors, on as many threads as torch has.
 
     Its symbols become visible to compiled graphs loaded later. Loading equal bytes again does nothing; loading other
     bytes raises KernelLoadError, because torch operators have one implementation per process.
@@ -234,6 +237,7 @@ def load_kernels(path: Path) -> None:
     kernels = Kernels(path, use_global_symbols=True)
     for name in kernels.names():
         LIBRARY.impl(name, getattr(kernels, name), "CPU")
+    kernels.set_num_threads(torch.get_num_threads())
     _loaded = (digest, kernels)
     logger.info("loaded CPU kernels from %s", path)
 
@@ -241,8 +245,3 @@ def load_kernels(path: Path) -> None:
 def is_loaded() -> bool:
     """Whether load_kernels has run in this process."""
     return _loaded is not None
-
-
-def pack_weight(weight: Tensor) -> Tensor:
-    """[N, C] float32 or bfloat16 -> the packed layout of packed_linear."""
-    return reference.pack_weight(weight)

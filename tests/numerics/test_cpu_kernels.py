@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from xllm_compile.runtime.ops import native, reference
+from xllm_compile.runtime.ops.reference import pack_weight
 
 pytestmark = pytest.mark.numerics
 
@@ -42,22 +43,22 @@ def ops(request: pytest.FixtureRequest, kernel_folder: Path) -> native.Kernels:
         pytest.skip(f"this CPU lacks {sorted(missing)}")
     path = kernel_folder / f"{request.param}.so"
     native.build_kernels(path, features)
-    return native.Kernels(path)
+    kernels = native.Kernels(path)
+    # Small cases should not wait for threads on a busy machine; tests of sharing ask for them.
+    kernels.set_num_threads(1)
+    return kernels
 
 
 @pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    """Seeds, and keeps small cases from waiting for threads on a busy machine; tests of sharing ask for threads."""
+def seed() -> None:
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def two_threads(single_thread: None) -> None:
-    torch.set_num_threads(2)
+def two_threads(ops: native.Kernels) -> Iterator[None]:
+    ops.set_num_threads(2)
+    yield
+    ops.set_num_threads(1)
 
 
 def make_cache(slots: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -159,7 +160,7 @@ def test_kv_write(ops: native.Kernels, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (65, 33), (1, 1), (96, 31), (130, 300)])
 def test_packed_linear(ops: native.Kernels, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
     x = torch.randn(rows, inputs + 5).to(dtype)[:, 3 : 3 + inputs]
-    weight = native.pack_weight(torch.randn(outputs, inputs).to(dtype))
+    weight = pack_weight(torch.randn(outputs, inputs).to(dtype))
     bias = torch.randn(outputs).to(dtype)
     for f32_out in (True, False):
         for offset in (None, bias):
@@ -172,7 +173,7 @@ def test_packed_linear(ops: native.Kernels, dtype: torch.dtype, rows: int, input
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_linear_many_blocks(ops: native.Kernels, two_threads: None, dtype: torch.dtype) -> None:
     """Several column groups and row parts, and blocks that lie apart."""
-    weight = native.pack_weight(torch.randn(1200, 512).to(dtype) / 16)
+    weight = pack_weight(torch.randn(1200, 512).to(dtype) / 16)
     apart = torch.stack([weight, weight], dim=1)[:, 0]
     for rows in (1, 4, 37, 150):
         x = torch.randn(rows, 512).to(dtype)
@@ -186,9 +187,9 @@ def test_packed_linear_many_blocks(ops: native.Kernels, two_threads: None, dtype
 def test_packed_embedding(ops: native.Kernels, dtype: torch.dtype, index: torch.dtype) -> None:
     table = torch.randn(100, 37).to(dtype)
     ids = torch.tensor([0, 99, 31, 32, 32]).to(index)
-    assert_close(ops.packed_embedding(ids, native.pack_weight(table), 37), table[ids.long()], rtol=0, atol=0)
+    assert_close(ops.packed_embedding(ids, pack_weight(table), 37), table[ids.long()], rtol=0, atol=0)
     with pytest.raises(native.KernelError, match=r"token_ids\[1\] is 128"):
-        ops.packed_embedding(torch.tensor([3, 128]).to(index), native.pack_weight(table), 37)
+        ops.packed_embedding(torch.tensor([3, 128]).to(index), pack_weight(table), 37)
 
 
 def attention_case(
@@ -253,7 +254,7 @@ def test_attention_large_scores(ops: native.Kernels, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_the_batch(ops: native.Kernels, dtype: torch.dtype) -> None:
     """The same row gives the same bits alone, in a batch, and with any number of threads."""
-    weight = native.pack_weight(torch.randn(320, 160).to(dtype))
+    weight = pack_weight(torch.randn(320, 160).to(dtype))
     x = torch.randn(50, 160).to(dtype)
     whole = ops.packed_linear(x, weight, None, 320, True)
     for begin, end in ((0, 1), (3, 5), (7, 20), (20, 50)):
@@ -263,13 +264,14 @@ def test_rows_do_not_depend_on_the_batch(ops: native.Kernels, dtype: torch.dtype
     for position in (0, 5, 63, 700, 1299):
         one = q[position : position + 1]
         for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
+            ops.set_num_threads(threads)
             decode = ops.attention(one, cache, ints(0, 1), ints(position + 1), slot, 0.1, 0)
             assert torch.equal(decode, prefill[position : position + 1]), position
+    ops.set_num_threads(1)
 
 
 def test_errors_name_operator_value_and_limit(ops: native.Kernels) -> None:
-    x, weight = torch.randn(2, 64), native.pack_weight(torch.randn(40, 64))
+    x, weight = torch.randn(2, 64), pack_weight(torch.randn(40, 64))
     strided = torch.randn(2, 128)[:, ::2]
     q, cache, start, context, slot = attention_case(torch.float32, [2], [5], 2, 1, 16)
     angle = torch.randn(2, 10)
@@ -299,12 +301,13 @@ LEAK_LOOP = """
 import resource, sys, torch
 from pathlib import Path
 from xllm_compile.runtime.ops import native
+from xllm_compile.runtime.ops.reference import pack_weight
 
 native.load_kernels(Path(sys.argv[1]))
 native.load_kernels(Path(sys.argv[1]))
 assert not any(name.startswith(("torch._dynamo", "torch._inductor")) for name in sys.modules)
 x, weight = torch.randn(2, 64), torch.randn(64)
-packed = native.pack_weight(torch.randn(32, 64))
+packed = pack_weight(torch.randn(32, 64))
 def loop(count):
     for _ in range(count):
         torch.ops.xllm.add_rms_norm(x, x, weight, 1e-6)

@@ -178,17 +178,16 @@ void attend(const Problem& p, int64_t tokens) {
   char* memory = scratch.get<char>(size_t(threads * thread_bytes + State::bytes(plan.partials, p.padded_dim) + 64));
   State partials(memory + threads * thread_bytes, plan.partials, p.padded_dim);
   partials.clear(0, plan.partials);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const Buffers buffers(memory + omp_get_thread_num() * thread_bytes, p, plan.states);
+  WorkQueue queue(int64_t(plan.items.size()));
+  parallel(threads, [&](int thread, int) {
+    const Buffers buffers(memory + thread * thread_bytes, p, plan.states);
     // Elements past head_dim are read by the tiles and must be finite.
     std::memset(buffers.values, 0, kKeys * p.padded_dim * 4);
     std::memset(buffers.zeros, 0, p.padded_dim * 4);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < plan.items.size(); ++i) run_item<T>(p, plan.items[i], buffers, partials);
-#pragma omp for schedule(static)
-    for (size_t i = 0; i < plan.merges.size(); ++i) merge_item<T>(p, plan.merges[i], partials);
-  }
+    for (int64_t item; (item = queue.next()) >= 0;) run_item<T>(p, plan.items[item], buffers, partials);
+  });
+  const int64_t merges = int64_t(plan.merges.size());
+  parallel_for(merges > 1 ? threads : 1, merges, [&](int64_t i) { merge_item<T>(p, plan.merges[i], partials); });
 }
 
 }  // namespace

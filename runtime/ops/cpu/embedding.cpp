@@ -9,11 +9,10 @@ namespace {
 template <class T>
 void gather(const int64_t* ids, int64_t count, const View& weight, int64_t columns, T* out) {
   const int threads = threads_for(count * columns);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < count; ++i) {
+  parallel_for(threads, count, [&](int64_t i) {
     const T* row = weight.ptr<const T>() + ids[i] / kBlockColumns * weight.strides[0] + ids[i] % kBlockColumns * kPair<T>;
     for (int64_t c = 0; c < columns; ++c) out[i * columns + c] = row[c / kPair<T> * kBlockColumns * kPair<T> + c % kPair<T>];
-  }
+  });
 }
 
 }  // namespace

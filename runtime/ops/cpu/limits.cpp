@@ -1,35 +1,41 @@
 // The machine's own limits, measured with the same vector types and threads as the kernels: what a rate is a share of.
+#include <chrono>
+#include <vector>
+
 #include "shim_util.h"
 #include "tile.h"
 
 namespace xllm {
 namespace {
 
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 // Sums `bytes` of memory in one pass, the way a weight stream is read: nothing but loads and adds.
 double read_pass(const char* data, int64_t bytes, uint64_t* sink) {
-  const double start = omp_get_wtime();
-  uint64_t total = 0;
-#pragma omp parallel reduction(+ : total)
-  {
-    const Span share = even_span(bytes / 4096, omp_get_num_threads(), omp_get_thread_num());
+  const double start = now();
+  std::vector<uint64_t> totals(max_threads());
+  parallel(max_threads(), [&](int thread, int threads) {
+    const Span share = even_span(bytes / 4096, threads, thread);
     vu sums[8] = {};
     for (const char *p = data + share.begin * 4096, *end = data + share.end * 4096; p < end; p += sizeof(sums))
       for (int i = 0; i < 8; ++i) sums[i] += load_raw<vu>(p + i * sizeof(vu));
     for (int i = 1; i < 8; ++i) sums[0] += sums[i];
-    total += sums[0][0];
-  }
-  *sink = total;
-  return omp_get_wtime() - start;
+    totals[thread] = sums[0][0];
+  });
+  *sink = 0;
+  for (const uint64_t total : totals) *sink += total;
+  return now() - start;
 }
 
 // Multiply-adds on registers only. Returns seconds; every thread does `steps` x 16 vectors.
 template <class T>
 double multiply_pass(int64_t steps, float* sink) {
-  const double start = omp_get_wtime();
-  float total = 0;
+  const double start = now();
+  std::vector<float> totals(max_threads());
   const uint32_t one = kPair<T> == 2 ? 0x3f803f80u : 0x3f800000u;
-#pragma omp parallel reduction(+ : total)
-  {
+  parallel(max_threads(), [&](int thread, int) {
     // Different starts keep the compiler from computing one accumulator for all.
     vf acc[16];
 #pragma GCC unroll 16
@@ -42,10 +48,11 @@ double multiply_pass(int64_t steps, float* sink) {
       asm volatile("");
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) total += acc[i][0];
-  }
-  *sink = total;
-  return omp_get_wtime() - start;
+    for (int i = 0; i < 16; ++i) totals[thread] += acc[i][0];
+  });
+  *sink = 0;
+  for (const float total : totals) *sink += total;
+  return now() - start;
 }
 
 }  // namespace
@@ -67,5 +74,5 @@ XLLM_EXPORT double xllm_measure_multiply(int32_t bfloat16, int64_t steps) {
   const double seconds =
       bfloat16 ? xllm::multiply_pass<xllm::bf16>(steps, &total) : xllm::multiply_pass<float>(steps, &total);
   sink = total;
-  return double(steps) * 16 * xllm::kLanes * (bfloat16 ? 4 : 2) * omp_get_max_threads() / seconds;
+  return double(steps) * 16 * xllm::kLanes * (bfloat16 ? 4 : 2) * xllm::max_threads() / seconds;
 }

@@ -10,11 +10,10 @@ void rms_norm(const View& x, const View& weight, double eps, T* out) {
   const int64_t width = x.sizes[x.dim - 1];
   const int64_t rows = width > 0 ? x.numel() / width : 0;
   const int threads = threads_for(x.numel());
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row) {
+  parallel_for(threads, rows, [&](int64_t row) {
     const T* in = x.ptr<const T>() + x.row_offset(row);
     scale_row(in, weight.ptr<const T>(), inverse_rms(in, width, float(eps)), width, out + row * width);
-  }
+  });
 }
 
 template <class T>
@@ -22,14 +21,13 @@ void add_rms_norm(const View& x, const View& residual, const View& weight, doubl
   const int64_t width = x.sizes[x.dim - 1];
   const int64_t rows = width > 0 ? x.numel() / width : 0;
   const int threads = threads_for(x.numel());
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row) {
+  parallel_for(threads, rows, [&](int64_t row) {
     const T* a = x.ptr<const T>() + x.row_offset(row);
     const T* b = residual.ptr<const T>() + residual.row_offset(row);
     T* sum_row = total + row * width;
     for_vectors(width, [&](int64_t i, int64_t n) { store_n(sum_row + i, load_n(a + i, n) + load_n(b + i, n), n); });
     scale_row(sum_row, weight.ptr<const T>(), inverse_rms(sum_row, width, float(eps)), width, out + row * width);
-  }
+  });
 }
 
 template <class T>
@@ -40,8 +38,7 @@ void silu_mul(const View& gate_up, T* out) {
   const int64_t span = 2048;
   const int64_t spans = (width + span - 1) / span;
   const int threads = threads_for(rows * width * 4);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t item = 0; item < rows * spans; ++item) {
+  parallel_for(threads, rows * spans, [&](int64_t item) {
     const int64_t row = item / spans, first = item % spans * span;
     const T* gate = gate_up.ptr<const T>() + gate_up.row_offset(row) + first;
     T* to = out + row * width + first;
@@ -49,7 +46,7 @@ void silu_mul(const View& gate_up, T* out) {
       const vf g = load_n(gate + i, n);
       store_n(to + i, g / (1.0f + exp(-g)) * load_n(gate + width + i, n), n);
     });
-  }
+  });
 }
 
 void check_norm(const View& x, const View& weight) {

@@ -129,3 +129,8 @@ void run_parallel(int threads, ThreadFunction function, void* argument) {
 }
 
 }  // namespace xllm
+
+// Threads of the kernels from now on; 0 is every CPU this process may use.
+extern "C" __attribute__((visibility("default"))) void xllm_set_max_threads(int threads) {
+  xllm::set_max_threads(threads);
+}

@@ -63,12 +63,12 @@ template <class T>
 void rope(const View& x, const Angles& angles, T* out) {
   const int64_t heads = x.sizes[1], width = x.sizes[2];
   const int threads = threads_for(x.numel());
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t token = 0; token < x.sizes[0]; ++token)
+  parallel_for(threads, x.sizes[0], [&](int64_t token) {
     for (int64_t head = 0; head < heads; ++head)
       norm_rotate<T>(x.ptr<const T>() + token * x.strides[0] + head * x.strides[1], nullptr, 0.0f,
                      angles.cos + token * angles.cos_stride, angles.sin + token * angles.sin_stride, angles.half, width,
                      out + (token * heads + head) * width);
+  });
 }
 
 }  // namespace
@@ -153,15 +153,14 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_qkv_rope_write(
       const T* k_norm = static_cast<const T*>(norms[1]);
       T* rotated = out.ptr<T>();
       const int threads = threads_for(tokens * qkv.sizes[1]);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-      for (int64_t token = 0; token < tokens; ++token) {
+      parallel_for(threads, tokens, [&](int64_t token) {
         const T* row = qkv.ptr<const T>() + token * qkv.strides[0];
         const float* cos = angles.cos + token * angles.cos_stride;
         const float* sin = angles.sin + token * angles.sin_stride;
         for (int64_t head = 0; head < num_heads; ++head)
           norm_rotate(row + head * width, q_norm, float(eps), cos, sin, angles.half, width,
                       rotated + (token * num_heads + head) * width);
-        if (token >= step.tokens()) continue;
+        if (token >= step.tokens()) return;
         const int64_t slot = step.slot_of(token), position = positions[token];
         const T* keys = row + num_heads * width;
         const T* values = keys + num_kv_heads * width;
@@ -170,7 +169,7 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_qkv_rope_write(
                       cache.key<T>(slot, position, head));
           std::memcpy(cache.value<T>(slot, position, head), values + head * width, width * sizeof(T));
         }
-      }
+      });
     });
     out.release(ret0);
   });

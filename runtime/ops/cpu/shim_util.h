@@ -4,7 +4,6 @@
 // stderr (compiled graphs only see the code) and in xllm_last_error() (read by the Python binding).
 #pragma once
 
-#include <omp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstdarg>
@@ -14,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "parallel.h"
 #include "vec.h"
 
 #define XLLM_EXPORT extern "C" __attribute__((visibility("default")))
@@ -186,7 +186,7 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Threads worth waking for `work` elements: a fork costs a few microseconds, as much as ~16k elements of work.
-inline int threads_for(int64_t work) { return work < (int64_t(1) << 14) ? 1 : omp_get_max_threads(); }
+// Threads worth waking for `work` elements: a parallel region costs a few microseconds, as much as ~16k elements.
+inline int threads_for(int64_t work) { return work < (int64_t(1) << 14) ? 1 : max_threads(); }
 
 }  // namespace xllm
