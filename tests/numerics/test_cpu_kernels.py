@@ -31,18 +31,25 @@ SUM_TOLERANCE: Tolerance = {
 
 
 @pytest.fixture(scope="session")
-def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Builds a variant on first use."""
+    folder = tmp_path_factory.mktemp("kernels")
+
+    def path_of(variant: str) -> Path:
+        path = folder / f"{variant}.so"
+        if not path.exists():
+            native.build_kernels(path, VARIANTS[variant])
+        return path
+
+    return path_of
 
 
 @pytest.fixture(scope="session", params=list(VARIANTS))
-def ops(request: pytest.FixtureRequest, kernel_folder: Path) -> native.Kernels:
-    features = VARIANTS[request.param]
-    missing = set(features or ()) - set(native.cpu_features())
+def ops(request: pytest.FixtureRequest, build: Callable[[str], Path]) -> native.Kernels:
+    missing = set(VARIANTS[request.param] or ()) - set(native.cpu_features())
     if missing:
         pytest.skip(f"this CPU lacks {sorted(missing)}")
-    path = kernel_folder / f"{request.param}.so"
-    native.build_kernels(path, features)
+    path = build(request.param)
     kernels = native.Kernels(path)
     # Small cases should not wait for threads on a busy machine; tests of sharing ask for them.
     kernels.set_num_threads(1)
@@ -318,10 +325,9 @@ print(loop(20000) - before)
 """
 
 
-def test_registered_kernels_do_not_leak(kernel_folder: Path) -> None:
+def test_registered_kernels_do_not_leak(build: Callable[[str], Path]) -> None:
     """In a process of its own: operators are registered once per process."""
-    path = kernel_folder / "registered.so"
-    native.build_kernels(path)
+    path = build("machine")
     done = subprocess.run([sys.executable, "-c", LEAK_LOOP, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     # 20000 leaked handles of either kind are more than a megabyte.
