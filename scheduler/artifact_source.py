@@ -33,9 +33,9 @@ def find_artifact(path: Path, options: Mapping[str, Any]) -> Path:
 def compile_estimate(model_dir: Path) -> str:
     """Roughly how long a first compile takes: the graphs cost the same for every size, the weights are rewritten."""
     num_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
-    # Measured on two cores: about a minute of C++ compiler, then some 200 MB/s through the disk.
-    minutes = 1 + num_bytes / 200e6 / 60
-    return f"about {minutes:.0f} min on a small machine"
+    # A dozen graphs at some 10 s of C++ compiler each on two cores, then the weights at some 200 MB/s.
+    minutes = 2 + num_bytes / 200e6 / 60
+    return f"about {minutes:.0f} min on two idle cores"
 
 
 def _compile(model_dir: Path, options: Mapping[str, Any]) -> Path:

@@ -155,7 +155,7 @@ def test_overload_is_resource_exhausted(demo_artifact):
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.Generate(request_of()))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "retry-after" in [key for key, _ in caught.value.trailing_metadata()]
+        assert "retry-after" in [entry.key for entry in caught.value.trailing_metadata()]
         first.cancel()
 
 
