@@ -18,8 +18,10 @@ def atomic_directory(output: Path) -> Iterator[Path]:
     """Yields an empty directory that replaces ``output`` when the block ends without an exception.
 
     A process killed in between leaves ``output`` as it was, and a hidden directory that the next build clears.
-    Raises ValueError when another process is writing the same output.
+    Raises ValueError when another process is writing the same output, NotADirectoryError when ``output`` is a file.
     """
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "exists and is no directory", str(output))
     building = output.parent / f".{output.name}.building"
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(output.parent / f".{output.name}.lock", os.O_CREAT | os.O_RDWR, 0o644)

@@ -95,6 +95,7 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
     (disk full). Whatever happens, ``config.output`` is the old artifact or the new one, never part of either.
     """
     began = time.monotonic()
+    check_output(config.output)
     source = read_source(config)
     compiler = compiler_version()
     buckets = pick_buckets(config)
@@ -123,6 +124,13 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
         num_graphs=len(jobs),
         num_compiled=num_compiled,
     )
+
+
+def check_output(output: Path) -> None:
+    """Raise BuildError when there is something at ``output`` that is no artifact: it would be deleted."""
+    is_free = output.is_dir() and (artifact.is_artifact(output) or not any(output.iterdir()))
+    if output.exists() and not is_free:
+        raise BuildError(f"{output} exists and is no artifact; remove it or choose another -o")
 
 
 def read_source(config: BuildConfig) -> Source:
