@@ -36,8 +36,8 @@ class Checkpoint:
         index = self.model_dir / INDEX_FILE
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as err:
+                weight_map = dict(json.loads(index.read_text())["weight_map"])
+            except (KeyError, TypeError, ValueError) as err:
                 raise CheckpointError(f"{index} is no safetensors index ({err!r}); fetch the checkpoint again") from err
             missing = sorted({name for name in weight_map.values() if not (self.model_dir / name).is_file()})
             if missing:
@@ -45,7 +45,7 @@ class Checkpoint:
                     f"{self.model_dir} lacks {len(missing)} shards that {INDEX_FILE} names: {', '.join(missing[:3])};"
                     " fetch the checkpoint again"
                 )
-            return dict(weight_map)
+            return weight_map
         single = self.model_dir / SINGLE_FILE
         if not single.is_file():
             found = sorted(path.name for path in self.model_dir.glob("*.bin")) or ["nothing"]

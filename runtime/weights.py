@@ -31,7 +31,8 @@ def write_weights(
     ``specs`` name each tensor exactly (no ``{layer}``). ``make`` returns the tensor a spec describes;
     ``on_tensor`` hears the bytes of each one written. Raises OSError (a full disk) with a partial file left behind.
     """
-    ordered = sorted(specs, key=lambda spec: (not spec.is_packed, spec.name))
+    # Within each half the wider dtype first: every tensor is aligned to its elements.
+    ordered = sorted(specs, key=lambda spec: (not spec.is_packed, -_itemsize(spec), spec.name))
     header: dict[str, object] = {}
     offset = 0
     for spec in ordered:
@@ -84,4 +85,8 @@ def _num_bytes(spec: WeightSpec) -> int:
     count = 1
     for size in spec.shape:
         count *= size
-    return count * int(getattr(torch, spec.dtype).itemsize)
+    return count * _itemsize(spec)
+
+
+def _itemsize(spec: WeightSpec) -> int:
+    return int(getattr(torch, spec.dtype).itemsize)
