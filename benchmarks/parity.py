@@ -1,19 +1,16 @@
 """Greedy tokens of the compiled path against transformers in float32: the reference chains, and the full-size run.
 
-    python -m xllm_compile.benchmarks.parity --output benchmarks/results/parity_qwen3_0_6b.json
+    python -m xllm_compile.benchmarks.parity --record
 
 Random weights of a real shape, every prompt length, all prompts in one batch with chunked prefill. A chain may leave
 the reference only at a step where the reference itself is undecided (top-1/top-2 margin below MAX_UNDECIDED).
 """
 
-import json
 import math
-import platform
-import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +19,10 @@ from typing import Any
 import click
 import torch
 from torch import Tensor, nn
+
+from xllm_compile.benchmarks.record import Bar, make_record
+
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo" / "demo-code"
 
 # Logits of the random models have a standard deviation of about 2.5; float32 sums in another order move them by 1e-5.
 MAX_UNDECIDED = 1e-3
@@ -144,65 +145,56 @@ def departures(chains: Sequence[Chain], outputs: Sequence[Sequence[int]]) -> lis
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Record to write.")
 @click.option("--layers", default=QWEN3_0_6B["num_hidden_layers"], show_default=True)
 @click.option("--tokens", default=32, show_default=True, help="Tokens generated for each prompt.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Directory with a tokenizer.json; any will do.")
-def main(output: Path, layers: int, tokens: int, seed: int, tokenizer: Path | None) -> None:
+@click.option("--record", is_flag=True, help="Write benchmarks/results/parity_qwen3_0_6b.json.")
+def main(layers: int, tokens: int, seed: int, record: bool) -> None:
     """Compile a random Qwen3-0.6B in float32 and compare its greedy tokens with transformers'."""
-    tokenizer = tokenizer or Path(__file__).resolve().parents[1] / "models" / "demo" / "demo-code"
+    raw, bars = measure(layers, tokens, seed)
+    for bar in bars:
+        click.echo(f"{bar.what}: {bar.value:g} {bar.unit} (bar {bar.bar or 'none'})")
+    if record:
+        command = ["python", "-m", "xllm_compile.benchmarks.parity", *sys.argv[1:]]
+        click.echo(str(make_record("parity_qwen3_0_6b", command, seed=seed, raw=raw, bars=bars).write()))
+    sys.exit(any(bar.met is False for bar in bars))
+
+
+def measure(layers: int, tokens: int, seed: int) -> tuple[dict[str, Any], list[Bar]]:
     config = {**QWEN3_0_6B, "num_hidden_layers": layers}
     prompts = random_prompts(PROMPT_LENGTHS, config["vocab_size"], seed)
+    compile_options = ["--dtype", "float32", "--buckets", "1,5", "--max-model-len", "2304"]
     with tempfile.TemporaryDirectory() as folder:
         model_dir, artifact = Path(folder) / "model", Path(folder) / "model.xllm"
         save_random_model(model_dir, config, dtype=torch.float32, seed=seed)
-        (model_dir / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+        # Prompts are token ids; any tokenizer opens the artifact.
+        shutil.copyfile(DEMO_MODEL / "tokenizer.json", model_dir / "tokenizer.json")
         model = load_reference(model_dir)
-        began = time.monotonic()
         chains = [reference_chain(model, prompt, tokens) for prompt in prompts]
-        reference_s = time.monotonic() - began
+        # Two models of this size need not be in memory together.
         del model
-        compile_options = ["--dtype", "float32", "--buckets", "1,5", "--max-model-len", "2304"]
         command = [sys.executable, "-m", "xllm_compile.cli", str(model_dir), "-o", str(artifact), *compile_options]
         subprocess.run(command, check=True)
-        began = time.monotonic()
         runs, graphs = _run_all(artifact, prompts, tokens)
-        ours_s = time.monotonic() - began
     found = {name: departures(chains, outputs) for name, outputs in runs.items()}
-    decided = sum(not departure.is_undecided for listed in found.values() for departure in listed)
-    record = {
-        "name": "parity_qwen3_0_6b",
-        "command": "python -m xllm_compile.benchmarks.parity " + shlex.join(sys.argv[1:]),
-        "commit": _git_commit(),
-        "machine": _machine(),
-        "versions": _versions(),
-        "seed": seed,
-        "raw": {
-            "config": config,
-            "compile_options": compile_options,
-            "prompt_tokens": PROMPT_LENGTHS,
-            "generated_tokens": tokens,
-            "smallest_margins": [min(chain.margins) for chain in chains],
-            "distinct_tokens": [len(set(chain.tokens)) for chain in chains],
-            "departures": {name: [asdict(departure) for departure in listed] for name, listed in found.items()},
-            "graph_cache": graphs,
-            "reference_s": reference_s,
-            "ours_s": ours_s,
-        },
-        "bars": [
-            {
-                "what": "chains that leave transformers float32 at a step it decides by 1e-3 or more",
-                "value": decided,
-                "unit": f"of {sum(map(len, runs.values()))} chains",
-                "bar": 0,
-                "met": decided == 0,
-            }
-        ],
+    everything = [departure for listed in found.values() for departure in listed]
+    raw = {
+        "config": config,
+        "compile_options": compile_options,
+        "prompt_tokens": PROMPT_LENGTHS,
+        "generated_tokens": tokens,
+        "num_chains": sum(map(len, runs.values())),
+        "smallest_margins": [min(chain.margins) for chain in chains],
+        "distinct_tokens": [len(set(chain.tokens)) for chain in chains],
+        "departures": {name: [asdict(departure) for departure in listed] for name, listed in found.items()},
+        "graph_cache": graphs,
     }
-    output.write_text(json.dumps(record, indent=1) + "\n")
-    click.echo(json.dumps(record["bars"]))
-    sys.exit(decided > 0)
+    decided = sum(not departure.is_undecided for departure in everything)
+    bars = [
+        Bar(what="chains that differ where transformers is decided by 1e-3", value=decided, unit="chains", bar="<= 0"),
+        Bar(what="chains that differ at all", value=len(everything), unit="chains"),
+    ]
+    return raw, bars
 
 
 def _run_all(artifact: Path, prompts: list[list[int]], tokens: int) -> tuple[dict[str, list[list[int]]], Any]:
@@ -214,29 +206,6 @@ def _run_all(artifact: Path, prompts: list[list[int]], tokens: int) -> tuple[dic
     batch = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
     alone = [llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
     return {"one mixed batch": batch, "one by one": alone}, llm.engine.stats().graph_cache
-
-
-def _git_commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return f"{model}, {lines.count('')} CPUs, {platform.machine()}"
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    from xllm_compile import __version__
-
-    return {
-        "xllm_compile": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":
