@@ -111,6 +111,74 @@ def memory_command(
     )
 
 
+@command.command("serve")
+@click.argument("target")
+@results_option
+@click.option("--name", default="serving", help="Name of the record.")
+@click.option("--requests", "num_requests", type=click.IntRange(1), default=64, help="Requests to send.")
+@click.option("--concurrency", type=click.IntRange(1), default=8, help="Most requests open at the same time.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Poisson arrivals a second.  [default: at once]")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=256)
+@click.option("--output-tokens", type=click.IntRange(1), default=64)
+@click.option("--trace", type=click.Path(path_type=Path), help="Lengths and arrivals from a .csv or .jsonl trace.")
+@click.option("--speedup", type=click.FloatRange(0), default=1.0, help="Play the trace faster; 0: all at once.")
+@click.option("--max-model-len", type=click.IntRange(2), default=4096, help="Leave longer requests of a trace out.")
+@click.option("--vocab-size", type=click.IntRange(1), default=1000, help="Prompts are random ids below it.")
+@click.option("--slo-ttft", type=click.FloatRange(0), default=2.0, help="Seconds; goodput counts what meets both.")
+@click.option("--slo-tpot", type=click.FloatRange(0), default=0.2, help="Seconds a token.")
+@click.option("--model", help="Name to send, where the server wants one.")
+@click.option("--api-key", envvar="XLLM_API_KEY", show_envvar=True)
+@click.option("--seed", type=int, default=1234, help="Of prompts and arrivals.")
+def serve_command(target: str, results: Path, **options: Any) -> None:
+    """Concurrent streams against TARGET, an http://HOST:PORT or an artifact -> NAME.json."""
+    from xllm_compile.benchmarks.bench_serve import ServeOptions, run_serve
+    from xllm_compile.benchmarks.workloads import all_at_once, fixed_requests, trace_requests
+
+    count, seed = options["num_requests"], options["seed"]
+    if options["trace"] is not None:
+        speedup, limit = options["speedup"], options["max_model_len"]
+        requests = trace_requests(options["trace"], limit=count, max_model_len=limit, speedup=speedup or 1.0)
+        requests = requests if speedup else all_at_once(requests)
+    else:
+        lengths = options["prompt_tokens"], options["output_tokens"]
+        requests = fixed_requests(count, *lengths, rate=options["rate"], seed=seed)
+    how = ServeOptions(
+        concurrency=options["concurrency"],
+        vocab_size=options["vocab_size"],
+        seed=seed,
+        slo_ttft_s=options["slo_ttft"],
+        slo_tpot_s=options["slo_tpot"],
+        model=options["model"],
+    )
+    run_serve(target, requests, how, results, _command_line(), name=options["name"], api_key=options["api_key"])
+
+
+@command.command("profile")
+@click.argument("artifact", type=click.Path(path_type=Path, exists=True))
+@click.option("--batch", type=click.IntRange(1), default=1, help="Sequences at the same time.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128)
+@click.option("--output-tokens", type=click.IntRange(1), default=33, help="1 profiles the prefill.")
+@click.option("--work-dir", type=click.Path(path_type=Path), default=Path(".cache/bench"), help="Scratch folder.")
+@click.option("--seed", type=int, default=1234, help="Of the prompts.")
+@results_option
+def profile_command(artifact: Path, results: Path, **options: Any) -> None:
+    """Milliseconds of a step by kernel, between kernels and on the host -> profile_KIND.json."""
+    from xllm_compile.benchmarks.bench_profile import run_profile
+
+    run_profile(artifact, command=_command_line(), results=results, **options)
+
+
+@command.command("call-overhead")
+@click.option("--repeats", type=click.IntRange(1), default=30, help="Rounds of both ways.")
+@click.option("--seed", type=int, default=1234)
+@results_option
+def call_overhead_command(results: Path, repeats: int, seed: int) -> None:
+    """Weights as inputs of a graph against weights as its constants -> graph_call_overhead.json."""
+    from xllm_compile.benchmarks.weights_as_inputs import run_call_overhead
+
+    run_call_overhead(results, _command_line(), seed=seed, repeats=repeats)
+
+
 @command.command("check")
 @results_option
 @click.option("--strict", is_flag=True, help="Exit with 1 when a bar is not met.")
@@ -130,7 +198,14 @@ def check_command(results: Path, strict: bool) -> None:
 
 
 def _command_line() -> list[str]:
-    return ["xllm-bench", *sys.argv[1:]]
+    """As it was typed, for the record; a key is nobody's business."""
+    words = ["xllm-bench", *sys.argv[1:]]
+    for index, word in enumerate(words):
+        if word == "--api-key":
+            words[index + 1 :] = ["...", *words[index + 2 :]]
+        elif word.startswith("--api-key="):
+            words[index] = "--api-key=..."
+    return words
 
 
 def main() -> NoReturn:
