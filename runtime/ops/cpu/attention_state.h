@@ -9,7 +9,7 @@
 
 namespace xllm {
 
-// Keys of a block: the unit of the online softmax. With its values it is half of a 32 KiB L1 for 128 bf16 elements.
+// Keys of a block: the unit of the online softmax. 64 keys of 128 bfloat16 elements are half of a 32 KiB L1.
 constexpr int64_t kKeys = 64;
 // Keys whose softmax runs online; partial results of splits are merged in ascending order.
 constexpr int64_t kSplit = 512;

@@ -68,13 +68,14 @@ struct Block {
   Stream& ahead;
 };
 
-// Transposes up to kTileColumns or kKeys keys from `first` on; prefetches `lines` per 16 x 16 units.
+// Transposes `count` keys from `first` on into the key buffer; prefetches `lines` after every 16 x 16 units.
 template <class T>
 void load_keys(const Block& block, int64_t first, int64_t count, int64_t ld, int64_t lines) {
   for (int64_t key = first; key < first + count && block.keys.begin + key < block.keys.end; key += 16) {
     const T* rows[16];
     const int height = int(std::min({int64_t(16), first + count - key, block.keys.end - block.keys.begin - key}));
-    for (int i = 0; i < height; ++i) rows[i] = block.p.cache.key<const T>(block.slot, block.keys.begin + key + i, block.head);
+    for (int i = 0; i < height; ++i)
+      rows[i] = block.p.cache.key<const T>(block.slot, block.keys.begin + key + i, block.head);
     transpose_units(rows, height, block.p.cache.head_dim, block.b.keys + key - first, ld,
                     [&] { block.ahead.step(lines); });
   }
@@ -246,7 +247,8 @@ void narrow_block(const Block& block, int64_t row, int64_t state) {
     add_values<R, kWide<R>>(p.padded_dim, factor, out + column,
                             [&](auto& acc) { multiply_rows<T, R, kWide<R>>(block, column, acc); });
   for (; column < p.padded_dim; column += kTileColumns)
-    add_values<R, 1>(p.padded_dim, factor, out + column, [&](auto& acc) { multiply_rows<T, R, 1>(block, column, acc); });
+    add_values<R, 1>(p.padded_dim, factor, out + column,
+                     [&](auto& acc) { multiply_rows<T, R, 1>(block, column, acc); });
 }
 
 using BlockKernel = void (*)(const Block&, int64_t, int64_t);

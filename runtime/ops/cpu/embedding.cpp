@@ -10,8 +10,10 @@ template <class T>
 void gather(const int64_t* ids, int64_t count, const View& weight, int64_t columns, T* out) {
   const int threads = threads_for(count * columns);
   parallel_for(threads, count, [&](int64_t i) {
-    const T* row = weight.ptr<const T>() + ids[i] / kBlockColumns * weight.strides[0] + ids[i] % kBlockColumns * kPair<T>;
-    for (int64_t c = 0; c < columns; ++c) out[i * columns + c] = row[c / kPair<T> * kBlockColumns * kPair<T> + c % kPair<T>];
+    const int64_t block = ids[i] / kBlockColumns, column = ids[i] % kBlockColumns;
+    const T* row = weight.ptr<const T>() + block * weight.strides[0] + column * kPair<T>;
+    for (int64_t c = 0; c < columns; ++c)
+      out[i * columns + c] = row[c / kPair<T> * kBlockColumns * kPair<T> + c % kPair<T>];
   });
 }
 

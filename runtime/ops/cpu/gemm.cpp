@@ -28,8 +28,8 @@ struct Job {
 
 template <class T, int R, int NB>
 void block_tile(const Job& job, const uint32_t* a, int64_t row, int64_t block) {
-  // Tiles of few rows are bound by memory: prefetch 48 steps (6 KiB) ahead, 1.05 of the rate of 12 steps in paired runs.
-  // From 5 rows on it costs what it gains (0.95 at 8 rows).
+  // Tiles of few rows are bound by memory: prefetch 48 steps (6 KiB) ahead, 1.05 of the rate of 12 steps in paired
+  // runs. From 5 rows on it costs what it gains (0.95 at 8 rows).
   constexpr int kAhead = R <= 4 ? kBlockColumns * 48 : 0;
   for (int64_t sub = 0; sub < kSubTiles; ++sub) {
     vf acc[R][NB * kTileVecs] = {};
@@ -100,14 +100,16 @@ void linear(const View& x, Job job) {
 
   const int threads = threads_for(job.rows * job.steps * job.blocks * 4);
   const int64_t block_bytes = job.steps * kBlockColumns * 4;
-  const int64_t wanted = job.tiles == 1 ? 4 : std::max<int64_t>(1, kGroupBytes / block_bytes);
+  // One tile reads a group once: as many blocks as it takes together, so that no thread ends much later than another.
+  const int64_t wanted = job.tiles == 1 ? (job.rows <= 4 ? 4 : 1) : std::max<int64_t>(1, kGroupBytes / block_bytes);
   const int64_t group = std::max<int64_t>(1, std::min(wanted, job.blocks / (2 * threads)));
   const int64_t groups = (job.blocks + group - 1) / group;
   // Few column groups for the threads: share the row tiles of a group as well.
   const int64_t row_parts = std::min(job.tiles, std::max<int64_t>(1, 4 * threads / groups));
   const int64_t items = groups * row_parts;
 
-  if (!direct) parallel_for(job.tiles > 1 ? threads : 1, job.tiles, [&](int64_t tile) { pack_tile<T>(x, job, tile, packed); });
+  const auto pack = [&](int64_t tile) { pack_tile<T>(x, job, tile, packed); };
+  if (!direct) parallel_for(job.tiles > 1 ? threads : 1, job.tiles, pack);
   WorkQueue queue(items);
   parallel(threads, [&](int, int) {
     for (int64_t item; (item = queue.next()) >= 0;) {

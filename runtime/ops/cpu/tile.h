@@ -67,7 +67,7 @@ struct Dot<bf16> {
 #endif
 };
 
-// acc[r][b * kTileVecs + v] += sum over k of a[r * a_row + k * a_step] * b[block * b_block + k * b_step + v].
+// acc[r][n * kTileVecs + v] += sum over k of a[r * a_row + k * a_step] * b[n * b_block + k * b_step + v].
 // kAhead > 0 prefetches that many units ahead in every block: the hardware prefetchers stop at 4 KiB pages.
 template <class T, int R, int NB, int kAhead = 0>
 XLLM_INLINE void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t b_step,
