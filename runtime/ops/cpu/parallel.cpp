@@ -48,36 +48,72 @@ uint32_t wait_while_equal(std::atomic<uint32_t>& word, std::atomic<uint32_t>& sl
   return now;
 }
 
+// The CPU for worker `worker` when the pool has as many threads as the process has CPUs, else -1. A worker that the
+// scheduler wakes on the caller's CPU would wait there until the caller has done its work for it.
+int cpu_of_worker(int worker, int threads) {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) != 0 || CPU_COUNT(&set) != threads) return -1;
+  const int here = sched_getcpu();
+  for (int step = 1; step <= CPU_SETSIZE; ++step) {
+    const int cpu = (here + step) % CPU_SETSIZE;
+    if (CPU_ISSET(cpu, &set) && --worker == 0) return cpu;
+  }
+  return -1;
+}
+
+void pin(int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  sched_setaffinity(0, sizeof set, &set);
+}
+
+// A region is `threads` shares. Whoever is awake claims the next one, the caller included, so a worker that the
+// scheduler brings late finds nothing left to do and nobody waits for it.
 struct Pool {
   std::mutex busy;
   int workers = 0;
   ThreadFunction function = nullptr;
   void* argument = nullptr;
-  int threads = 0;
   alignas(64) std::atomic<uint32_t> round{0};
   std::atomic<uint32_t> sleeping_workers{0};
+  // Round, number of shares and next share in one word: a claim is for one round and never past its end.
+  alignas(64) std::atomic<uint64_t> ticket{0};
   alignas(64) std::atomic<uint32_t> remaining{0};
   std::atomic<uint32_t> sleeping_caller{0};
 
-  void finish() {
-    if (remaining.fetch_sub(1) == 1 && sleeping_caller.load() > 0) futex_wake_all(remaining);
+  static uint64_t first_ticket(uint32_t round, int threads, int next) {
+    return uint64_t(round) << 32 | uint64_t(threads) << 16 | uint64_t(next);
+  }
+
+  void run_shares() {
+    uint64_t seen = ticket.load(std::memory_order_acquire);
+    while (true) {
+      const int next = int(seen & 0xffff), threads = int(seen >> 16 & 0xffff);
+      if (next >= threads) return;
+      if (!ticket.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) continue;
+      // The claimed share keeps the region open, so function and argument stay as they are until it ends.
+      function(argument, next, threads);
+      if (remaining.fetch_sub(1) == 1 && sleeping_caller.load() > 0) futex_wake_all(remaining);
+      seen = ticket.load(std::memory_order_acquire);
+    }
   }
 
   void start_workers(int wanted) {
     while (workers < wanted) {
-      const int thread = ++workers;
-      // A worker that starts now has not seen the present round: no region is open while the pool is held.
+      ++workers;
       const uint32_t seen = round.load();
-      std::thread([this, thread, seen] { work(thread, seen); }).detach();
+      std::thread([this, seen, cpu = cpu_of_worker(workers, wanted + 1)] {
+        if (cpu >= 0) pin(cpu);
+        work(seen);
+      }).detach();
     }
   }
 
-  void work(int thread, uint32_t seen) {
+  void work(uint32_t seen) {
     for (;;) {
       seen = wait_while_equal(round, sleeping_workers, seen);
-      // The caller changes these fields only after every worker has finished the round.
-      if (thread < threads) function(argument, thread, threads);
-      finish();
+      run_shares();
     }
   }
 
@@ -85,11 +121,12 @@ struct Pool {
     start_workers(wanted - 1);
     function = region;
     argument = region_argument;
-    threads = wanted;
-    remaining.store(uint32_t(workers));
-    round.fetch_add(1);
+    remaining.store(uint32_t(wanted));
+    const uint32_t next_round = round.load() + 1;
+    ticket.store(first_ticket(next_round, wanted, 0), std::memory_order_release);
+    round.store(next_round);
     if (sleeping_workers.load() > 0) futex_wake_all(round);
-    region(region_argument, 0, wanted);
+    run_shares();
     for (uint32_t left; (left = remaining.load(std::memory_order_acquire)) != 0;) {
       wait_while_equal(remaining, sleeping_caller, left);
     }
@@ -116,7 +153,8 @@ int max_threads() {
   return chosen > 0 ? chosen : available_cpus();
 }
 
-void set_max_threads(int threads) { g_max_threads.store(threads); }
+// A ticket counts shares in 16 bits.
+void set_max_threads(int threads) { g_max_threads.store(threads < 0x7fff ? threads : 0x7fff); }
 
 void run_parallel(int threads, ThreadFunction function, void* argument) {
   Pool& pool = *g_pool;

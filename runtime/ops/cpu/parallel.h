@@ -16,7 +16,8 @@ using ThreadFunction = void (*)(void* argument, int thread, int threads);
 int max_threads();
 void set_max_threads(int threads);
 
-// Calls function(argument, t, threads) for t in [0, threads), the caller being thread 0; returns when all have ended.
+// Calls function(argument, t, threads) once for each t in [0, threads), on the caller and on whichever workers are awake
+// in time; returns when all have ended.
 // A second caller, while the pool is busy, runs all of its shares itself.
 void run_parallel(int threads, ThreadFunction function, void* argument);
 
