@@ -35,7 +35,7 @@ from xllm_compile.runtime.ops.spec import WeightSpec
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.targets.cpu import inductor_options
 from xllm_compile.weight_builder import artifact_weights, build_weights, weights_key
-from xllm_compile.workers import build_kernels, compile_graph, worker_pool
+from xllm_compile.workers import build_kernels, compile_graph, stop_workers, worker_pool
 
 GRAPH_STORE_BYTES = 2 << 30
 _WORKER_BYTES = 900 << 20
@@ -326,7 +326,7 @@ def produce(
                 if futures[future] != "kernels":
                     progress.advance("graphs")
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop_workers(pool)
             raise
     for job in jobs:
         link_or_copy(_found(store, job.key), root / job.file)

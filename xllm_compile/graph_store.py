@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
+
+# No compilation of one graph takes this long: its scratch folder belongs to a build that was killed.
+_ABANDONED_S = 24 * 3600
 
 
 class GraphStore:
@@ -32,7 +36,10 @@ class GraphStore:
         return self._adopted.get(key)
 
     def trim(self, max_bytes: int) -> None:
-        """Delete the least recently used files beyond ``max_bytes``."""
+        """Delete the least recently used files beyond ``max_bytes``, and what killed builds left behind."""
+        for scratch in self.root.glob(".*/"):
+            if time.time() - scratch.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(scratch, ignore_errors=True)
         files = sorted(self.root.glob("*.so"), key=lambda file: file.stat().st_mtime, reverse=True)
         total = 0
         for file in files:

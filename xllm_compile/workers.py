@@ -25,6 +25,14 @@ def worker_pool(jobs: int, scratch: Path) -> ProcessPoolExecutor:
     )
 
 
+def stop_workers(pool: ProcessPoolExecutor) -> None:
+    """End the pool without waiting for what is being compiled."""
+    # ProcessPoolExecutor.kill_workers from Python 3.14 on.
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _initialise(scratch: str, parent: int) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
     # The pool's other threads keep the queue open when the parent is killed: ask the kernel to end us with it.
