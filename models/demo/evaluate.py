@@ -150,6 +150,7 @@ def write_card(directory: Path, recipe: Recipe) -> None:
     bits, samples, versions = evaluation["bits_per_byte"], evaluation["samples"], evaluation["versions"]
     runs = training["runs"]
     tokens_seen, steps, seconds = (sum(run[key] for run in runs) for key in ("tokens_seen", "steps", "seconds"))
+    notes = "".join(f" Run {i}: {run['note']}" for i, run in enumerate(runs, 1) if "note" in run)
     shape = "\n".join(f"| {name} | {value} |" for name, value in recipe.config.items())
     card = f"""---
 license: other
@@ -202,8 +203,8 @@ A chat answer to "{samples["chat"]["prompt"]}":
 ## Training
 
 {tokens_seen:,} tokens in {steps:,} steps and {seconds / 60:.1f} minutes on {runs[-1]["threads"]} CPU threads
-({tokens_seen / seconds:,.0f} tokens/s), in {len(runs)} run(s), each with its own learning-rate schedule. The final
-training loss is {runs[-1]["final_loss"]:.3f} nats per token, on a corpus of
+({tokens_seen / seconds:,.0f} tokens/s), in {len(runs)} run(s), each with its own learning-rate schedule.{notes}
+The final training loss is {runs[-1]["final_loss"]:.3f} nats per token, on a corpus of
 {training["corpus_tokens"]:,} tokens: the source of
 the Python {versions["python"]} standard library, its own modules twice, half of its tests once, and ChatML
 conversations that ask for a documented function of the library and answer with its source. The prompts that
