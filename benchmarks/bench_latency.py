@@ -118,7 +118,6 @@ def _prompts(shape: Shape, seed: int) -> dict[str, list[TokenIds]]:
 def _measure(artifact: Path, model_dir: Path, prompts: Mapping[str, list[TokenIds]], rounds: int) -> Figures:
     """Every engine on every case, one after the other in each round, the order turned around in every second."""
     figures: Figures = {case.name: {engine: _Figures() for engine in case.engines} for case in CASES}
-    kernels = artifact / "graphs" / "kernels.so"
     with ExitStack() as stack:
         engines = [
             stack.enter_context(EngineProcess(OURS, "engine_xllm", [str(artifact)])),
@@ -131,7 +130,7 @@ def _measure(artifact: Path, model_dir: Path, prompts: Mapping[str, list[TokenId
             say(f"warming up {engine.name}")
             _warm_up(engine, prompts)
         for index in range(rounds):
-            before = measure_limits(kernels)
+            before = measure_limits(artifact)
             for engine in engines if index % 2 == 0 else reversed(engines):
                 quiet = wait_quiet()
                 for case in (case for case in CASES if engine.name in case.engines):
@@ -140,7 +139,7 @@ def _measure(artifact: Path, model_dir: Path, prompts: Mapping[str, list[TokenId
                     found = figures[case.name][engine.name]
                     found.tokens_per_s += values
                     found.foreign_cores.append(load.cores)
-                after = measure_limits(kernels)
+                after = measure_limits(artifact)
                 for case in (case for case in CASES if engine.name in case.engines):
                     figures[case.name][engine.name].limits += [(before, after)] * _CALLS_PER_ROUND
                 decode = figures[DECODE.name][engine.name].tokens_per_s[-1]

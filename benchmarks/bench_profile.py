@@ -57,7 +57,7 @@ def run_profile(
     """Profile steps of ``batch`` sequences: decodes, or with output_tokens=1 prefills. Writes profile_*.json."""
     manifest = read_manifest(artifact)
     kernels = artifact / manifest.kernels.path
-    limits = measure_limits(kernels)
+    limits = measure_limits(artifact)
     is_prefill = output_tokens == 1
     with ForeignLoad() as load:
         steps = _profile(

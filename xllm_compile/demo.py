@@ -22,8 +22,10 @@ from xllm_compile.models import demo
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 
 MODEL_DIR = Path(demo.__file__).parent / "demo-code"
-MESSAGES = [{"role": "user", "content": "Write a function named read_lines."}]
-PROMPT = 'def is_palindrome(text):\n    """Return True if'
+# In the wording the model was trained on; seeded, because greedy decoding of a model this small repeats itself.
+MESSAGES = [{"role": "user", "content": "Write a Python function named is_empty: Return True if the queue is empty."}]
+PROMPT = 'import os\n\ndef read_file(path):\n    """Return the contents of'
+TEMPERATURE, SEED = 0.5, 1
 _START_LIMIT_S = 120.0
 _STOP_LIMIT_S = 60.0
 
@@ -93,7 +95,13 @@ def serve(artifact: Path) -> Iterator[tuple[str, str, float]]:
 
 def chat(address: str, max_tokens: int) -> list[tuple[str, str]]:
     """One streamed chat completion, printed as it comes. Returns its figures."""
-    body = {"messages": MESSAGES, "stream": True, "max_tokens": max_tokens, "temperature": 0}
+    body: dict[str, Any] = {
+        "messages": MESSAGES,
+        "stream": True,
+        "max_tokens": max_tokens,
+        "temperature": TEMPERATURE,
+        "seed": SEED,
+    }
     body["stream_options"] = {"include_usage": True}
     began = time.monotonic()
     times: list[float] = []
@@ -120,7 +128,8 @@ def complete(address: str, max_tokens: int) -> None:
     click.echo(PROMPT, nl=False)
     with grpc.insecure_channel(address) as channel:
         request = xllm_pb2.GenerateRequest(
-            text=PROMPT, sampling=xllm_pb2.SamplingParams(max_tokens=max_tokens, temperature=0.0)
+            text=PROMPT,
+            sampling=xllm_pb2.SamplingParams(max_tokens=max_tokens, temperature=TEMPERATURE, seed=SEED),
         )
         for response in xllm_pb2_grpc.InferenceStub(channel).Generate(request, timeout=_START_LIMIT_S):
             click.echo("".join(choice.text for choice in response.choices), nl=False)

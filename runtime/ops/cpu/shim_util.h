@@ -186,7 +186,8 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Threads worth waking for `work` elements: a parallel region costs a few microseconds, as much as ~16k elements.
-inline int threads_for(int64_t work) { return work < (int64_t(1) << 14) ? 1 : max_threads(); }
+// Threads worth waking for `work` elements. A region costs a few microseconds on an idle machine, but a scheduler slice
+// when a share lands on a core that another process holds: worth risking for some 50 us of work, not for less.
+inline int threads_for(int64_t work) { return work < (int64_t(1) << 16) ? 1 : max_threads(); }
 
 }  // namespace xllm
