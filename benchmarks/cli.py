@@ -168,6 +168,29 @@ def profile_command(artifact: Path, results: Path, **options: Any) -> None:
     run_profile(artifact, command=_command_line(), results=results, **options)
 
 
+def _pass_on(function: Callable[[tuple[str, ...]], None]) -> click.Command:
+    """A subcommand with a command line of its own, --help included."""
+    settings = {"ignore_unknown_options": True, "help_option_names": []}
+    taken = click.argument("arguments", nargs=-1, type=click.UNPROCESSED)(function)
+    return command.command(context_settings=settings, add_help_option=False)(taken)
+
+
+@_pass_on
+def kernels(arguments: tuple[str, ...]) -> None:
+    """Each kernel against the machine's limits and oneDNN."""
+    from xllm_compile.benchmarks import bench_kernels
+
+    bench_kernels.main.main(args=list(arguments), prog_name="xllm-bench kernels", standalone_mode=False)
+
+
+@_pass_on
+def parity(arguments: tuple[str, ...]) -> None:
+    """Greedy tokens against transformers in float32."""
+    from xllm_compile.benchmarks.parity import main as run
+
+    run.main(args=list(arguments), prog_name="xllm-bench parity", standalone_mode=False)
+
+
 @command.command("call-overhead")
 @click.option("--repeats", type=click.IntRange(1), default=30, help="Rounds of both ways.")
 @click.option("--seed", type=int, default=1234)

@@ -14,6 +14,7 @@ os.environ.setdefault("TORCHINDUCTOR_FREEZING", "1")
 
 import torch
 from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers.utils import logging as transformers_logging
 
 from xllm_compile.benchmarks.engine_process import Generation, TokenIds, serve_engine
 
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("mode", choices=["eager", "compile"])
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     serve_engine(TransformersAdapter(options.model_dir, options.mode, options.dtype))
 
 
