@@ -63,7 +63,7 @@ def run_serve(
             wall_s = time.monotonic() - began
     found = summarise_run(done, wall_s, options)
     rows = [
-        (metric, *(f"{values[f'p{percent}'] * 1000:.1f}" for percent in _PERCENTILES))
+        (metric.removesuffix("_s"), *(f"{values[f'p{percent}'] * 1000:.1f}" for percent in _PERCENTILES))
         for metric, values in found["latency_s"].items()
     ]
     show_table(f"{name}: {len(requests)} requests, ms", ("", *(f"p{percent}" for percent in _PERCENTILES)), rows)
