@@ -4,6 +4,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def family_artifact(tiny_model_dir: Callable[..., Path]) -> Callable[[str], Path
     """family_artifact("qwen2"): the family's tiny model compiled for float32, with one bucket."""
     from tests.helpers import COMPILE_OPTIONS
 
-    return lambda family: _compiled(tiny_model_dir(family), family, *COMPILE_OPTIONS)
+    return cache(lambda family: _compiled(tiny_model_dir(family), family, *COMPILE_OPTIONS))
 
 
 def _compiled(model_dir: Path, name: str, *options: str) -> Path:
