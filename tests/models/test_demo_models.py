@@ -115,7 +115,8 @@ def test_chat_template_matches_the_training_conversations(loaded):
 
 
 def test_snippet_costs_few_bits(loaded, name):
-    assert bits_per_byte(*loaded[name], SNIPPET) < MAX_SNIPPET_BITS_PER_BYTE[name]
+    model, tokenizer = loaded[name]
+    assert bits_per_byte(model, tokenizer, SNIPPET) < MAX_SNIPPET_BITS_PER_BYTE[name]
 
 
 def test_recorded_quality_orders_the_models_and_beats_compressors():
@@ -130,14 +131,16 @@ def test_recorded_quality_orders_the_models_and_beats_compressors():
 
 def test_completes_a_function_body(loaded):
     prompt = "def add(a, b):\n    "
-    text = complete(*loaded["demo-code"], prompt, max_new_tokens=48)
+    model, tokenizer = loaded["demo-code"]
+    text = complete(model, tokenizer, prompt, max_new_tokens=48)
     body = text.partition("\n\n")[0]
     ast.parse(prompt + body)
 
 
 def test_completes_a_loop_header(loaded):
     prompt = "for i in range("
-    header = complete(*loaded["demo-code"], prompt, max_new_tokens=24).partition("\n")[0]
+    model, tokenizer = loaded["demo-code"]
+    header = complete(model, tokenizer, prompt, max_new_tokens=24).partition("\n")[0]
     ast.parse(prompt + header + "\n    pass\n")
 
 
