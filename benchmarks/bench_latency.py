@@ -20,7 +20,6 @@ from xllm_compile.models.config import DecoderConfig
 from xllm_compile.runtime.artifact import Manifest
 
 OURS, EAGER, COMPILED = "xllm-compile", "transformers eager", "transformers compiled"
-_CALLS_PER_ROUND = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,19 +32,21 @@ class Case:
     num_tokens: int = 0
     engines: tuple[str, ...] = (OURS, EAGER)
     """transformers compiles every shape anew, for minutes: only the shapes with a bar are asked of it."""
+    calls_per_round: int = 1
 
     @property
     def is_prefill(self) -> bool:
         return self.num_tokens == 0
 
 
-PREFILL = Case(name="prefill 512", num_seqs=1, prompt_tokens=512, engines=(OURS, EAGER, COMPILED))
+PREFILL = Case(name="prefill 512", num_seqs=1, prompt_tokens=512, engines=(OURS, EAGER, COMPILED), calls_per_round=3)
 DECODE = Case(
     name="decode batch 1, context 128",
     num_seqs=1,
     prompt_tokens=128,
     num_tokens=48,
     engines=(OURS, EAGER, COMPILED),
+    calls_per_round=3,
 )
 CASES = (
     PREFILL,
@@ -135,13 +136,13 @@ def _measure(artifact: Path, model_dir: Path, prompts: Mapping[str, list[TokenId
                 quiet = wait_quiet()
                 for case in (case for case in CASES if engine.name in case.engines):
                     with ForeignLoad() as load:
-                        values = [_tokens_per_s(engine, case, prompts[case.name]) for _ in range(_CALLS_PER_ROUND)]
+                        values = [_tokens_per_s(engine, case, prompts[case.name]) for _ in range(case.calls_per_round)]
                     found = figures[case.name][engine.name]
                     found.tokens_per_s += values
                     found.foreign_cores.append(load.cores)
                 after = measure_limits(artifact)
                 for case in (case for case in CASES if engine.name in case.engines):
-                    figures[case.name][engine.name].limits += [(before, after)] * _CALLS_PER_ROUND
+                    figures[case.name][engine.name].limits += [(before, after)] * case.calls_per_round
                 decode = figures[DECODE.name][engine.name].tokens_per_s[-1]
                 say(
                     f"round {index + 1} of {rounds}, {engine.name}: decode {decode:.1f} tok/s; read"
@@ -206,9 +207,8 @@ def _to_json(engines: Mapping[str, _Figures]) -> dict[str, Any]:
     return {
         name: {
             **summarise(found.tokens_per_s).to_json(),
-            "limits_before_and_after": [
-                [asdict(before), asdict(after)] for before, after in found.limits[::_CALLS_PER_ROUND]
-            ],
+            # Of each value in turn.
+            "limits_before_and_after": [[asdict(before), asdict(after)] for before, after in found.limits],
             "foreign_cores": found.foreign_cores,
         }
         for name, found in engines.items()
