@@ -120,10 +120,16 @@ def _measure(artifact: Path, model_dir: Path, prompts: Mapping[str, list[TokenId
     """Every engine on every case, one after the other in each round, the order turned around in every second."""
     figures: Figures = {case.name: {engine: _Figures() for engine in case.engines} for case in CASES}
     with ExitStack() as stack:
+        arguments = {
+            OURS: ("engine_xllm", [str(artifact)]),
+            EAGER: ("engine_transformers", [str(model_dir), "eager"]),
+            COMPILED: ("engine_transformers", [str(model_dir), "compile"]),
+        }
+        wanted = {engine for case in CASES for engine in case.engines}
         engines = [
-            stack.enter_context(EngineProcess(OURS, "engine_xllm", [str(artifact)])),
-            stack.enter_context(EngineProcess(EAGER, "engine_transformers", [str(model_dir), "eager"])),
-            stack.enter_context(EngineProcess(COMPILED, "engine_transformers", [str(model_dir), "compile"])),
+            stack.enter_context(EngineProcess(name, module, given))
+            for name, (module, given) in arguments.items()
+            if name in wanted
         ]
         for engine in engines:
             engine.wait_ready()
