@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 SOURCE_FOLDER = Path(__file__).parent / "cpu"
 
 # /proc/cpuinfo name of each feature the kernels use -> compiler flag. The sources choose among three instruction
-# sets by what is there: AVX-512 (all four), AVX2 with FMA, anything else.
+# sets by what is there: AVX-512 (all four), AVX2 with FMA, anything else; bfloat16 products use AMX tiles if they can.
 FEATURE_FLAGS: dict[str, str] = {
     "avx2": "-mavx2",
     "fma": "-mfma",
@@ -35,6 +35,8 @@ FEATURE_FLAGS: dict[str, str] = {
     "avx512dq": "-mavx512dq",
     "avx512vl": "-mavx512vl",
     "avx512_bf16": "-mavx512bf16",
+    "amx_tile": "-mamx-tile",
+    "amx_bf16": "-mamx-bf16",
 }
 
 # Denormals, NaN and the order of sums stay as written: no -ffast-math.

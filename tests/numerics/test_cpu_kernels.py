@@ -17,7 +17,8 @@ from xllm_compile.runtime.ops.reference import pack_weight
 pytestmark = pytest.mark.numerics
 
 AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
-VARIANTS = {"machine": None, "avx512": AVX512, "avx2": ("avx2", "fma"), "portable": ()}
+AVX512_BF16 = (*AVX512, "avx512_bf16")
+VARIANTS = {"machine": None, "avx512_bf16": AVX512_BF16, "avx512": AVX512, "avx2": ("avx2", "fma"), "portable": ()}
 DTYPES = [torch.float32, torch.bfloat16]
 Tolerance = dict[torch.dtype, dict[str, Any]]
 # One rounding to bfloat16 is 2^-9 relative; two differently ordered sums may round to neighbours (2^-8).

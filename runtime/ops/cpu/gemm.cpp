@@ -3,11 +3,12 @@
 // Rows are packed into tiles of at most kTileRows, [unit][row], once per call. Work items are (group of column blocks,
 // range of row tiles): the group stays in L2 while the row tiles pass over it, and with one tile the weights are
 // streamed once. The whole reduction axis runs in registers, so there is one rounding order for every tile height.
+// Where the CPU has AMX, bfloat16 goes to the tiles of gemm_amx.h instead.
 #include <utility>
 
-#include "packed.h"
+#include "gemm.h"
+#include "gemm_amx.h"
 #include "shim_util.h"
-#include "tile.h"
 
 namespace xllm {
 namespace {
@@ -16,14 +17,9 @@ constexpr int64_t kSubTiles = kBlockColumns / kTileColumns;
 // Bytes of weights a group of blocks may hold: a share of L2 that leaves room for row tiles.
 constexpr int64_t kGroupBytes = 256 * 1024;
 
-struct Job {
-  const uint32_t* weight;
-  int64_t block_stride, blocks, steps;
+struct Job : Product {
   const uint32_t* packed;
-  int64_t rows, tiles, columns;
-  const void* bias;
-  void* out;
-  bool f32_out;
+  int64_t tiles;
 };
 
 template <class T, int R, int NB>
@@ -47,11 +43,7 @@ void block_tile(const Job& job, const uint32_t* a, int64_t row, int64_t block) {
         const vf bias = job.bias ? load_n(static_cast<const T*>(job.bias) + first, count) : vf{};
         for (int r = 0; r < R; ++r) {
           const vf y = result[r][n * kTileVecs + v] + bias;
-          const int64_t at = (row + r) * job.columns + first;
-          if (job.f32_out)
-            store_n(static_cast<float*>(job.out) + at, y, count);
-          else
-            store_n(static_cast<T*>(job.out) + at, y, count);
+          store_results<T>(job, row + r, first, count, y);
         }
       }
     }
@@ -153,6 +145,12 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle x_handl
       job.columns = out_features;
       job.f32_out = f32_out != 0;
       job.out = out.ptr<void>();
+#if defined(XLLM_AMX)
+      if (kPair<T> == 2) {
+        if (job.rows > 0) linear_tiles(x, job);
+        return out.release(ret0);
+      }
+#endif
       if (job.rows > 0) linear<T>(x, job);
       out.release(ret0);
     });

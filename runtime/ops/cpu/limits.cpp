@@ -2,6 +2,7 @@
 #include <chrono>
 #include <vector>
 
+#include "amx.h"
 #include "shim_util.h"
 #include "tile.h"
 
@@ -55,6 +56,25 @@ double multiply_pass(int64_t steps, float* sink) {
   return now() - start;
 }
 
+#if defined(XLLM_AMX)
+// The same on AMX tiles: every thread does `steps` x 4 tile products.
+double tile_pass(int64_t steps) {
+  require_tiles();
+  const double start = now();
+  parallel(max_threads(), [&](int, int) {
+    configure_tiles(kTileSide, kTileSide);
+    for (int64_t k = 0; k < steps; ++k) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_release();
+  });
+  return now() - start;
+}
+#endif
+
 }  // namespace
 }  // namespace xllm
 
@@ -69,6 +89,13 @@ XLLM_EXPORT double xllm_measure_read(const void* data, int64_t bytes) {
 
 // Floating-point operations per second (a multiply-add is two) of the float32 or bfloat16 dot products.
 XLLM_EXPORT double xllm_measure_multiply(int32_t bfloat16, int64_t steps) {
+#if defined(XLLM_AMX)
+  if (bfloat16) {
+    constexpr int64_t kWork = 4 * 2 * xllm::kTileSide * xllm::kTileSide * 2 * xllm::kTileUnits;
+    const int64_t tile_steps = steps / 16;
+    return double(tile_steps) * kWork * xllm::max_threads() / xllm::tile_pass(tile_steps);
+  }
+#endif
   static volatile float sink;
   float total;
   const double seconds =
