@@ -3,7 +3,8 @@
 Matches: two or more aten.linear on one input whose weights (and biases) are used nowhere else.
 Rewrites: one linear on the weights concatenated along the output axis, split back by split_with_sizes.
 Skips: a weight that is shared, computed or already packed; some with bias and some without.
-Numerics: bitwise (each output row is the same dot product).
+Numerics: each output is the same dot product: bitwise on kernels that sum alike whatever the number of outputs, which
+    ours do.
 """
 
 import operator

@@ -53,13 +53,14 @@ def cpu_pipeline(*, tied_weights: frozenset[str] = frozenset(), disabled: frozen
             required_in="layer",
         ),
         Pass(name="silu_mul", run=silu_mul, summary="SiLU(gate) * up"),
-        Pass(name="add_rms_norm", run=add_rms_norm, summary="residual add + RMSNorm"),
+        # Before the norm is fused: it moves the gather above the single operators.
         Pass(
             name="last_token_gather",
             run=last_token_gather,
             summary="norm and head on the rows whose logits are wanted",
             required_in="head",
         ),
+        Pass(name="add_rms_norm", run=add_rms_norm, summary="residual add + RMSNorm"),
         # Last: it replaces the aten.linear nodes that the patterns above look for.
         Pass(
             name="pack_linear",

@@ -1,5 +1,8 @@
 """The dense decoder every family file builds on, as regions: embed, one per kind of layer, head.
 
+The cut between layers is in the middle of the residual add: a region takes ``delta`` and ``residual``, whose sum is the
+hidden state, so that the add and the norm after it fuse across the boundary.
+
 A region is a pure function of (inputs, weights) in plain torch and ``torch.ops.xllm``, written once for any token
 count; capture exports it, the passes rewrite it. Weights are named as in the checkpoint, with ``{layer}`` for the
 layer number. Shape letters are those of runtime/ops.
@@ -67,7 +70,7 @@ def _embed_region(config: DecoderConfig) -> Region:
 
     def embed(inputs: dict[str, Tensor], weights: Weights) -> tuple[Tensor, ...]:
         hidden = F.embedding(inputs["token_ids"], weights[EMBED_WEIGHT])
-        return hidden, *cos_sin(config, inputs["positions"], inputs["rope_len"], weights)
+        return hidden, torch.zeros_like(hidden), *cos_sin(config, inputs["positions"], inputs["rope_len"], weights)
 
     return Region(
         name="embed",
@@ -93,7 +96,7 @@ def _layer_region(config: DecoderConfig, window: int, layers: tuple[int, ...]) -
     def layer(inputs: dict[str, Tensor], weights: Weights) -> tuple[Tensor, ...]:
         cache, positions = inputs["kv_cache"], inputs["positions"]
         seq_start, slot = inputs["seq_start"], inputs["slot"]
-        residual = inputs["hidden"]
+        residual = inputs["residual"] + inputs["delta"]
         x = torch.ops.xllm.rms_norm(residual, weights[LAYER + "input_layernorm.weight"], eps)
         q = linear(x, weights, "self_attn.q_proj").view(-1, heads, head_dim)
         k = linear(x, weights, "self_attn.k_proj").view(-1, kv_heads, head_dim)
@@ -108,7 +111,7 @@ def _layer_region(config: DecoderConfig, window: int, layers: tuple[int, ...]) -
         residual = residual + linear(attended.view(-1, heads * head_dim), weights, "self_attn.o_proj")
         x = torch.ops.xllm.rms_norm(residual, weights[LAYER + "post_attention_layernorm.weight"], eps)
         gated = F.silu(linear(x, weights, "mlp.gate_proj")) * linear(x, weights, "mlp.up_proj")
-        return (residual + linear(gated, weights, "mlp.down_proj"),)
+        return linear(gated, weights, "mlp.down_proj"), residual
 
     def projection(name: str, rows: int, columns: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {LAYER + name + ".weight": (rows, columns)}
@@ -132,7 +135,8 @@ def _layer_region(config: DecoderConfig, window: int, layers: tuple[int, ...]) -
     return Region(
         name=f"layer.window{window}" if window else "layer",
         inputs=(
-            TensorSpec(name="hidden", shape=("T", hidden), dtype=MODEL_DTYPE),
+            TensorSpec(name="delta", shape=("T", hidden), dtype=MODEL_DTYPE),
+            TensorSpec(name="residual", shape=("T", hidden), dtype=MODEL_DTYPE),
             TensorSpec(name="cos", shape=("T", config.rotary_dim // 2), dtype="float32"),
             TensorSpec(name="sin", shape=("T", config.rotary_dim // 2), dtype="float32"),
             TensorSpec(name="positions", shape=("T",), dtype="int32"),
@@ -151,14 +155,16 @@ def _head_region(config: DecoderConfig) -> Region:
     lm_head = EMBED_WEIGHT if config.tie_word_embeddings else "lm_head.weight"
 
     def head(inputs: dict[str, Tensor], weights: Weights) -> tuple[Tensor, ...]:
-        x = torch.ops.xllm.rms_norm(inputs["hidden"], weights["model.norm.weight"], config.rms_norm_eps)
+        hidden = inputs["residual"] + inputs["delta"]
+        x = torch.ops.xllm.rms_norm(hidden, weights["model.norm.weight"], config.rms_norm_eps)
         logits = F.linear(x, weights[lm_head]).float()
         return (logits.index_select(0, inputs["logits_at"]),)
 
     return Region(
         name="head",
         inputs=(
-            TensorSpec(name="hidden", shape=("T", config.hidden_size), dtype=MODEL_DTYPE),
+            TensorSpec(name="delta", shape=("T", config.hidden_size), dtype=MODEL_DTYPE),
+            TensorSpec(name="residual", shape=("T", config.hidden_size), dtype=MODEL_DTYPE),
             TensorSpec(name="logits_at", shape=("R",), dtype="int32"),
         ),
         weights={"model.norm.weight": (config.hidden_size,), lm_head: (config.vocab_size, config.hidden_size)},

@@ -56,7 +56,7 @@ class CompiledModelRunner:
         # A bucket's graphs fix S to T: there are never more sequences than tokens.
         num_seqs = choice.size if choice.outcome in ("exact", "padded") else len(step.slot)
         positions = _padded(step.positions, choice.size)
-        hidden, cos, sin = self._token_graphs.graph("embed", choice)(
+        *state, cos, sin = self._token_graphs.graph("embed", choice)(
             [
                 _padded(step.token_ids, choice.size),
                 positions,
@@ -74,14 +74,14 @@ class CompiledModelRunner:
             _padded(step.slot, num_seqs),
         ]
         for region, kv_cache, weights in self._layers:
-            hidden = self._token_graphs.graph(region, choice)([hidden, *metadata, kv_cache, *weights])[0]
+            state = self._token_graphs.graph(region, choice)([*state, *metadata, kv_cache, *weights])
         num_rows = len(step.logits_at)
         if num_rows == 0:
             # A chunk in the middle of a prompt: the head's weights, a good part of the model, need not be read.
             return torch.empty(0, self.vocab_size)
         head = self._head_graphs.choose(num_rows)
         logits = self._head_graphs.graph("head", head)(
-            [hidden, _padded(step.logits_at, head.size), *self._head_weights]
+            [*state, _padded(step.logits_at, head.size), *self._head_weights]
         )[0]
         return logits[:num_rows]
 

@@ -163,7 +163,8 @@ def layer_inputs(
     rows = sum(lengths) + padding
     angles = rand(rows, config.rotary_dim // 2)
     return {
-        "hidden": rand(rows, config.hidden_size).to(dtype),
+        "delta": rand(rows, config.hidden_size).to(dtype),
+        "residual": rand(rows, config.hidden_size).to(dtype),
         "cos": angles.cos(),
         "sin": angles.sin(),
         "positions": ints([before + i for count, before in step for i in range(count)] + [0] * padding),

@@ -27,8 +27,10 @@ def test_fires_on_a_layer_and_changes_no_value(family, dtype):
     assert before.op_counts()["aten.linear.default"] == 7
     assert after.op_counts()["aten.linear.default"] == 4
     assert after.op_counts()["aten.split_with_sizes.default"] == 2
+    # Each output is the same dot product, but some matrix libraries order its sum by the size of the product.
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 1e-2}
     for step in (MIXED, SINGLE):
-        assert_same_outputs(before, after, layer_inputs(config, dtype, step, padding=2))
+        assert_same_outputs(before, after, layer_inputs(config, dtype, step, padding=2), **tolerance)
     assert_finds_nothing(merge_linear, after)
 
 

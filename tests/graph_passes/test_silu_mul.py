@@ -49,7 +49,7 @@ def test_fires_on_a_layer():
     merge_linear(after)
     assert apply(silu_mul, after).matches == 1
     assert "aten.silu.default" not in after.op_counts()
-    assert_same_outputs(before, after, layer_inputs(config, torch.float32, ((3, 2), (1, 0))))
+    assert_same_outputs(before, after, layer_inputs(config, torch.float32, ((3, 2), (1, 0))), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
