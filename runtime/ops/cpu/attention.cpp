@@ -4,6 +4,7 @@
 // are read once per key/value head. Sums do not depend on how the work is cut: blocks start at multiples of kKeys, the
 // softmax runs online inside splits of kSplit keys, and the results of the splits are merged in ascending order, by the
 // one thread that walked them all or, when there are fewer items than threads, in a second pass over shared partials.
+#include "attention_amx.h"
 #include "attention_state.h"
 #include "attention_tile.h"
 
@@ -12,25 +13,32 @@
 namespace xllm {
 namespace {
 
-// Rows of one prefill item: amortises the transpose of a key block (about 4% of its products).
-constexpr int64_t kItemRows = 16 * kTileRows;
+// Row tiles of one prefill item: amortises the preparation of a key block (about 4% of its products).
+constexpr int64_t kItemTiles = 16;
 // Keys and values of a block that a decode item takes at once, over several heads: tokens are then read in the order
 // they lie in memory. A quarter of a 1 MiB L2, which also holds the next block.
 constexpr int64_t kBlockBytes = 256 * 1024;
+
+// Rows of the query buffer for the `rows` rows of a head.
+int64_t query_rows(const Problem& p, int64_t rows) {
+  return p.pads_queries ? (rows + p.row_tile - 1) / p.row_tile * p.row_tile : rows;
+}
 
 template <class T>
 void load_queries(const Problem& p, const Item& item, int64_t head, int64_t tiles, uint32_t* to) {
   const int64_t first_token = p.seq_start[item.sequence];
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const Span span = even_span(item.rows(), tiles, tile);
-    const T* rows[kTileRows];
+    const T* rows[kMaxRowTile];
     for (int64_t r = span.begin; r < span.end; ++r) {
       const int64_t row = item.row_begin + r;
       rows[r - span.begin] = p.q.ptr<const T>() + (first_token + row / p.group) * p.q.strides[0] +
                              (head * p.group + row % p.group) * p.q.strides[1];
     }
     const int height = int(span.end - span.begin);
-    transpose_units(rows, height, p.cache.head_dim, to + span.begin * p.units, height);
+    const int64_t pitch = p.pads_queries ? p.row_tile : height;
+    transpose_units(rows, height, p.cache.head_dim, to, pitch);
+    to += pitch * p.units;
   }
 }
 
@@ -54,6 +62,12 @@ void run_block(const Problem& p, const Item& item, const Buffers& b, const Rows&
   const bool narrow = tiles == 1 && p.padded_dim == p.cache.head_dim;
   for (int64_t h = 0; h < item.heads(); ++h) {
     const Block block{p, b, rows, p.slot[item.sequence], item.head_begin + h, keys, ahead};
+#if defined(XLLM_AMX)
+    if (p.pads_queries) {
+      run_tiles(block, item, h);
+      continue;
+    }
+#endif
     if (!narrow) {
       load_keys<T>(block, 0, kKeys, kKeys, 32);
       load_values(p, block.slot, block.head, keys, b.values, T{});
@@ -71,7 +85,7 @@ void run_block(const Problem& p, const Item& item, const Buffers& b, const Rows&
 
 template <class T>
 void run_item(const Problem& p, const Item& item, const Buffers& b, State& partials) {
-  const int64_t tiles = (item.rows() + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (item.rows() + p.row_tile - 1) / p.row_tile;
   const int64_t tokens = p.seq_start[item.sequence + 1] - p.seq_start[item.sequence];
   const Rows rows{p.context_len[item.sequence] - tokens, p.group, p.window};
   const Range reach = rows.keys(item.row_begin, item.row_end);
@@ -81,7 +95,7 @@ void run_item(const Problem& p, const Item& item, const Buffers& b, State& parti
   Stream ahead = Stream::of<T>(p, item, first, limit);
   ahead.step(kKeys * ahead.lines_per_token());
   for (int64_t h = 0; h < item.heads(); ++h)
-    load_queries<T>(p, item, item.head_begin + h, tiles, b.queries + h * item.rows() * p.units);
+    load_queries<T>(p, item, item.head_begin + h, tiles, b.queries + h * query_rows(p, item.rows()) * p.units);
   whole.clear(0, item.states());
   for (int64_t s = item.split_begin; s < item.split_end; ++s) {
     split.clear(0, item.states());
@@ -111,7 +125,7 @@ Plan cut_step(const Problem& p, const Cut& cut) {
   for (int64_t s = 0; s < p.slot.size; ++s) {
     const int64_t tokens = p.seq_start[s + 1] - p.seq_start[s], rows = tokens * p.group;
     const Rows where{p.context_len[s] - tokens, p.group, p.window};
-    const int64_t heads = rows <= kTileRows ? cut.heads : 1;
+    const int64_t heads = rows <= p.row_tile ? cut.heads : 1;
     // Late rows see the most keys: they go first, so that the short items fill the end.
     for (int64_t end = rows; end > 0; end -= std::min(end, cut.rows)) {
       const int64_t begin = std::max<int64_t>(0, end - cut.rows);
@@ -119,7 +133,7 @@ Plan cut_step(const Problem& p, const Cut& cut) {
       const int64_t first = reach.begin / kSplit, last = (reach.end + kSplit - 1) / kSplit;
       for (int64_t head = 0; head < p.cache.heads; head += heads) {
         Item item{s, head, std::min(head + heads, p.cache.heads), begin, end, first, last, -1};
-        plan.states = std::max(plan.states, item.states());
+        plan.states = std::max(plan.states, item.heads() * query_rows(p, item.rows()));
         if (!cut.split_keys || last - first == 1) {
           plan.items.push_back(item);
           continue;
@@ -137,9 +151,9 @@ Plan cut_step(const Problem& p, const Cut& cut) {
 // Large pieces read memory in the longest runs and transpose a key block for the most rows; they are cut smaller, keys
 // first, then heads, until every thread has two.
 Plan make_plan(const Problem& p, int threads) {
-  const int64_t rows = p.seq_start[p.slot.size] * p.group * p.cache.heads / (4 * threads) / kTileRows * kTileRows;
+  const int64_t rows = p.seq_start[p.slot.size] * p.group * p.cache.heads / (4 * threads) / p.row_tile * p.row_tile;
   const int64_t head_bytes = kKeys * p.units * 8;
-  Cut cut{std::max<int64_t>(kTileRows, std::min(kItemRows, rows)),
+  Cut cut{std::max(p.row_tile, std::min(kItemTiles * p.row_tile, rows)),
           std::max<int64_t>(1, std::min(p.cache.heads, kBlockBytes / head_bytes)), false};
   Plan plan = cut_step(p, cut);
   const size_t wanted = threads == 1 ? 1 : size_t(2 * threads);
@@ -174,17 +188,25 @@ void attend(const Problem& p, int64_t tokens) {
   const int threads = threads_for(work);
   const Plan plan = make_plan(p, threads);
   static thread_local Scratch scratch;
-  const int64_t thread_bytes = Buffers::align(Buffers::bytes(p, plan.states));
+  // Room for one more tile: tiles are read and written back whole.
+  const int64_t states = plan.states + kMaxRowTile;
+  const int64_t thread_bytes = Buffers::align(Buffers::bytes(p, states));
   char* memory = scratch.get<char>(size_t(threads * thread_bytes + State::bytes(plan.partials, p.padded_dim) + 64));
   State partials(memory + threads * thread_bytes, plan.partials, p.padded_dim);
   partials.clear(0, plan.partials);
   WorkQueue queue(int64_t(plan.items.size()));
   parallel(threads, [&](int thread, int) {
-    const Buffers buffers(memory + thread * thread_bytes, p, plan.states);
+    const Buffers buffers(memory + thread * thread_bytes, p, states);
     // Elements past head_dim are read by the tiles and must be finite.
     std::memset(buffers.values, 0, kKeys * p.padded_dim * 4);
     std::memset(buffers.zeros, 0, p.padded_dim * 4);
+#if defined(XLLM_AMX)
+    if (p.pads_queries) configure_tiles(kTileSide, kTileSide);
+#endif
     for (int64_t item; (item = queue.next()) >= 0;) run_item<T>(p, plan.items[item], buffers, partials);
+#if defined(XLLM_AMX)
+    if (p.pads_queries) _tile_release();
+#endif
   });
   const int64_t merges = int64_t(plan.merges.size());
   parallel_for(merges > 1 ? threads : 1, merges, [&](int64_t i) { merge_item<T>(p, plan.merges[i], partials); });
@@ -218,9 +240,16 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_attention(AtenTensorHandle q_handle, A
     dispatch(q, [&](auto tag) {
       using T = decltype(tag);
       const int64_t padded = (cache.head_dim + kTileColumns - 1) / kTileColumns * kTileColumns;
-      const Problem problem{q,     cache,        step.seq_start,           context_len,
-                            step.slot, q.sizes[1] / cache.heads, units_of<T>(cache.head_dim), padded,
-                            float(scale), window, out.ptr<void>()};
+      Problem problem{q,     cache,        step.seq_start,           context_len,
+                      step.slot, q.sizes[1] / cache.heads, units_of<T>(cache.head_dim), padded,
+                      float(scale), window, out.ptr<void>()};
+#if defined(XLLM_AMX)
+      if (kPair<T> == 2 && cache.head_dim % (2 * kTileUnits) == 0) {
+        require_tiles();
+        problem.row_tile = kTileSide;
+        problem.pads_queries = true;
+      }
+#endif
       attend<T>(problem, q.sizes[0]);
     });
     out.release(ret0);

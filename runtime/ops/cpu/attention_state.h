@@ -13,6 +13,8 @@ namespace xllm {
 constexpr int64_t kKeys = 64;
 // Keys whose softmax runs online; partial results of splits are merged in ascending order.
 constexpr int64_t kSplit = 512;
+// Rows of the highest tile.
+constexpr int64_t kMaxRowTile = 16;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 struct Problem {
@@ -23,6 +25,9 @@ struct Problem {
   float scale;
   int64_t window;
   void* out;
+  // Rows taken at once, and whether the query buffer has room for whole tiles.
+  int64_t row_tile = kTileRows;
+  bool pads_queries = false;
 };
 
 // Softmax state of a row: maximum, per-lane sums and unnormalised output [padded_dim].
@@ -65,16 +70,16 @@ struct Buffers {
 
   static int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
   static int64_t bytes(const Problem& p, int64_t rows) {
-    return align(p.units * kKeys * 4) + align(kKeys * p.padded_dim * 4) + 2 * align(kTileRows * kKeys * 4) +
+    return align(p.units * kKeys * 4) + align(kKeys * p.padded_dim * 4) + 2 * align(kMaxRowTile * kKeys * 4) +
            align(rows * p.units * 4) + align(p.padded_dim * 4) + 2 * align(State::bytes(rows, p.padded_dim)) + 64;
   }
   Buffers(char* memory, const Problem& p, int64_t rows)
       : keys(take<uint32_t>(memory, p.units * kKeys * 4)),
         values(take<uint32_t>(memory, kKeys * p.padded_dim * 4)),
-        probs(take<uint32_t>(memory, kTileRows * kKeys * 4)),
+        probs(take<uint32_t>(memory, kMaxRowTile * kKeys * 4)),
         queries(take<uint32_t>(memory, rows * p.units * 4)),
         zeros(take<uint32_t>(memory, p.padded_dim * 4)),
-        scores(take<float>(memory, kTileRows * kKeys * 4)),
+        scores(take<float>(memory, kMaxRowTile * kKeys * 4)),
         split(take<char>(memory, State::bytes(rows, p.padded_dim)), rows, p.padded_dim),
         whole(take<char>(memory, State::bytes(rows, p.padded_dim)), rows, p.padded_dim) {}
 
