@@ -205,7 +205,7 @@ def _run_all(artifact: Path, prompts: list[list[int]], tokens: int) -> tuple[dic
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=tokens)
     batch = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
     alone = [llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
-    return {"one mixed batch": batch, "one by one": alone}, llm.engine.stats().graph_cache
+    return {"one mixed batch": batch, "one by one": alone}, llm.engine.stats().graph_cache.by_outcome()
 
 
 if __name__ == "__main__":

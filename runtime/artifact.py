@@ -21,7 +21,7 @@ import xxhash
 from xllm_compile import __version__
 from xllm_compile.runtime.program import RegionProgram
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 TOKENIZER = "tokenizer"
@@ -83,6 +83,8 @@ class Manifest:
     target_features: tuple[str, ...]
     versions: dict[str, str]
     passes: tuple[dict[str, Any], ...]
+    graph_mode: str
+    """full, partial or eager: see xllm-compile --graph-mode."""
     token_buckets: tuple[int, ...]
     logits_buckets: tuple[int, ...]
     buckets_reason: str

@@ -182,7 +182,7 @@ class Engine:
             num_generated_tokens=self._stats.num_generated_tokens,
             num_preemptions=self._stats.num_preemptions,
             num_aborted=self._stats.num_aborted,
-            graph_cache=dict(self._runner.graph_cache_stats()),
+            graph_cache=self._runner.graph_cache_stats(),
         )
 
     def _schedule(self, changed: dict[str, Request]) -> Schedule[Sequence]:

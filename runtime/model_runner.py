@@ -9,6 +9,7 @@ from torch import Tensor
 
 from xllm_compile.runtime.artifact import Manifest
 from xllm_compile.runtime.graph_cache import build_cache
+from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.runtime.step import Int32Array, Step
 
@@ -38,12 +39,10 @@ class CompiledModelRunner:
         self.max_num_batched_tokens = max_num_batched_tokens
         by_tokens = [program for program in manifest.programs if program.name != "head"]
         by_rows = [program for program in manifest.programs if program.name == "head"]
-        self._token_graphs = build_cache(
-            root, "T", manifest.token_buckets, by_tokens, manifest.graphs, enforce_eager=enforce_eager
-        )
-        self._head_graphs = build_cache(
-            root, "R", manifest.logits_buckets, by_rows, manifest.graphs, enforce_eager=enforce_eager
-        )
+        graphs = manifest.graphs
+        self._token_graphs = build_cache(root, "T", by_tokens, graphs, enforce_eager=enforce_eager)
+        self._head_graphs = build_cache(root, "R", by_rows, graphs, enforce_eager=enforce_eager)
+        self._has_padded_seqs = any("S" in entry.sizes for entry in graphs)
         programs = {program.name: program for program in manifest.programs}
         self._embed_weights = _region_weights(programs["embed"], weights)
         self._head_weights = _region_weights(programs["head"], weights)
@@ -52,18 +51,13 @@ class CompiledModelRunner:
     def execute(self, step: Step) -> Tensor:
         """See ModelRunner.execute. Raises RuntimeError when a kernel refuses its arguments."""
         num_tokens = len(step.token_ids)
-        choice = self._token_graphs.choose(num_tokens)
+        graphs = self._token_graphs
+        choice = graphs.choose(num_tokens)
         # A bucket's graphs fix S to T: there are never more sequences than tokens.
-        num_seqs = choice.size if choice.outcome in ("exact", "padded") else len(step.slot)
+        num_seqs = choice.size if choice.is_bucket and self._has_padded_seqs else len(step.slot)
         positions = _padded(step.positions, choice.size)
-        *state, cos, sin = self._token_graphs.graph("embed", choice)(
-            [
-                _padded(step.token_ids, choice.size),
-                positions,
-                _padded(step.rope_len, choice.size, 1),
-                *self._embed_weights,
-            ]
-        )
+        tokens = [_padded(step.token_ids, choice.size), positions, _padded(step.rope_len, choice.size, 1)]
+        *state, cos, sin = graphs.run("embed", choice, [*tokens, *self._embed_weights])
         metadata = [
             cos,
             sin,
@@ -74,23 +68,25 @@ class CompiledModelRunner:
             _padded(step.slot, num_seqs),
         ]
         for region, kv_cache, weights in self._layers:
-            state = self._token_graphs.graph(region, choice)([*state, *metadata, kv_cache, *weights])
+            state = graphs.run(region, choice, [*state, *metadata, kv_cache, *weights])
         num_rows = len(step.logits_at)
         if num_rows == 0:
             # A chunk in the middle of a prompt: the head's weights, a good part of the model, need not be read.
             return torch.empty(0, self.vocab_size)
         head = self._head_graphs.choose(num_rows)
-        logits = self._head_graphs.graph("head", head)(
-            [*state, _padded(step.logits_at, head.size), *self._head_weights]
-        )[0]
+        rows = _padded(step.logits_at, head.size)
+        (logits,) = self._head_graphs.run("head", head, [*state, rows, *self._head_weights])
         return logits[:num_rows]
 
-    def graph_cache_stats(self) -> dict[str, int]:
-        """Steps by how their token graphs were found, and the same for the head's."""
-        return {
-            **self._token_graphs.counts,
-            **{f"head_{outcome}": count for outcome, count in self._head_graphs.counts.items()},
-        }
+    def graph_cache_stats(self) -> GraphCacheStats:
+        """Steps by how their graphs were found, for the layers (with embed) and for the head."""
+        # Copied first: the engine's thread goes on counting.
+        parts = {"layers": dict(self._token_graphs.counts), "head": dict(self._head_graphs.counts)}
+        return GraphCacheStats(
+            choices={
+                (part, *found): count for part, counts in parts.items() for found, count in counts.items() if count
+            }
+        )
 
 
 def _padded(values: Int32Array, size: int, fill: int = 0) -> Tensor:
@@ -108,9 +104,13 @@ def _region_weights(program: RegionProgram, weights: dict[str, Tensor], layer: i
 def _layer_plan(
     programs: Sequence[RegionProgram], weights: dict[str, Tensor], kv_layers: Sequence[Tensor]
 ) -> list[tuple[str, Tensor, list[Tensor]]]:
-    """Of each layer in order: its region, its KV cache and its weights."""
-    region_of = {layer: program for program in programs for layer in program.layers}
+    """Of each layer in order, for each of its pieces: the region, the layer's KV cache and the piece's weights."""
+    pieces: dict[int, list[RegionProgram]] = {}
+    for program in programs:
+        for layer in program.layers:
+            pieces.setdefault(layer, []).append(program)
     return [
-        (region_of[layer].name, kv_layers[layer], _region_weights(region_of[layer], weights, layer))
-        for layer in sorted(region_of)
+        (piece.name, kv_layers[layer], _region_weights(piece, weights, layer))
+        for layer in sorted(pieces)
+        for piece in pieces[layer]
     ]

@@ -52,6 +52,22 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphCacheStats:
+    """How steps found their graphs. Counters only grow."""
+
+    choices: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    """Steps by (part, outcome, reason): part is layers or head, the others are runtime.graph_cache's."""
+
+    def by_outcome(self) -> dict[str, int]:
+        """Steps by how the graphs of their layers were found: exact, padded, dynamic, eager."""
+        found = dict.fromkeys(("exact", "padded", "dynamic", "eager"), 0)
+        for (part, outcome, _), count in self.choices.items():
+            if part == "layers":
+                found[outcome] += count
+        return found
+
+
 @dataclass(kw_only=True, slots=True)
 class EngineStats:
     """A snapshot for /metrics, --stats and the benchmarks. Counters only grow."""
@@ -65,5 +81,4 @@ class EngineStats:
     num_generated_tokens: int = 0
     num_preemptions: int = 0
     num_aborted: int = 0
-    graph_cache: dict[str, int] = field(default_factory=dict)
-    """Step counts by how a graph was found: exact, padded, dynamic, eager; and per fallback reason."""
+    graph_cache: GraphCacheStats = field(default_factory=GraphCacheStats)

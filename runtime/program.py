@@ -28,7 +28,11 @@ class RegionProgram:
     inputs: tuple[TensorSpec, ...]
     weights: tuple[WeightSpec, ...]
     layers: tuple[int, ...]
-    """Layers that run it; empty for embed and head."""
+    """Layers that run it, after the programs before it that name them too; empty for embed and head."""
+    is_piece: bool = False
+    """One of the pieces a region was cut into."""
+    is_eager: bool = False
+    """Never compiled: runs operator by operator between compiled pieces."""
 
     def load(self) -> ProgramFunction:
         """The function itself, running operator by operator."""
@@ -39,8 +43,7 @@ class RegionProgram:
 
     def content_hash(self) -> str:
         """Covers code and specs; nothing else."""
-        values = asdict(self)
-        values.pop("layers")
+        values = {key: value for key, value in asdict(self).items() if key in ("name", "code", "inputs", "weights")}
         return xxhash.xxh3_128(repr(sorted(values.items())).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -57,6 +60,8 @@ class RegionProgram:
                 for v in values["weights"]
             ),
             layers=tuple(values["layers"]),
+            is_piece=values["is_piece"],
+            is_eager=values["is_eager"],
         )
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from xllm_compile.runtime.outputs import GraphCacheStats
+
 Int32Array = npt.NDArray[np.int32]
 
 
@@ -45,6 +47,6 @@ class ModelRunner(Protocol):
         """Run one step, writing the KV cache. Returns float32 logits [R, vocab_size], valid until the next call."""
         ...
 
-    def graph_cache_stats(self) -> dict[str, int]:
-        """Counts of graph lookups by outcome."""
+    def graph_cache_stats(self) -> GraphCacheStats:
+        """How steps found their graphs so far."""
         ...

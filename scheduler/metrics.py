@@ -89,7 +89,9 @@ class _Snapshot(Collector):
         yield CounterMetricFamily("xllm_aborted_requests", "Engine requests aborted", stats.num_aborted)
         refused = self._limiter.num_refused
         yield CounterMetricFamily("xllm_streams_refused", "Generations refused by --max-streams", refused)
-        graphs = CounterMetricFamily("xllm_graph_cache_steps", "Steps by how a graph was found", labels=["outcome"])
-        for outcome, count in sorted(stats.graph_cache.items()):
-            graphs.add_metric([outcome], count)
+        graphs = CounterMetricFamily(
+            "xllm_graph_cache_steps", "Steps by how a graph was found and why", labels=["part", "outcome", "reason"]
+        )
+        for labels, count in sorted(stats.graph_cache.choices.items()):
+            graphs.add_metric(labels, count)
         yield graphs

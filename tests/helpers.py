@@ -193,6 +193,7 @@ def _manifest(source: Source, programs: Sequence[RegionProgram], config: BuildCo
         target_features=(),
         versions={},
         passes=(),
+        graph_mode=config.graph_mode,
         token_buckets=(),
         logits_buckets=(),
         buckets_reason="none",

@@ -1,6 +1,5 @@
 """The build driver: a model directory in, an artifact out. ``build`` reads as the list of what happens."""
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,7 +15,9 @@ from xllm_compile.atomic_dir import atomic_directory
 from xllm_compile.build_config import MAX_BUCKETS_BY_DEFAULT, BuildConfig, read_workload
 from xllm_compile.build_key import build_key, compiler_version, hash_json, tokenizer_files
 from xllm_compile.capture import capture_region, emit_program
+from xllm_compile.graph_jobs import GraphJob, list_jobs
 from xllm_compile.graph_passes.buckets import choose_buckets, default_histogram, workload_histogram
+from xllm_compile.graph_passes.partition import partition, runs_eagerly
 from xllm_compile.graph_passes.pipeline import cpu_pipeline, run_passes
 from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
 from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
@@ -33,7 +34,6 @@ from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.ops.spec import WeightSpec
 from xllm_compile.runtime.program import RegionProgram
-from xllm_compile.targets.cpu import inductor_options
 from xllm_compile.weight_builder import artifact_weights, build_weights, weights_key
 from xllm_compile.workers import build_kernels, compile_graph, stop_workers, worker_pool
 
@@ -74,20 +74,6 @@ class Buckets:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GraphJob:
-    """One graph to have: compiled unless a file with its key exists."""
-
-    program: RegionProgram
-    sizes: dict[str, int]
-    key: str
-
-    @property
-    def file(self) -> str:
-        axis = "R" if "R" in self.sizes else "T"
-        return f"graphs/{self.program.name}-{f'{axis}{self.sizes[axis]}' if self.sizes else 'dynamic'}.so"
-
-
 def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
     """Compile ``config.model_dir`` to an artifact at ``config.output``.
 
@@ -104,7 +90,7 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
         return BuildResult(output=config.output, is_up_to_date=True, seconds=time.monotonic() - began)
     programs, reports = make_programs(source, config, progress)
     weights = artifact_weights(programs)
-    jobs = list_jobs(programs, buckets, compiler)
+    jobs = list_jobs(programs, buckets.tokens, buckets.logits, compiler)
     store = open_store(config.output)
     num_workers = check_resources(config, weights, len(jobs))
     with atomic_directory(config.output) as root:
@@ -203,51 +189,46 @@ def make_programs(
     progress.start("capture and passes", len(regions))
     programs, reports = [], []
     for region in regions:
-        program, report = _make_program(region, source.dtype, passes)
-        programs.append(program)
+        pieces, report = _make_programs(region, source.dtype, passes, config.graph_mode)
+        programs += pieces
         reports.append(report)
         progress.advance("capture and passes")
     return programs, reports
 
 
-def _make_program(region: Region, dtype: str, passes: Sequence[Any]) -> tuple[RegionProgram, RegionReport]:
+def _make_programs(
+    region: Region, dtype: str, passes: Sequence[Any], graph_mode: str
+) -> tuple[list[RegionProgram], RegionReport]:
+    """One program, or the pieces of a partial graph."""
     graph = capture_region(region, getattr(torch, dtype))
     before, captured = graph.op_counts(), graph.module.code
     passes_reports = run_passes(graph, list(passes))
-    program = emit_program(graph, region.layers)
-    return program, RegionReport(
+    pieces = [graph]
+    if graph_mode == "partial":
+        pieces, partition_report = partition(graph)
+        passes_reports.append(partition_report)
+        if partition_report.skips:
+            raise BuildError(
+                f"region {region.name} cannot be cut at its attention: {', '.join(partition_report.skips)};"
+                " compile with --graph-mode full"
+            )
+    programs = [
+        emit_program(
+            piece,
+            region.layers,
+            is_piece=len(pieces) > 1,
+            is_eager=graph_mode == "eager" or (len(pieces) > 1 and runs_eagerly(piece.graph.nodes)),
+        )
+        for piece in pieces
+    ]
+    return programs, RegionReport(
         region=region.name,
         passes=passes_reports,
         ops_before=before,
         ops_after=graph.op_counts(),
         captured=captured.strip(),
-        final=program.code,
+        final="\n".join(program.code for program in programs),
     )
-
-
-def list_jobs(programs: Sequence[RegionProgram], buckets: Buckets, compiler: str) -> list[GraphJob]:
-    """Every graph of the artifact: the dynamic one of each region, and one per bucket where shapes matter."""
-    jobs = []
-    for program in programs:
-        if program.name == "head":
-            sizes: list[dict[str, int]] = [{"R": rows} for rows in buckets.logits]
-        elif program.name == "embed":
-            sizes = []
-        else:
-            sizes = [{"T": tokens, "S": tokens, "S1": tokens + 1} for tokens in buckets.tokens]
-        jobs += [_job(program, fixed, compiler) for fixed in [{}, *sizes]]
-    return jobs
-
-
-def _job(program: RegionProgram, sizes: dict[str, int], compiler: str) -> GraphJob:
-    environment = [
-        repr(isa_features()),
-        torch.__version__,
-        compiler,
-        json.dumps(inductor_options(), sort_keys=True, default=str),
-    ]
-    key = graph_key([program.content_hash(), json.dumps(sizes, sort_keys=True), *environment])
-    return GraphJob(program=program, sizes=sizes, key=key)
 
 
 def open_store(output: Path) -> GraphStore:
@@ -400,6 +381,7 @@ def describe(
         target_features=isa_features(),
         versions={**artifact.runtime_versions(), "compiler": compiler},
         passes=tuple(entry for report in reports for entry in report.to_json()),
+        graph_mode=config.graph_mode,
         token_buckets=buckets.tokens,
         logits_buckets=buckets.logits,
         buckets_reason=buckets.reason,

@@ -8,6 +8,7 @@ from pathlib import Path
 from xllm_compile.models.config import DTYPES
 
 TARGETS = ("cpu",)
+GRAPH_MODES = ("full", "partial", "eager")
 MAX_BUCKETS_BY_DEFAULT = 6
 
 
@@ -31,11 +32,15 @@ class BuildConfig:
     GeneratedTokens."""
     jobs: int | None = None
     """Graphs compiled side by side; None is one per CPU as memory allows."""
+    graph_mode: str = "full"
+    """full: one graph per region; partial: attention runs eagerly between two graphs of a layer; eager: no graphs."""
     disabled_passes: frozenset[str] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ValueError(f"target {self.target!r} is not built yet; available: {', '.join(TARGETS)}")
+        if self.graph_mode not in GRAPH_MODES:
+            raise ValueError(f"graph_mode={self.graph_mode!r} is not one of {', '.join(GRAPH_MODES)}")
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype={self.dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
         if self.max_model_len is not None and self.max_model_len < 2:

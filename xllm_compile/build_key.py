@@ -54,6 +54,7 @@ def build_key(config: BuildConfig, source: "Source", buckets: "Buckets", compile
         "dtype": source.dtype,
         "max_model_len": source.max_model_len,
         "max_num_batched_tokens": config.max_num_batched_tokens,
+        "graph_mode": config.graph_mode,
         "token_buckets": buckets.tokens,
         "logits_buckets": buckets.logits,
         "disabled_passes": sorted(config.disabled_passes),

@@ -71,7 +71,9 @@ def dynamic_dims(spec: TensorSpec) -> dict[int, Dim] | None:
     return dims or None
 
 
-def emit_program(graph: RegionGraph, layers: tuple[int, ...]) -> RegionProgram:
+def emit_program(
+    graph: RegionGraph, layers: tuple[int, ...], *, is_piece: bool = False, is_eager: bool = False
+) -> RegionProgram:
     """The region as text, after the passes."""
     return RegionProgram(
         name=graph.name,
@@ -79,4 +81,6 @@ def emit_program(graph: RegionGraph, layers: tuple[int, ...]) -> RegionProgram:
         inputs=graph.inputs,
         weights=tuple(graph.weights.values()),
         layers=layers,
+        is_piece=is_piece,
+        is_eager=is_eager,
     )

@@ -36,6 +36,12 @@ def parse_buckets(_context: click.Context, _parameter: click.Parameter, value: s
     "--workload", type=click.Path(path_type=Path), help="Choose buckets for these requests (.jsonl or .csv trace)."
 )
 @click.option("--jobs", "-j", type=int, help="Graphs compiled side by side.  [default: one per CPU]")
+@click.option(
+    "--graph-mode",
+    type=click.Choice(["full", "partial", "eager"]),
+    default="full",
+    help="partial: attention outside the graphs; eager: no graphs.",
+)
 @click.option("--disable-pass", "disabled", multiple=True, metavar="NAME", help="Leave a pass out; may be repeated.")
 @click.option("--explain", is_flag=True, help="Show what the passes do to this model, and compile nothing.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
@@ -50,6 +56,7 @@ def command(
     buckets: tuple[int, ...] | None,
     workload: Path | None,
     jobs: int | None,
+    graph_mode: str,
     disabled: tuple[str, ...],
     explain: bool,
     quiet: bool,
@@ -71,6 +78,7 @@ def command(
         buckets=buckets,
         workload=workload,
         jobs=jobs,
+        graph_mode=graph_mode,
         disabled_passes=frozenset(disabled),
     )
     if explain:

@@ -141,8 +141,9 @@ def graph_cache(address: str) -> str:
     connection = http.client.HTTPConnection(address, timeout=_START_LIMIT_S)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
-    found = re.findall(r'^xllm_graph_cache\w*\{[^}]*outcome="(\w+)"[^}]*\} ([\d.e+]+)$', text, re.MULTILINE)
-    return ", ".join(f"{outcome} {float(count):.0f}" for outcome, count in found if float(count)) or "no steps"
+    pattern = r'^xllm_graph_cache_steps_total\{outcome="(\w+)",part="layers",reason="(\w+)"\} ([\d.e+]+)$'
+    found = re.findall(pattern, text, re.MULTILINE)
+    return ", ".join(f"{outcome} ({reason}) {float(count):.0f}" for outcome, reason, count in found) or "no steps"
 
 
 def _events(address: str, path: str, body: dict[str, object]) -> Iterator[dict[str, Any]]:

@@ -137,7 +137,8 @@ def print_stats(llm: "LLM", final: "RequestOutput", opened_s: float) -> None:
         if num_more > 0 and decode_s > 0:
             table.add_row("TPOT", f"{decode_s / num_more * 1e3:.2f} ms ({num_more / decode_s:.1f} tok/s)")
     table.add_row("finished", str(final.outputs[0].finish_reason))
-    table.add_row("graph cache", ", ".join(f"{name} {count}" for name, count in counted.graph_cache.items() if count))
+    for (part, outcome, reason), count in sorted(counted.graph_cache.choices.items()):
+        table.add_row(f"steps, {part}", f"{count} {outcome} ({reason})")
     Console(stderr=True).print(table)
 
 

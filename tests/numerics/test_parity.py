@@ -117,7 +117,7 @@ def test_compiled(family, family_artifact, family_chains, kernels):
     assert_parity(family_chains, greedy(llm.engine, prompts, NUM_TOKENS))
     assert_parity(family_chains, [greedy(llm.engine, [prompt], NUM_TOKENS)[0] for prompt in prompts])
     assert_parity(family_chains[:4], greedy(llm.engine, prompts[:4], NUM_TOKENS))
-    counts = llm.engine.stats().graph_cache
+    counts = llm.engine.stats().graph_cache.by_outcome()
     assert counts["exact"] and counts["padded"] and counts["dynamic"] and not counts["eager"]
 
 

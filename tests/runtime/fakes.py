@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xllm_compile.runtime.engine import Engine, EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.step import Step
 from xllm_compile.runtime.tokenizer import Tokenizer
 
@@ -81,8 +82,8 @@ class HistoryRunner:
         """Make these tokens the greedy continuation of the prompt."""
         self.scripts[tuple(prompt)] = output
 
-    def graph_cache_stats(self) -> dict[str, int]:
-        return {"exact": len(self.steps)}
+    def graph_cache_stats(self) -> GraphCacheStats:
+        return GraphCacheStats(choices={("layers", "exact", "bucket"): len(self.steps)})
 
     def execute(self, step: Step) -> Tensor:
         self.gate.wait()

@@ -59,7 +59,7 @@ def test_no_artifact(tmp_path):
         open_instance(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 1}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"schema_version": artifact.SCHEMA_VERSION}), "\xff"])
 def test_damaged_manifest(root, text):
     (root / MANIFEST).write_bytes(text.encode("latin-1"))
     with pytest.raises(ArtifactMismatchError, match=r"is damaged.*rebuild it with"):
@@ -74,7 +74,7 @@ def test_manifest_with_a_key_of_another_version(root):
 
 def test_schema_version(root):
     edit(root, schema_version=artifact.SCHEMA_VERSION + 1)
-    with pytest.raises(ArtifactMismatchError, match="schema version 2, this version reads 1; rebuild it with"):
+    with pytest.raises(ArtifactMismatchError, match=r"schema version \d+, this version reads \d+; rebuild it with"):
         open_instance(root)
 
 

@@ -371,7 +371,7 @@ def test_stats_count(make_engine: EngineFactory) -> None:
     assert (stats.num_running, stats.num_waiting, stats.num_steps) == (1, 1, 1)
     assert (stats.kv_tokens_used, stats.kv_tokens_total) == (5, 512)
     assert (stats.num_prompt_tokens, stats.num_generated_tokens) == (5, 1)
-    assert stats.graph_cache == {"exact": 1}
+    assert stats.graph_cache.by_outcome()["exact"] == 1
 
 
 TOKENIZER = Tokenizer(train_byte_level(), eos_token_ids=[2])

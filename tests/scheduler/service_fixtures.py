@@ -10,6 +10,7 @@ from torch import Tensor
 from xllm_compile.runtime.chat_template import ChatTemplate
 from xllm_compile.runtime.engine import Engine, EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.step import Step
 from xllm_compile.runtime.tokenizer import BYTE_OF_CHAR, Tokenizer
 
@@ -67,8 +68,8 @@ class CountingRunner:
         logits[rows, (last + 1) % 256] = 10.0
         return logits
 
-    def graph_cache_stats(self) -> dict[str, int]:
-        return {"exact": self.num_steps}
+    def graph_cache_stats(self) -> GraphCacheStats:
+        return GraphCacheStats(choices={("layers", "exact", "bucket"): self.num_steps})
 
 
 def counting_engine(runner: CountingRunner, config: EngineConfig | None = None) -> Engine:

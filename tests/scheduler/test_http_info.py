@@ -47,6 +47,6 @@ async def test_metrics_count_what_happened(client):
         'xllm_request_finished_total{reason="length"}': 1,
         'xllm_requests_total{api="http",outcome="ok"}': 1,
         'xllm_requests_total{api="http",outcome="refused"}': 1,
-        'xllm_graph_cache_steps_total{outcome="exact"}': 5,
+        'xllm_graph_cache_steps_total{outcome="exact",part="layers",reason="bucket"}': 5,
     }
     assert {name: float(samples[name]) for name in expected} == expected

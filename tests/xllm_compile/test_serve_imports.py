@@ -15,7 +15,7 @@ import xllm_compile.scheduler.startup
 print(json.dumps({
     "tokens": [len(output.outputs[0].token_ids) for output in outputs],
     "modules": sorted(sys.modules),
-    "steps": llm.engine.stats().graph_cache,
+    "steps": llm.engine.stats().graph_cache.by_outcome(),
 }))
 """
 FORBIDDEN = (
