@@ -13,7 +13,7 @@ from xllm_compile.benchmarks.kernel_profile import KernelCall, KernelProfiler, g
 from xllm_compile.benchmarks.limits import measure_limits
 from xllm_compile.benchmarks.load import ForeignLoad
 from xllm_compile.benchmarks.record import Bar, make_record
-from xllm_compile.runtime.artifact import Manifest, read_manifest
+from xllm_compile.runtime.artifact import Manifest, cpu_kernels, read_manifest
 
 _NUM_PREFILLS = 4
 
@@ -56,7 +56,7 @@ def run_profile(
 ) -> None:
     """Profile steps of ``batch`` sequences: decodes, or with output_tokens=1 prefills. Writes profile_*.json."""
     manifest = read_manifest(artifact)
-    kernels = artifact / manifest.kernels.path
+    kernels = artifact / cpu_kernels(artifact, manifest).path
     limits = measure_limits(artifact)
     is_prefill = output_tokens == 1
     with ForeignLoad() as load:

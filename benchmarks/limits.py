@@ -51,9 +51,9 @@ def _measure_here(artifact: Path) -> Limits:
 
     import torch
 
-    from xllm_compile.runtime.artifact import WEIGHTS, read_manifest
+    from xllm_compile.runtime.artifact import WEIGHTS, cpu_kernels, read_manifest
 
-    library = ctypes.CDLL(str(artifact / read_manifest(artifact).kernels.path))
+    library = ctypes.CDLL(str(artifact / cpu_kernels(artifact, read_manifest(artifact)).path))
     library.xllm_measure_read.restype = library.xllm_measure_multiply.restype = ctypes.c_double
     library.xllm_measure_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.xllm_measure_multiply.argtypes = [ctypes.c_int32, ctypes.c_int64]

@@ -91,7 +91,8 @@ class Manifest:
     max_num_batched_tokens: int
     programs: tuple[RegionProgram, ...]
     graphs: tuple[GraphEntry, ...]
-    kernels: FileEntry
+    kernels: FileEntry | None
+    """Our own kernels; None on a target whose operators come with its runtime."""
     weights: FileEntry
     weights_key: str
     memory_plan: dict[str, int]
@@ -103,7 +104,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
-        entry = {name: FileEntry(**values[name]) for name in ("kernels", "weights")}
+        entry = {name: values[name] and FileEntry(**values[name]) for name in ("kernels", "weights")}
         return cls(
             **{
                 **values,
@@ -188,9 +189,19 @@ def check_artifact(root: Path, manifest: Manifest, features: tuple[str, ...], *,
             f"{root} was built for a CPU with {', '.join(missing)}, which this one ({platform.machine()}) lacks;"
             f" {_rebuild(root)}"
         )
-    for entry in [*(graph.file for graph in manifest.graphs), manifest.kernels]:
+    for entry in [*(graph.file for graph in manifest.graphs), *filter(None, [manifest.kernels])]:
         _check_file(root, entry, is_hashed=True)
     _check_file(root, manifest.weights, is_hashed=verify_weights)
+
+
+def cpu_kernels(root: Path, manifest: Manifest) -> FileEntry:
+    """The kernel library of an artifact for the CPU. Raises ArtifactMismatchError for any other target."""
+    if manifest.target != "cpu" or manifest.kernels is None:
+        raise ArtifactMismatchError(
+            f"{root} was built for target {manifest.target}; this version serves cpu artifacts only:"
+            f" build one with xllm-compile MODEL_DIR -o {root} --target cpu"
+        )
+    return manifest.kernels
 
 
 def is_intact(root: Path, entry: FileEntry) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from xllm_compile.runtime.artifact import TOKENIZER, Manifest, check_artifact, read_manifest
+from xllm_compile.runtime.artifact import TOKENIZER, Manifest, check_artifact, cpu_kernels, read_manifest
 from xllm_compile.runtime.engine import Engine, EngineConfig
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
@@ -66,8 +66,9 @@ def open_instance(root: Path, config: InstanceConfig | None = None) -> Instance:
     """
     config = config or InstanceConfig()
     manifest = read_manifest(root)
+    kernels = cpu_kernels(root, manifest)
     check_artifact(root, manifest, isa_features(), verify_weights=config.verify_weights)
-    native.load_kernels(root / manifest.kernels.path)
+    native.load_kernels(root / kernels.path)
     kv_cache = KVCache(_kv_config(manifest, config))
     runner = CompiledModelRunner(
         root,

@@ -13,12 +13,12 @@ import torch
 
 from xllm_compile.atomic_dir import atomic_directory
 from xllm_compile.build_config import MAX_BUCKETS_BY_DEFAULT, BuildConfig, read_workload
-from xllm_compile.build_key import build_key, compiler_version, hash_json, tokenizer_files
+from xllm_compile.build_key import build_key, hash_json, tokenizer_files
 from xllm_compile.capture import capture_region, emit_program
 from xllm_compile.graph_jobs import GraphJob, list_jobs
 from xllm_compile.graph_passes.buckets import choose_buckets, default_histogram, workload_histogram
 from xllm_compile.graph_passes.partition import partition, runs_eagerly
-from xllm_compile.graph_passes.pipeline import cpu_pipeline, run_passes
+from xllm_compile.graph_passes.pipeline import run_passes
 from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
 from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
 from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
@@ -30,16 +30,15 @@ from xllm_compile.progress import BuildProgress
 from xllm_compile.report import RegionReport, write_report
 from xllm_compile.runtime import artifact
 from xllm_compile.runtime.artifact import GraphEntry, Manifest, ModelInfo
-from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.ops.spec import WeightSpec
 from xllm_compile.runtime.program import RegionProgram
+from xllm_compile.targets import Lowering, lowering_for
 from xllm_compile.weight_builder import artifact_weights, build_weights, weights_key
 from xllm_compile.workers import build_kernels, compile_graph, stop_workers, worker_pool
 
 GRAPH_STORE_BYTES = 2 << 30
 _WORKER_BYTES = 900 << 20
-_MAX_LOGITS_BUCKET = 8
 
 
 class BuildError(ValueError):
@@ -82,21 +81,23 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
     """
     began = time.monotonic()
     check_output(config.output)
+    lowering = lowering_for(config.target)
+    lowering.check()
     source = read_source(config)
-    compiler = compiler_version()
+    compiler = lowering.compiler_version()
     buckets = pick_buckets(config)
     key = build_key(config, source, buckets, compiler)
-    if is_up_to_date(config.output, key):
+    if is_up_to_date(config.output, key, lowering):
         return BuildResult(output=config.output, is_up_to_date=True, seconds=time.monotonic() - began)
     programs, reports = make_programs(source, config, progress)
     weights = artifact_weights(programs)
-    jobs = list_jobs(programs, buckets.tokens, buckets.logits, compiler)
-    store = open_store(config.output)
+    jobs = list_jobs(programs, buckets.tokens, buckets.logits, lowering)
+    store = open_store(config.output, lowering.graph_suffix)
     num_workers = check_resources(config, weights, len(jobs))
     with atomic_directory(config.output) as root:
         for folder in ("graphs", "weights", artifact.TOKENIZER, artifact.REPORT):
             (root / folder).mkdir()
-        num_compiled = produce(root, config.output, source, weights, jobs, store, num_workers, compiler, progress)
+        num_compiled = produce(root, config, source, weights, jobs, store, num_workers, progress)
         for name in tokenizer_files(config.model_dir):
             shutil.copyfile(config.model_dir / name, root / artifact.TOKENIZER / name)
         write_report(root / artifact.REPORT / "passes.html", source.config, reports)
@@ -163,17 +164,16 @@ def pick_buckets(config: BuildConfig) -> Buckets:
     else:
         tokens = choose_buckets(default_histogram(largest), largest, MAX_BUCKETS_BY_DEFAULT)
         reason = "chosen for the default workload"
-    # The head runs on one row per sequence that gets a token: decode batch sizes.
-    return Buckets(tokens=tokens, logits=tuple(size for size in tokens if size <= _MAX_LOGITS_BUCKET), reason=reason)
+    return Buckets(tokens=tokens, logits=lowering_for(config.target).logits_buckets(tokens), reason=reason)
 
 
-def is_up_to_date(output: Path, key: str) -> bool:
+def is_up_to_date(output: Path, key: str, lowering: Lowering) -> bool:
     """Whether ``output`` is a whole artifact of this very build."""
     if not artifact.is_artifact(output):
         return False
     try:
         manifest = artifact.read_manifest(output)
-        artifact.check_artifact(output, manifest, isa_features())
+        artifact.check_artifact(output, manifest, lowering.features())
     except artifact.ArtifactMismatchError:
         return False
     return manifest.build_key == key
@@ -185,7 +185,7 @@ def make_programs(
     """Capture every region and run the passes on it."""
     regions = build_regions(source.config)
     tied = frozenset({EMBED_WEIGHT}) if source.config.tie_word_embeddings else frozenset[str]()
-    passes = cpu_pipeline(tied_weights=tied, disabled=config.disabled_passes)
+    passes = lowering_for(config.target).pipeline(tied_weights=tied, disabled=config.disabled_passes)
     progress.start("capture and passes", len(regions))
     programs, reports = [], []
     for region in regions:
@@ -231,9 +231,9 @@ def _make_programs(
     )
 
 
-def open_store(output: Path) -> GraphStore:
+def open_store(output: Path, suffix: str) -> GraphStore:
     """The user's graph cache, which also finds the graphs of the artifact about to be replaced."""
-    store = GraphStore(cache_dir() / "graphs")
+    store = GraphStore(cache_dir() / "graphs", suffix)
     try:
         store.root.mkdir(parents=True, exist_ok=True)
     except OSError as err:
@@ -274,34 +274,34 @@ def check_resources(config: BuildConfig, weights: Sequence[WeightSpec], num_grap
 
 def produce(
     root: Path,
-    previous: Path,
+    config: BuildConfig,
     source: Source,
     weights: Sequence[WeightSpec],
     jobs: Sequence[GraphJob],
     store: GraphStore,
     num_workers: int,
-    compiler: str,
     progress: BuildProgress,
 ) -> int:
     """Compile what is missing while the weights are written, and link all of it into the artifact.
 
     Returns how many graphs were compiled.
     """
-    kernels_key = graph_key(["kernels", native.kernel_source_hash(), compiler])
+    lowering = lowering_for(config.target)
+    kernels_key = graph_key(["kernels", native.kernel_source_hash(), lowering.compiler_version()])
     missing = {job.key: job for job in jobs if store.find(job.key) is None}
     scratch = root / ".scratch"
     scratch.mkdir()
     progress.start("graphs", len(jobs))
     progress.advance("graphs", len(jobs) - len(missing))
-    with worker_pool(num_workers, scratch) as pool:
+    with worker_pool(config.target, num_workers, scratch) as pool:
         futures: dict[Future[None], str] = {}
-        if store.find(kernels_key) is None:
-            futures[pool.submit(build_kernels, str(store.path(kernels_key)))] = "kernels"
+        if lowering.has_kernels and store.find(kernels_key) is None:
+            futures[pool.submit(build_kernels, config.target, str(store.path(kernels_key)))] = "kernels"
         for job in missing.values():
-            future = pool.submit(compile_graph, job.program.to_json(), job.sizes, str(store.path(job.key)))
-            futures[future] = job.file
+            output = str(store.path(job.key))
+            futures[pool.submit(compile_graph, config.target, job.program.to_json(), job.sizes, output)] = job.file
         try:
-            place_weights(root, previous, source, weights, progress)
+            place_weights(root, config.output, source, weights, progress)
             for future in as_completed(futures):
                 future.result()
                 if futures[future] != "kernels":
@@ -311,7 +311,8 @@ def produce(
             raise
     for job in jobs:
         link_or_copy(_found(store, job.key), root / job.file)
-    link_or_copy(_found(store, kernels_key), root / KERNELS_FILE)
+    if lowering.has_kernels:
+        link_or_copy(_found(store, kernels_key), root / KERNELS_FILE)
     shutil.rmtree(scratch)
     return len(missing)
 
@@ -360,6 +361,7 @@ def describe(
     jobs: Sequence[GraphJob],
     compiler: str,
 ) -> Manifest:
+    lowering = lowering_for(config.target)
     model = ModelInfo(
         name=config.model_dir.resolve().name,
         architecture=source.config.architecture,
@@ -378,7 +380,7 @@ def describe(
         model_config=source.config.to_json(),
         config_hash=hash_json(source.hf_config),
         target=config.target,
-        target_features=isa_features(),
+        target_features=lowering.features(),
         versions={**artifact.runtime_versions(), "compiler": compiler},
         passes=tuple(entry for report in reports for entry in report.to_json()),
         graph_mode=config.graph_mode,
@@ -391,7 +393,7 @@ def describe(
             GraphEntry(region=j.program.name, sizes=j.sizes, key=j.key, file=artifact.file_entry(root, j.file))
             for j in jobs
         ),
-        kernels=artifact.file_entry(root, KERNELS_FILE),
+        kernels=artifact.file_entry(root, KERNELS_FILE) if lowering.has_kernels else None,
         weights=artifact.file_entry(root, artifact.WEIGHTS),
         weights_key=weights_key(source.checkpoint_hash, weights, rope_constants(source.config)),
         memory_plan={

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xllm_compile.models.config import DTYPES
+from xllm_compile.targets import TARGETS
 
-TARGETS = ("cpu",)
 GRAPH_MODES = ("full", "partial", "eager")
 MAX_BUCKETS_BY_DEFAULT = 6
 

@@ -12,8 +12,8 @@ import xxhash
 import xllm_compile
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.runtime import artifact
-from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.ops import native
+from xllm_compile.targets import lowering_for
 
 if TYPE_CHECKING:
     from xllm_compile.build import Buckets, Source
@@ -58,7 +58,7 @@ def build_key(config: BuildConfig, source: "Source", buckets: "Buckets", compile
         "token_buckets": buckets.tokens,
         "logits_buckets": buckets.logits,
         "disabled_passes": sorted(config.disabled_passes),
-        "features": isa_features(),
+        "features": lowering_for(config.target).features(),
         "versions": artifact.runtime_versions(),
         "compiler": compiler,
         "kernels": native.kernel_source_hash(),

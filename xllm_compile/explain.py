@@ -5,8 +5,8 @@ from rich.table import Table
 
 from xllm_compile.build import make_programs, pick_buckets, read_source
 from xllm_compile.build_config import BuildConfig
-from xllm_compile.graph_passes.pipeline import cpu_pipeline
 from xllm_compile.progress import NoProgress
+from xllm_compile.targets import lowering_for
 
 
 def explain_passes(config: BuildConfig) -> None:
@@ -18,7 +18,8 @@ def explain_passes(config: BuildConfig) -> None:
     matches.add_column("what it does")
     for report in reports:
         matches.add_column(report.region, justify="right")
-    summaries = {step.name: step.summary for step in cpu_pipeline(disabled=config.disabled_passes)}
+    passes = lowering_for(config.target).pipeline(tied_weights=frozenset(), disabled=config.disabled_passes)
+    summaries = {step.name: step.summary for step in passes}
     for index, (name, summary) in enumerate(summaries.items()):
         found = [report.passes[index] for report in reports]
         cells = [str(entry.matches) if entry.matches else "-" for entry in found]

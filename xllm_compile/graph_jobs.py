@@ -4,12 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from xllm_compile.graph_store import graph_key
-from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.program import RegionProgram
-from xllm_compile.targets.cpu import inductor_options
+from xllm_compile.targets import Lowering
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,29 +16,24 @@ class GraphJob:
     program: RegionProgram
     sizes: dict[str, int]
     key: str
+    suffix: str
 
     @property
     def file(self) -> str:
         axis = "R" if "R" in self.sizes else "T"
-        return f"graphs/{self.program.name}-{f'{axis}{self.sizes[axis]}' if self.sizes else 'dynamic'}.so"
+        return f"graphs/{self.program.name}-{f'{axis}{self.sizes[axis]}' if self.sizes else 'dynamic'}{self.suffix}"
 
 
 def list_jobs(
-    programs: Sequence[RegionProgram], token_buckets: Sequence[int], logits_buckets: Sequence[int], compiler: str
+    programs: Sequence[RegionProgram], token_buckets: Sequence[int], logits_buckets: Sequence[int], lowering: Lowering
 ) -> list[GraphJob]:
-    """Every graph of the artifact: the dynamic one of each region, and one per bucket where shapes matter."""
-    jobs = []
-    for program in programs:
-        if program.is_eager:
-            continue
-        if program.name == "head":
-            sizes: list[dict[str, int]] = [{"R": rows} for rows in logits_buckets]
-        elif program.name == "embed":
-            sizes = []
-        else:
-            sizes = [bucket_sizes(program, tokens) for tokens in token_buckets]
-        jobs += [graph_job(program, fixed, compiler) for fixed in [{}, *sizes]]
-    return jobs
+    """Every graph of the artifact."""
+    return [
+        graph_job(program, sizes, lowering)
+        for program in programs
+        if not program.is_eager
+        for sizes in lowering.graph_sizes(program, token_buckets, logits_buckets)
+    ]
 
 
 def bucket_sizes(program: RegionProgram, num_tokens: int) -> dict[str, int]:
@@ -54,14 +46,7 @@ def bucket_sizes(program: RegionProgram, num_tokens: int) -> dict[str, int]:
     return {"T": num_tokens, "S": num_tokens, "S1": num_tokens + 1}
 
 
-def graph_job(program: RegionProgram, sizes: Mapping[str, int], compiler: str) -> GraphJob:
-    """The job of one graph. ``compiler``: build_key.compiler_version()."""
-    parts = [
-        program.content_hash(),
-        json.dumps(dict(sizes), sort_keys=True),
-        repr(isa_features()),
-        torch.__version__,
-        compiler,
-        json.dumps(inductor_options(), sort_keys=True, default=str),
-    ]
-    return GraphJob(program=program, sizes=dict(sizes), key=graph_key(parts))
+def graph_job(program: RegionProgram, sizes: Mapping[str, int], lowering: Lowering) -> GraphJob:
+    """The job of one graph."""
+    key = graph_key([program.content_hash(), json.dumps(dict(sizes), sort_keys=True), *lowering.environment()])
+    return GraphJob(program=program, sizes=dict(sizes), key=key, suffix=lowering.graph_suffix)

@@ -15,12 +15,13 @@ _ABANDONED_S = 24 * 3600
 class GraphStore:
     """Files named by key. A key names one content for ever, so a file is never rewritten; writes are atomic."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, suffix: str = ".so") -> None:
         self.root = root
+        self.suffix = suffix
         self._adopted: dict[str, Path] = {}
 
     def path(self, key: str) -> Path:
-        return self.root / f"{key}.so"
+        return self.root / f"{key}{self.suffix}"
 
     def adopt(self, key: str, path: Path) -> None:
         """Also find ``key`` at ``path``: in the artifact that is about to be replaced, when the cache was cleared."""
@@ -40,7 +41,7 @@ class GraphStore:
         for scratch in self.root.glob(".*/"):
             if time.time() - scratch.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(scratch, ignore_errors=True)
-        files = sorted(self.root.glob("*.so"), key=lambda file: file.stat().st_mtime, reverse=True)
+        files = sorted(self.root.glob(f"*{self.suffix}"), key=lambda file: file.stat().st_mtime, reverse=True)
         total = 0
         for file in files:
             total += file.stat().st_size

@@ -89,10 +89,17 @@ def test_missing_cpu_feature(root):
     refused(root, "which this one", features=())
 
 
+def test_another_target(root):
+    edit(root, target="npu", target_features=["Ascend910B3"])
+    with pytest.raises(ArtifactMismatchError, match="built for target npu; this version serves cpu artifacts only"):
+        open_instance(root)
+
+
 @pytest.mark.parametrize("what", ["graph", "kernels", "weights"])
 def test_missing_truncated_and_damaged_files(root, what):
     manifest = read_manifest(root)
     entry = {"graph": manifest.graphs[1].file, "kernels": manifest.kernels, "weights": manifest.weights}[what]
+    assert entry is not None
     path = root / entry.path
     content = path.read_bytes()
     middle = len(content) // 2

@@ -147,10 +147,11 @@ from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import build_key, compiler_version
 from xllm_compile.graph_jobs import list_jobs
 from xllm_compile.progress import NoProgress
+from xllm_compile.targets import lowering_for
 config = BuildConfig(model_dir=Path(sys.argv[1]), output=Path(sys.argv[2]), dtype="float32", buckets=())
 source, buckets, compiler = read_source(config), pick_buckets(config), compiler_version()
 programs, _ = make_programs(source, config, NoProgress())
-jobs = list_jobs(programs, buckets.tokens, buckets.logits, compiler)
+jobs = list_jobs(programs, buckets.tokens, buckets.logits, lowering_for("cpu"))
 print(json.dumps({
     "from": xllm_compile.__file__,
     "build": build_key(config, source, buckets, compiler),

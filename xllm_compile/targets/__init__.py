@@ -1,1 +1,64 @@
-"""Build-time halves of the targets: how a region's program becomes code."""
+"""Build-time halves of the targets: what is asked of one, and which there are."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from xllm_compile.graph_passes.pipeline import Pass
+from xllm_compile.runtime.program import RegionProgram
+
+TARGETS = ("cpu",)
+
+
+class Lowering(Protocol):
+    """How one target turns regions into code. Stateless: worker processes make their own by name."""
+
+    graph_suffix: str
+    """Ending of a compiled graph's file name."""
+    has_kernels: bool
+    """Whether the artifact carries a library of our own kernels, which ``build_kernels`` makes."""
+
+    def check(self) -> None:
+        """Raise a ValueError or RuntimeError that names the next step when this machine cannot compile for the
+        target."""
+
+    def features(self) -> tuple[str, ...]:
+        """What the device must have to run the graphs."""
+
+    def compiler_version(self) -> str:
+        """The compiler that code depends on beside torch."""
+
+    def environment(self) -> list[str]:
+        """What a graph's bytes depend on beside its program and sizes; part of its key."""
+
+    def pipeline(self, *, tied_weights: frozenset[str], disabled: frozenset[str]) -> list[Pass]:
+        """The passes, in order. ValueError for an unknown or required name in ``disabled``."""
+
+    def logits_buckets(self, token_buckets: Sequence[int]) -> tuple[int, ...]:
+        """Numbers of logits rows with a head graph of their own."""
+
+    def graph_sizes(
+        self, program: RegionProgram, token_buckets: Sequence[int], logits_buckets: Sequence[int]
+    ) -> list[dict[str, int]]:
+        """The symbols each graph of a region fixes; an empty dict is the dynamic-shape graph."""
+
+    def worker_environment(self) -> Mapping[str, str]:
+        """Environment variables the compiling processes start with."""
+
+    def initialise_worker(self, scratch: Path) -> None:
+        """Once in each compiling process, before its first graph. ``scratch`` is deleted after the build."""
+
+    def compile_program(self, program: RegionProgram, sizes: Mapping[str, int], output: Path) -> None:
+        """Compile one region for one bucket to ``output``, which is written whole or not at all."""
+
+    def build_kernels(self, output: Path) -> None:
+        """Compile the kernels to ``output``; only where ``has_kernels``."""
+
+
+def lowering_for(target: str) -> Lowering:
+    """Raises ValueError for a target that is not built."""
+    if target == "cpu":
+        from xllm_compile.targets.cpu import CpuLowering
+
+        return CpuLowering()
+    raise ValueError(f"target {target!r} is not built yet; available: {', '.join(TARGETS)}")

@@ -1,13 +1,21 @@
 """CPU target, build time: AOTInductor code around our own C++ kernels."""
 
+import json
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from xllm_compile.build_key import compiler_version
+from xllm_compile.graph_jobs import bucket_sizes
+from xllm_compile.graph_passes.pipeline import Pass, cpu_pipeline
+from xllm_compile.runtime.isa import isa_features
+from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.program import RegionProgram, concrete_shape
 
 _HANDLE = "AtenTensorHandle"
@@ -20,6 +28,65 @@ _C_TYPES = {
 }
 # Stands for a symbolic size while tracing: distinct and above 1, because export specialises 0 and 1.
 _DYNAMIC_SIZES = {"T": 6, "S": 3, "S1": 4, "R": 2, "L": 3, "M": 5}
+_MAX_LOGITS_BUCKET = 8
+
+
+class CpuLowering:
+    """AOTInductor libraries that call the kernels through the C shim; see targets.Lowering for the contract."""
+
+    graph_suffix = ".so"
+    has_kernels = True
+
+    def check(self) -> None:
+        compiler_version()
+
+    def features(self) -> tuple[str, ...]:
+        return isa_features()
+
+    def compiler_version(self) -> str:
+        return compiler_version()
+
+    def environment(self) -> list[str]:
+        return [
+            repr(isa_features()),
+            torch.__version__,
+            compiler_version(),
+            json.dumps(inductor_options(), sort_keys=True, default=str),
+        ]
+
+    def pipeline(self, *, tied_weights: frozenset[str], disabled: frozenset[str]) -> list[Pass]:
+        return cpu_pipeline(tied_weights=tied_weights, disabled=disabled)
+
+    def logits_buckets(self, token_buckets: Sequence[int]) -> tuple[int, ...]:
+        # The head runs on one row per sequence that gets a token: decode batch sizes.
+        return tuple(size for size in token_buckets if size <= _MAX_LOGITS_BUCKET)
+
+    def graph_sizes(
+        self, program: RegionProgram, token_buckets: Sequence[int], logits_buckets: Sequence[int]
+    ) -> list[dict[str, int]]:
+        """The dynamic graph of each region, and one per bucket where shapes matter."""
+        if program.name == "head":
+            return [{}, *({"R": rows} for rows in logits_buckets)]
+        if program.name == "embed":
+            return [{}]
+        return [{}, *(bucket_sizes(program, tokens) for tokens in token_buckets)]
+
+    def worker_environment(self) -> Mapping[str, str]:
+        return {}
+
+    def initialise_worker(self, scratch: Path) -> None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch)
+        from torch._inductor import config
+
+        # Each worker compiles for itself; inductor's own pool of compile processes would only add more.
+        torch.set_num_threads(1)
+        config.compile_threads = 1
+
+    def compile_program(self, program: RegionProgram, sizes: Mapping[str, int], output: Path) -> None:
+        compile_program(program, sizes, output)
+
+    def build_kernels(self, output: Path) -> None:
+        native.build_kernels(output)
 
 
 def inductor_options() -> dict[str, Any]:
@@ -40,7 +107,6 @@ def compile_program(program: RegionProgram, sizes: Mapping[str, int], output: Pa
     ``sizes`` fixes symbols (T, S, R, ...); symbols it leaves out stay dynamic. Runs in a build process of its own:
     torch.export and inductor are imported here. Raises whatever they raise; ``output`` is written whole or not at all.
     """
-    import torch
     from torch import nn
 
     class Module(nn.Module):
@@ -82,8 +148,6 @@ def compile_program(program: RegionProgram, sizes: Mapping[str, int], output: Pa
 
 def shim_declarations() -> dict[Any, list[str]]:
     """C declarations of the kernels, from the operators' schemas: compiled graphs call them directly."""
-    import torch
-
     from xllm_compile.runtime.ops import SCHEMAS
 
     declarations = {}
