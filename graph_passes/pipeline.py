@@ -1,8 +1,13 @@
 """The passes, in order. This list is the whole pipeline; the runner below knows no pass."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
+from typing import Literal
+
+from torch import fx
 
 from xllm_compile.graph_passes.add_rms_norm import add_rms_norm
 from xllm_compile.graph_passes.canonicalise import canonicalise
@@ -15,6 +20,7 @@ from xllm_compile.graph_passes.silu_mul import silu_mul
 from xllm_compile.graph_passes.verify import verify_graph
 
 PassFunction = Callable[[RegionGraph], PassReport]
+Numerics = Literal["preserving", "changing"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +30,16 @@ class Pass:
     summary: str
     required_in: str | None = None
     """Regions whose name starts with this must have a match: later stages rely on it."""
+    numerics: Numerics = "preserving"
+    """Whether results stay within rounding of eager's. A changing pass runs only when the user asks for it."""
 
 
 class RequiredPassError(ValueError):
     """A pass that later stages rely on found nothing to rewrite."""
+
+
+class PassError(RuntimeError):
+    """A pass raised; names the pass, the region and the node it was at. The cause is chained."""
 
 
 def cpu_pipeline(*, tied_weights: frozenset[str] = frozenset(), disabled: frozenset[str] = frozenset()) -> list[Pass]:
@@ -81,15 +93,47 @@ def cpu_pipeline(*, tied_weights: frozenset[str] = frozenset(), disabled: frozen
 def run_passes(region: RegionGraph, passes: list[Pass]) -> list[PassReport]:
     """Run the passes on one region in place, verifying the graph before the first and after each.
 
-    Raises RequiredPassError when a required pass matches nothing, GraphVerificationError naming the pass that
-    broke the graph.
+    Raises PassError when a pass raises, RequiredPassError when a required one matches nothing, GraphVerificationError
+    naming the pass that broke the graph.
     """
     verify_graph(region, after="capture")
     reports = []
     for step in passes:
-        report = step.run(region)
+        reports.append(_run_pass(region, step))
         verify_graph(region, after=step.name)
-        if step.required_in and region.name.startswith(step.required_in) and not report.matches:
-            raise RequiredPassError(f"pass {step.name} matched nothing in region {region.name}; skips: {report.skips}")
-        reports.append(report)
     return reports
+
+
+def _run_pass(region: RegionGraph, step: Pass) -> PassReport:
+    ops_before, program_before = region.op_counts(), region.module.code
+    began = time.perf_counter()
+    try:
+        report = step.run(region)
+    except Exception as err:
+        node = _node_at(err.__traceback__)
+        where = f" at node {node.format_node()}" if node is not None else ""
+        raise PassError(
+            f"pass {step.name} failed in region {region.name}{where}: {type(err).__name__}: {err};"
+            f" leave it out with --disable-pass {step.name}"
+        ) from err
+    report.seconds = time.perf_counter() - began
+    report.ops_before, report.ops_after = ops_before, region.op_counts()
+    if region.module.code != program_before:
+        report.program = region.module.code.strip()
+    if step.required_in and region.name.startswith(step.required_in) and not report.matches:
+        raise RequiredPassError(f"pass {step.name} matched nothing in region {region.name}; skips: {report.skips}")
+    return report
+
+
+def _node_at(traceback: TracebackType | None) -> fx.Node | None:
+    """The node a pass was working on when it raised: the last one bound to ``node`` on the way to the error, or to
+    any other name where no frame has one."""
+    named: fx.Node | None = None
+    other: fx.Node | None = None
+    while traceback is not None:
+        values = traceback.tb_frame.f_locals
+        if isinstance(values.get("node"), fx.Node):
+            named = values["node"]
+        other = next((value for value in values.values() if isinstance(value, fx.Node)), other)
+        traceback = traceback.tb_next
+    return named or other

@@ -71,6 +71,12 @@ class PassReport:
     region: str
     matches: int = 0
     skips: dict[str, int] = field(default_factory=dict)
+    ops_before: dict[str, int] = field(default_factory=dict)
+    """Operators the graph called before the pass, and after; filled in by the runner, as are the next two."""
+    ops_after: dict[str, int] = field(default_factory=dict)
+    program: str = ""
+    """The graph as text after the pass, where the pass changed it; for the report page only."""
+    seconds: float = 0.0
 
     def skip(self, reason: str) -> None:
         self.skips[reason] = self.skips.get(reason, 0) + 1

@@ -1,5 +1,7 @@
 """The executable specification of a region's graph, run before the first and after every pass."""
 
+import operator
+
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -18,7 +20,8 @@ def verify_graph(region: RegionGraph, *, after: str) -> None:
 
     - placeholders are exactly the region's inputs, in order, then its weights, each of the shape its spec says;
     - every value is known (``meta["val"]``) and is what its operator gives for its arguments' values;
-    - the cache is written at most once, and before it is read; no output is an input.
+    - the cache is written at most once, before it is read, and as the input it is, not through a view;
+    - no output is an input or a view of one.
     """
     region.graph.lint()
     _check_placeholders(region, after)
@@ -26,10 +29,7 @@ def verify_graph(region: RegionGraph, *, after: str) -> None:
         if node.op == "call_function":
             _check_value(region, node, after)
     _check_cache_order(region, after)
-    (outputs,) = region.graph.output_node().args
-    for output in outputs:  # type: ignore[union-attr]
-        if isinstance(output, fx.Node) and output.op == "placeholder":
-            raise GraphVerificationError(f"{region.name} after {after}: output {output} is an input")
+    _check_aliasing(region, after)
 
 
 def _check_placeholders(region: RegionGraph, after: str) -> None:
@@ -74,3 +74,58 @@ def _check_cache_order(region: RegionGraph, after: str) -> None:
             written = True
         elif node.target is torch.ops.xllm.attention.default and not written:
             raise GraphVerificationError(f"{region.name} after {after}: {node} reads the cache before it is written")
+
+
+def _check_aliasing(region: RegionGraph, after: str) -> None:
+    for node in region.graph.nodes:
+        for argument in _written_arguments(node):
+            if argument.op != "placeholder":
+                raise GraphVerificationError(
+                    f"{region.name} after {after}: {node} writes {argument}, which is no input of the region"
+                )
+    (outputs,) = region.graph.output_node().args
+    for output in outputs:  # type: ignore[union-attr]
+        if isinstance(output, fx.Node) and _base(output).op == "placeholder":
+            kind = "an input" if output.op == "placeholder" else f"a view of the input {_base(output)}"
+            raise GraphVerificationError(f"{region.name} after {after}: output {output} is {kind}")
+
+
+def _written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the node's operator says it writes."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    pairs = zip(schema.arguments, node.args, strict=False)
+    return [
+        value
+        for argument, value in pairs
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node)
+    ]
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The value that ``node`` is a view of, itself if it is none."""
+    while node.op == "call_function":
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or not _is_view(node, source):
+            return node
+        node = source
+    return node
+
+
+def _is_view(node: fx.Node, source: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        # A part of a tuple is a view only where the operator returns views.
+        return _returns_view(source)
+    # aten.to says it may return a view; a cast to another type is a copy.
+    is_cast = isinstance(node.meta.get("val"), torch.Tensor) and _dtype(source) != _dtype(node)
+    return _returns_view(node) and not is_cast
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None)
+
+
+def _returns_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(value.alias_info is not None for value in schema.returns)

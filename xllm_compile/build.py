@@ -14,7 +14,7 @@ import torch
 from xllm_compile.atomic_dir import atomic_directory
 from xllm_compile.build_config import MAX_BUCKETS_BY_DEFAULT, BuildConfig, read_workload
 from xllm_compile.build_key import build_key, hash_json, tokenizer_files
-from xllm_compile.capture import capture_region, emit_program
+from xllm_compile.capture import capture_region, emit_program, locate_operator
 from xllm_compile.graph_jobs import GraphJob, list_jobs
 from xllm_compile.graph_passes.buckets import choose_buckets, default_histogram, workload_histogram
 from xllm_compile.graph_passes.partition import partition, runs_eagerly
@@ -33,7 +33,7 @@ from xllm_compile.runtime.artifact import GraphEntry, Manifest, ModelInfo
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.ops.spec import WeightSpec
 from xllm_compile.runtime.program import RegionProgram
-from xllm_compile.targets import Lowering, lowering_for
+from xllm_compile.targets import Lowering, UnsupportedOperatorError, lowering_for
 from xllm_compile.weight_builder import artifact_weights, build_weights, weights_key
 from xllm_compile.workers import build_kernels, compile_graph, stop_workers, worker_pool
 
@@ -295,15 +295,21 @@ def produce(
     progress.advance("graphs", len(jobs) - len(missing))
     with worker_pool(config.target, num_workers, scratch) as pool:
         futures: dict[Future[None], str] = {}
+        regions: dict[Future[None], str] = {}
         if lowering.has_kernels and store.find(kernels_key) is None:
             futures[pool.submit(build_kernels, config.target, str(store.path(kernels_key)))] = "kernels"
         for job in missing.values():
             output = str(store.path(job.key))
-            futures[pool.submit(compile_graph, config.target, job.program.to_json(), job.sizes, output)] = job.file
+            future = pool.submit(compile_graph, config.target, job.program.to_json(), job.sizes, output)
+            futures[future] = job.file
+            regions[future] = job.program.name
         try:
             place_weights(root, config.output, source, weights, progress)
             for future in as_completed(futures):
-                future.result()
+                try:
+                    future.result()
+                except UnsupportedOperatorError as err:
+                    raise BuildError(_unsupported(config.target, source, regions[future], err)) from err
                 if futures[future] != "kernels":
                     progress.advance("graphs")
         except BaseException:
@@ -315,6 +321,16 @@ def produce(
         link_or_copy(_found(store, kernels_key), root / KERNELS_FILE)
     shutil.rmtree(scratch)
     return len(missing)
+
+
+def _unsupported(target: str, source: Source, region_name: str, error: UnsupportedOperatorError) -> str:
+    (region,) = [region for region in build_regions(source.config) if region.name == region_name]
+    operator = error.operators[0]
+    place = locate_operator(region, getattr(torch, source.dtype), operator)
+    return (
+        f"region {region_name} uses {operator}{f' ({place})' if place else ''}, which the {target} target cannot lower;"
+        " write it with operators it has, or add one with a kernel to runtime/ops"
+    )
 
 
 KERNELS_FILE = "graphs/kernels.so"

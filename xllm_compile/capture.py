@@ -1,9 +1,16 @@
 """From a model's regions to FX graphs: torch.export, then the placeholder names the passes and the artifact use."""
 
+import linecache
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xllm_compile.graph_passes.region import RegionGraph, placeholder_name
 from xllm_compile.models.decoder import MODEL_DTYPE, Region
@@ -27,25 +34,8 @@ class _RegionModule(nn.Module):
 
 def capture_region(region: Region, dtype: torch.dtype) -> RegionGraph:
     """Export one region for any token count. No weight is read: tensors are fake."""
-    model_dtype = str(dtype).removeprefix("torch.")
-    inputs = tuple(
-        TensorSpec(name=s.name, shape=s.shape, dtype=model_dtype if s.dtype == MODEL_DTYPE else s.dtype)
-        for s in region.inputs
-    )
-    specs = [
-        WeightSpec(
-            name=name,
-            sources=(name,),
-            shape=shape,
-            dtype="float32" if name in region.float32_weights else model_dtype,
-        )
-        for name, shape in region.weights.items()
-    ]
-    with FakeTensorMode():
-        example_inputs = [
-            torch.empty(concrete_shape(spec, TRACE_SIZES), dtype=getattr(torch, spec.dtype)) for spec in inputs
-        ]
-        example_weights = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in specs]
+    inputs, specs = _specs(region, dtype)
+    example_inputs, example_weights = _examples(inputs, specs)
     exported = torch.export.export(
         _RegionModule(region),
         (example_inputs, example_weights),
@@ -63,6 +53,70 @@ def capture_region(region: Region, dtype: torch.dtype) -> RegionGraph:
     )
     graph.finish()
     return graph
+
+
+def _specs(region: Region, dtype: torch.dtype) -> tuple[tuple[TensorSpec, ...], list[WeightSpec]]:
+    """The region's inputs and weights for a model of ``dtype``."""
+    model_dtype = str(dtype).removeprefix("torch.")
+    inputs = tuple(
+        TensorSpec(name=s.name, shape=s.shape, dtype=model_dtype if s.dtype == MODEL_DTYPE else s.dtype)
+        for s in region.inputs
+    )
+    specs = [
+        WeightSpec(
+            name=name,
+            sources=(name,),
+            shape=shape,
+            dtype="float32" if name in region.float32_weights else model_dtype,
+        )
+        for name, shape in region.weights.items()
+    ]
+    return inputs, specs
+
+
+def _examples(inputs: Sequence[TensorSpec], weights: Sequence[WeightSpec]) -> tuple[list[Tensor], list[Tensor]]:
+    """Fake tensors: shapes and dtypes, no memory."""
+    with FakeTensorMode():
+        return (
+            [torch.empty(concrete_shape(spec, TRACE_SIZES), dtype=getattr(torch, spec.dtype)) for spec in inputs],
+            [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in weights],
+        )
+
+
+class _Locator(TorchDispatchMode):
+    """Remembers the line of Python that first called an operator."""
+
+    def __init__(self, operator: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operator = operator
+        self.place: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == self.operator and self.place is None:
+            self.place = _model_line()
+        return func(*args, **(kwargs or {}))
+
+
+def _model_line() -> str | None:
+    """The innermost line on the stack that is neither torch's nor this file's."""
+    torch_folder = str(Path(torch.__file__).parent)
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((torch_folder, __file__, "<")):
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return None
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return f"{Path(file).parent.name}/{Path(file).name}:{line}: {linecache.getline(file, line).strip()}"
+
+
+def locate_operator(region: Region, dtype: torch.dtype, operator: str) -> str | None:
+    """File, line and text of the model's source that calls ``operator`` ("aten::x"); None if nothing does."""
+    inputs, specs = _specs(region, dtype)
+    values, weights = _examples(inputs, specs)
+    locator = _Locator(operator)
+    with locator:
+        _RegionModule(region)(values, weights)
+    return locator.place
 
 
 def dynamic_dims(spec: TensorSpec) -> dict[int, Dim] | None:

@@ -1,6 +1,7 @@
 """The pass list as a whole: order, options, what is required, and the final programs of one model per family."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.graph_passes.regions import (
     region_graph,
 )
 from xllm_compile.capture import emit_program
-from xllm_compile.graph_passes.pipeline import RequiredPassError, cpu_pipeline, run_passes
+from xllm_compile.graph_passes.pipeline import Pass, PassError, RequiredPassError, cpu_pipeline, run_passes
 from xllm_compile.graph_passes.region import PassReport
 from xllm_compile.graph_passes.verify import GraphVerificationError
 from xllm_compile.models.decoder import EMBED_WEIGHT, build_regions
@@ -122,3 +123,25 @@ def test_a_pass_that_breaks_the_graph_is_named():
     (first, *_) = cpu_pipeline()
     with pytest.raises(GraphVerificationError, match="after breaks"):
         run_passes(layer_graph(family_config("llama")), [first, replace(first, name="breaks", run=breaks)])
+
+
+def test_a_pass_that_raises_names_itself_the_region_and_the_node():
+    def stumbles(region):
+        for node in region.graph.find_nodes(op="call_function", target=torch.ops.aten.silu.default):
+            raise KeyError(f"no rule for {node.target}")
+        return PassReport(name="stumbles", region=region.name)
+
+    region = layer_graph(family_config("qwen3"))
+    with pytest.raises(PassError, match=r"pass stumbles failed in region layer at node %silu.*KeyError") as error:
+        run_passes(region, [Pass(name="stumbles", run=stumbles, summary="")])
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_the_report_counts_operators_before_and_after_each_pass():
+    region = layer_graph(family_config("qwen3"))
+    first, *_, last = reports = run_passes(region, cpu_pipeline())
+    for earlier, later in pairwise(reports):
+        assert earlier.ops_after == later.ops_before
+    assert first.ops_before["aten.linear.default"] == 7
+    assert last.ops_after == region.op_counts()
+    assert last.program == region.module.code.strip()

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from tests.graph_passes.regions import family_config, layer_graph, region_graph
+from xllm_compile.graph_passes.region import insert_call
 from xllm_compile.graph_passes.verify import GraphVerificationError, verify_graph
 
 
@@ -80,3 +81,18 @@ def test_an_output_that_is_an_input():
     region = region_graph(lambda inputs, weights: (inputs["x"] + 1,), {"x": ("T", 6)})
     region.graph.output_node().args = ((region.placeholder("x"),),)
     refused(region, "is an input")
+
+
+def test_an_output_that_is_a_view_of_an_input():
+    region = region_graph(lambda inputs, weights: (inputs["x"].view(-1, 3) + 1,), {"x": ("T", 6)})
+    view = find(region, torch.ops.aten.view.default)
+    region.graph.output_node().args = ((view,),)
+    refused(region, "view of the input x")
+
+
+def test_a_cache_written_through_a_view(layer):
+    write = find(layer, torch.ops.xllm.kv_write.default)
+    cache = layer.placeholder("kv_cache")
+    view = insert_call(layer.graph, write, torch.ops.aten.slice.Tensor, cache, 0, 0, 4)
+    write.replace_input_with(cache, view)
+    refused(layer, "no input of the region")

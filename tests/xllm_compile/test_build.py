@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import REPOSITORY, kernel_library
 from xllm_compile.atomic_dir import atomic_directory
-from xllm_compile.build import build, pick_buckets, read_source
+from xllm_compile.build import BuildError, build, pick_buckets, read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import build_key
 from xllm_compile.graph_store import GraphStore, link_or_copy
 from xllm_compile.machine import cache_dir
+from xllm_compile.models.decoder import build_regions
 from xllm_compile.progress import NoProgress
 from xllm_compile.runtime.artifact import MANIFEST, ArtifactMismatchError, check_artifact, read_manifest
 from xllm_compile.runtime.instance import open_instance
@@ -296,3 +298,21 @@ def test_an_interrupted_build(model, tmp_path, own_cache):
     assert "Traceback" not in stderr
     until(lambda: not any(map(is_alive, workers)))
     assert not output.exists() and not (tmp_path / ".tiny.xllm.building").exists()
+
+
+def test_an_operator_that_cannot_be_lowered_is_named_with_the_model_line(model, tmp_path, monkeypatch):
+    def with_nanmedian(decoder):
+        embed, *others = build_regions(decoder)
+
+        def function(inputs, weights):
+            hidden, *rest = embed.function(inputs, weights)
+            return hidden + hidden.nanmedian(0).values, *rest
+
+        return [replace(embed, function=function), *others]
+
+    monkeypatch.setattr("xllm_compile.build.build_regions", with_nanmedian)
+    with pytest.raises(BuildError, match="region embed uses aten::nanmedian") as error:
+        run(model, tmp_path / "m.xllm")
+    assert "test_build.py" in str(error.value)
+    assert "return hidden + hidden.nanmedian(0).values, *rest" in str(error.value)
+    assert not (tmp_path / "m.xllm").exists()

@@ -10,6 +10,17 @@ from xllm_compile.runtime.program import RegionProgram
 TARGETS = ("cpu",)
 
 
+class UnsupportedOperatorError(ValueError):
+    """A region uses operators that compiled graphs cannot call; ``operators`` names them ("aten::x")."""
+
+    def __init__(self, operators: tuple[str, ...]) -> None:
+        super().__init__(operators)
+        self.operators = operators
+
+    def __str__(self) -> str:
+        return f"no lowering for the target: {', '.join(self.operators)}"
+
+
 class Lowering(Protocol):
     """How one target turns regions into code. Stateless: worker processes make their own by name."""
 

@@ -17,6 +17,7 @@ from xllm_compile.graph_passes.pipeline import Pass, cpu_pipeline
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.program import RegionProgram, concrete_shape
+from xllm_compile.targets import UnsupportedOperatorError
 
 _HANDLE = "AtenTensorHandle"
 _C_TYPES = {
@@ -139,11 +140,23 @@ def compile_program(program: RegionProgram, sizes: Mapping[str, int], output: Pa
             inductor_configs={**inductor_options(), "aot_inductor.custom_ops_to_c_shims": shim_declarations()},
         )
         with zipfile.ZipFile(package) as archive:
+            if unsupported := _operators_without_lowering(archive):
+                raise UnsupportedOperatorError(unsupported)
             (library,) = [name for name in archive.namelist() if name.endswith(".so")]
             unpacked = Path(scratch) / output.name
             with archive.open(library) as source, unpacked.open("wb") as target:
                 shutil.copyfileobj(source, target)
         os.replace(unpacked, output)
+
+
+def _operators_without_lowering(package: zipfile.ZipFile) -> tuple[str, ...]:
+    """Operators that the graph would hand to a proxy executor, which serving does not have: AOTInductor lists them
+    beside the library."""
+    names: set[str] = set()
+    for file in package.namelist():
+        if file.endswith(".wrapper.json"):
+            names |= {entry["node"]["target"] for entry in json.loads(package.read(file))["nodes"]}
+    return tuple(sorted(names))
 
 
 def shim_declarations() -> dict[Any, list[str]]:
