@@ -324,7 +324,9 @@ def produce(
 
 
 def _unsupported(target: str, source: Source, region_name: str, error: UnsupportedOperatorError) -> str:
-    (region,) = [region for region in build_regions(source.config) if region.name == region_name]
+    # The pieces of a partial graph are named after their region.
+    regions = sorted(build_regions(source.config), key=lambda region: len(region.name))
+    region = next(region for region in reversed(regions) if region_name.startswith(region.name))
     operator = error.operators[0]
     place = locate_operator(region, getattr(torch, source.dtype), operator)
     return (
