@@ -27,7 +27,7 @@ from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, che
 from xllm_compile.models.registry import read_model_config
 from xllm_compile.models.rope import rope_constants
 from xllm_compile.progress import BuildProgress
-from xllm_compile.report import RegionReport, write_report
+from xllm_compile.report import INDEX, BucketReport, RegionReport, ReportPage, write_report
 from xllm_compile.runtime import artifact
 from xllm_compile.runtime.artifact import GraphEntry, Manifest, ModelInfo
 from xllm_compile.runtime.ops import native
@@ -66,13 +66,6 @@ class Source:
     max_model_len: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Buckets:
-    tokens: tuple[int, ...]
-    logits: tuple[int, ...]
-    reason: str
-
-
 def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
     """Compile ``config.model_dir`` to an artifact at ``config.output``.
 
@@ -100,7 +93,7 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
         num_compiled = produce(root, config, source, weights, jobs, store, num_workers, progress)
         for name in tokenizer_files(config.model_dir):
             shutil.copyfile(config.model_dir / name, root / artifact.TOKENIZER / name)
-        write_report(root / artifact.REPORT / "passes.html", source.config, reports)
+        write_report(root / artifact.REPORT / INDEX, report_page(config, source, buckets, reports))
         manifest = describe(root, key, source, config, buckets, programs, reports, weights, jobs, compiler)
         artifact.write_manifest(root, manifest)
     store.trim(GRAPH_STORE_BYTES)
@@ -151,8 +144,9 @@ def read_source(config: BuildConfig) -> Source:
     )
 
 
-def pick_buckets(config: BuildConfig) -> Buckets:
+def pick_buckets(config: BuildConfig) -> BucketReport:
     largest = config.max_num_batched_tokens
+    histogram: dict[int, float] = {}
     if config.buckets is not None:
         tokens, reason = tuple(sorted({*config.buckets})), "given"
     elif config.workload is not None:
@@ -162,9 +156,12 @@ def pick_buckets(config: BuildConfig) -> Buckets:
             f"chosen for {config.workload.name}",
         )
     else:
-        tokens = choose_buckets(default_histogram(largest), largest, MAX_BUCKETS_BY_DEFAULT)
+        histogram = default_histogram(largest)
+        tokens = choose_buckets(histogram, largest, MAX_BUCKETS_BY_DEFAULT)
         reason = "chosen for the default workload"
-    return Buckets(tokens=tokens, logits=lowering_for(config.target).logits_buckets(tokens), reason=reason)
+    return BucketReport(
+        tokens=tokens, logits=lowering_for(config.target).logits_buckets(tokens), reason=reason, histogram=histogram
+    )
 
 
 def is_up_to_date(output: Path, key: str, lowering: Lowering) -> bool:
@@ -223,11 +220,30 @@ def _make_programs(
     ]
     return programs, RegionReport(
         region=region.name,
+        layers=region.layers,
         passes=passes_reports,
         ops_before=before,
         ops_after=graph.op_counts(),
         captured=captured.strip(),
         final="\n".join(program.code for program in programs),
+    )
+
+
+def report_page(
+    config: BuildConfig, source: Source, buckets: BucketReport, reports: Sequence[RegionReport]
+) -> ReportPage:
+    model = source.config
+    return ReportPage(
+        title=f"{model.architecture}: {model.num_layers} layers of {model.hidden_size}",
+        facts={
+            "target": config.target,
+            "dtype": source.dtype,
+            "longest sequence": f"{source.max_model_len} tokens",
+            "largest step": f"{config.max_num_batched_tokens} tokens",
+            "passes left out": ", ".join(sorted(config.disabled_passes)) or "none",
+        },
+        regions=reports,
+        buckets=buckets,
     )
 
 
@@ -372,7 +388,7 @@ def describe(
     key: str,
     source: Source,
     config: BuildConfig,
-    buckets: Buckets,
+    buckets: BucketReport,
     programs: Sequence[RegionProgram],
     reports: Sequence[RegionReport],
     weights: Sequence[WeightSpec],

@@ -16,7 +16,8 @@ from xllm_compile.runtime.ops import native
 from xllm_compile.targets import lowering_for
 
 if TYPE_CHECKING:
-    from xllm_compile.build import Buckets, Source
+    from xllm_compile.build import Source
+    from xllm_compile.report import BucketReport
 
 # Files of a model directory that the tokenizer, the chat template and the generation defaults are read from.
 _TOKENIZER_FILES = (
@@ -41,7 +42,7 @@ _BUILD_SOURCES = (
 )
 
 
-def build_key(config: BuildConfig, source: "Source", buckets: "Buckets", compiler: str) -> str:
+def build_key(config: BuildConfig, source: "Source", buckets: "BucketReport", compiler: str) -> str:
     """Covers model, options, target, versions and our own sources; no path, time, HOME or host name."""
     parts = {
         "config": hash_json(source.hf_config),

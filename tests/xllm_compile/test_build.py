@@ -82,7 +82,7 @@ def test_an_artifact_is_complete(built):
         "graphs/kernels.so",
         "graphs/layer-dynamic.so",
         "manifest.json",
-        "report/passes.html",
+        "report/index.html",
         "tokenizer/config.json",
         "tokenizer/generation_config.json",
         "tokenizer/tokenizer.json",
