@@ -12,12 +12,14 @@ from torch import fx
 from xllm_compile.graph_passes.add_rms_norm import add_rms_norm
 from xllm_compile.graph_passes.canonicalise import canonicalise
 from xllm_compile.graph_passes.last_token_gather import last_token_gather
+from xllm_compile.graph_passes.lower_npu import lower_npu
 from xllm_compile.graph_passes.merge_linear import merge_linear
 from xllm_compile.graph_passes.pack_linear import pack_linear
 from xllm_compile.graph_passes.qkv_rope_write import qkv_rope_write
 from xllm_compile.graph_passes.region import PassReport, RegionGraph
 from xllm_compile.graph_passes.silu_mul import silu_mul
 from xllm_compile.graph_passes.verify import verify_graph
+from xllm_compile.runtime.ops.npu import BLOCK_TOKENS
 
 PassFunction = Callable[[RegionGraph], PassReport]
 Numerics = Literal["preserving", "changing"]
@@ -81,12 +83,41 @@ def cpu_pipeline(*, tied_weights: frozenset[str] = frozenset(), disabled: frozen
             required_in="layer",
         ),
     ]
+    return _without(passes, disabled, "the CPU kernels rely on it")
+
+
+def npu_pipeline(*, max_model_len: int, max_num_seqs: int = 64, disabled: frozenset[str] = frozenset()) -> list[Pass]:
+    """The pipeline of the NPU target; its graphs address the KV of ``max_num_seqs`` sequences of ``max_model_len``.
+
+    Raises ValueError for an unknown or a required name in ``disabled``.
+    """
+    blocks_per_seq = -(-max_model_len // BLOCK_TOKENS)
+    # One block more: rows of no sequence are written to block 0.
+    lower = partial(lower_npu, num_blocks=max_num_seqs * blocks_per_seq + 1, blocks_per_seq=blocks_per_seq)
+    passes = [
+        Pass(name="canonicalise", run=canonicalise, summary="drop copies, views and casts that change nothing"),
+        Pass(name="merge_linear", run=merge_linear, summary="q, k, v and gate, up as one product each"),
+        Pass(name="silu_mul", run=silu_mul, summary="SiLU(gate) * up"),
+        Pass(
+            name="last_token_gather",
+            run=last_token_gather,
+            summary="norm and head on the rows whose logits are wanted",
+            required_in="head",
+        ),
+        Pass(name="add_rms_norm", run=add_rms_norm, summary="residual add + RMSNorm"),
+        # Last: it replaces every operator that the patterns above look for.
+        Pass(name="lower_npu", run=lower, summary="torch_npu operators, streams, core limits", required_in="layer"),
+    ]
+    return _without(passes, disabled, "the graphs need it")
+
+
+def _without(passes: list[Pass], disabled: frozenset[str], reason: str) -> list[Pass]:
     unknown = sorted(disabled - {step.name for step in passes})
     if unknown:
         raise ValueError(f"no pass is named {unknown[0]!r}; passes: {', '.join(step.name for step in passes)}")
     for step in passes:
         if step.name in disabled and step.required_in:
-            raise ValueError(f"pass {step.name!r} cannot be left out: the CPU kernels rely on it")
+            raise ValueError(f"pass {step.name!r} cannot be left out: {reason}")
     return [step for step in passes if step.name not in disabled]
 
 

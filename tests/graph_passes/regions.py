@@ -119,13 +119,13 @@ def run_graph(region: RegionGraph, inputs: Mapping[str, Tensor], seed: int = 0) 
     the seed only, so that a rewritten graph gets the same ones."""
     given = {name: value.clone() for name, value in inputs.items()}
     arguments = [given[spec.name] for spec in region.inputs]
-    arguments += [_make_weight(spec, seed) for spec in region.weights.values()]
+    arguments += [make_weight(spec, seed) for spec in region.weights.values()]
     with torch.no_grad():
         outputs = _Plain(region.module).run(*arguments)
     return {**given, **{str(index): output for index, output in enumerate(outputs)}}
 
 
-def _make_weight(spec: WeightSpec, seed: int) -> Tensor:
+def make_weight(spec: WeightSpec, seed: int) -> Tensor:
     dtype = getattr(torch, spec.dtype)
     parts = [_random(name, _SOURCE_SHAPES[name], seed).to(dtype) for name in spec.sources]
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
