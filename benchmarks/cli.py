@@ -202,6 +202,21 @@ def call_overhead_command(results: Path, repeats: int, seed: int) -> None:
     run_call_overhead(results, _command_line(), seed=seed, repeats=repeats)
 
 
+@command.command("buckets")
+@click.option("--trace", type=click.Path(path_type=Path), required=True, help="Requests with arrival times.")
+@click.option("--name", default="buckets_azure_conv", help="Name of the record.")
+@click.option("--model", type=click.Choice(("qwen3-8b", "qwen3-0.6b")), default="qwen3-8b", help="What serves them.")
+@click.option("--device", default="ascend-910b2", help="On what: a device spec by name.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, help="Most tokens in one step.")
+@click.option("--max-seqs", type=click.IntRange(1), default=256, help="Most sequences in one step.")
+@results_option
+def buckets_command(trace: Path, results: Path, **options: Any) -> None:
+    """Buckets chosen for a trace against powers of two; arithmetic only -> NAME.json."""
+    from xllm_compile.benchmarks.bench_buckets import run_buckets
+
+    run_buckets(trace, results, _command_line(), **options)
+
+
 @command.command("check")
 @results_option
 @click.option("--strict", is_flag=True, help="Exit with 1 when a bar is not met.")

@@ -1,64 +1,96 @@
-"""Which sizes get a graph of their own: minimise the expected cost of steps under a budget of graphs.
+"""Which sizes get a graph of their own: minimise the expected time of steps under a budget of graphs.
 
 Pure arithmetic over a histogram of step sizes; exact, by dynamic programming.
 """
 
+import bisect
 from collections.abc import Mapping, Sequence
 
-from xllm_compile.graph_passes.step_cost import DYNAMIC_OVERHEAD, step_cost
+import numpy as np
+import numpy.typing as npt
+
+from xllm_compile.graph_passes.step_cost import StepTimes
+
+# Sizes the program chooses among; beyond it neighbouring sizes share one candidate.
+_MAX_CANDIDATES = 2048
 
 
-def choose_buckets(histogram: Mapping[int, float], max_size: int, max_buckets: int) -> tuple[int, ...]:
+def choose_buckets(
+    histogram: Mapping[int, float], max_size: int, max_buckets: int, times: StepTimes
+) -> tuple[int, ...]:
     """At most ``max_buckets`` sizes, ascending, the last one ``max_size``.
 
     histogram: how often a step of each size occurs, sizes in [1, max_size]. A step runs on the smallest bucket that
-    holds it or on the dynamic-shape graph, whichever costs less (step_cost); the expected cost is minimal.
-    Raises ValueError on an empty budget or sizes out of range.
+    holds it or on the dynamic-shape graph, whichever takes less by ``times``; the expected time is minimal (beyond 2048
+    different sizes: among multiples of max_size / 2048, rounded up). Raises ValueError on an empty budget or sizes out
+    of range.
     """
     if max_buckets < 1:
         raise ValueError(f"max_buckets={max_buckets} must be at least 1")
     outside = [size for size in histogram if not 1 <= size <= max_size]
     if outside:
         raise ValueError(f"step sizes {outside[:3]} are outside [1, {max_size}]")
+    if len(histogram) >= _MAX_CANDIDATES:
+        histogram = _coarse(histogram, max_size)
     sizes = sorted({*histogram, max_size})
-    weights = [float(histogram.get(size, 0.0)) for size in sizes]
-    segment = _segment_costs(sizes, weights)
-    count = len(sizes)
-    # best[j]: least cost of sizes[0..j] when sizes[j] is the largest bucket; previous[k][j]: the bucket below it.
-    best = [segment[0][j] for j in range(count)]
-    previous: list[list[int | None]] = [[None] * count]
-    for _ in range(1, min(max_buckets, count)):
-        row, below = list(best), list(previous[-1])
-        for j in range(1, count):
-            for i in range(j):
-                total = best[i] + segment[i + 1][j]
-                if total < row[j]:
-                    row[j], below[j] = total, i
+    segment = _segment_seconds(sizes, [float(histogram.get(size, 0.0)) for size in sizes], times)
+    # best[j]: least time of sizes[0..j] when sizes[j] is the largest bucket; previous[k][j]: the bucket below it.
+    best = segment[0].copy()
+    previous = [np.full(len(sizes), -1)]
+    for _ in range(1, min(max_buckets, len(sizes))):
+        row, below = best.copy(), previous[-1].copy()
+        for j in range(1, len(sizes)):
+            totals = best[:j] + segment[1 : j + 1, j]
+            i = int(totals.argmin())
+            if totals[i] < row[j]:
+                row[j], below[j] = totals[i], i
         best = row
         previous.append(below)
     return _trace_back(sizes, previous)
 
 
-def _segment_costs(sizes: Sequence[int], weights: Sequence[float]) -> list[list[float]]:
-    """[i][j]: cost of the steps of sizes[i..j] when sizes[j] is their bucket."""
-    table = [[0.0] * len(sizes) for _ in sizes]
-    for j, bucket in enumerate(sizes):
-        total = 0.0
-        for i in range(j, -1, -1):
-            total += weights[i] * min(step_cost(bucket), step_cost(sizes[i]) * (1.0 if i == j else DYNAMIC_OVERHEAD))
-            table[i][j] = total
-    return table
+def _coarse(histogram: Mapping[int, float], max_size: int) -> dict[int, float]:
+    grain = -(-max_size // _MAX_CANDIDATES)
+    found: dict[int, float] = {}
+    for size, weight in histogram.items():
+        top = min(-(-size // grain) * grain, max_size)
+        found[top] = found.get(top, 0.0) + weight
+    return found
 
 
-def _trace_back(sizes: Sequence[int], previous: Sequence[Sequence[int | None]]) -> tuple[int, ...]:
-    at: int | None = len(sizes) - 1
+def _segment_seconds(sizes: Sequence[int], weights: Sequence[float], times: StepTimes) -> npt.NDArray[np.float64]:
+    """[i, j]: seconds of the steps of sizes[i..j] when sizes[j] is their bucket."""
+    exact = np.array([times.of(size) for size in sizes])
+    dynamic = np.array([times.of_dynamic(size) for size in sizes])
+    each = np.array(weights)[:, None] * np.minimum(exact[None, :], dynamic[:, None])
+    np.fill_diagonal(each, np.array(weights) * exact)
+    # From each i up to j: sums from below, of the part above the diagonal.
+    return np.cumsum(np.triu(each)[::-1], axis=0)[::-1]
+
+
+def _trace_back(sizes: Sequence[int], previous: Sequence[npt.NDArray[np.int64]]) -> tuple[int, ...]:
+    at = len(sizes) - 1
     chosen = []
     for below in reversed(previous):
-        if at is None:
+        if at < 0:
             break
         chosen.append(sizes[at])
-        at = below[at]
+        at = int(below[at])
     return tuple(reversed(chosen))
+
+
+def padded_tokens(histogram: Mapping[int, float], buckets: Sequence[int], times: StepTimes | None = None) -> float:
+    """Rows computed for nothing when every step runs on the smallest bucket that holds it.
+
+    With ``times``, steps that the dynamic-shape graph serves faster run there, without padding.
+    """
+    ascending = sorted(buckets)
+    total = 0.0
+    for size, weight in histogram.items():
+        bucket = ascending[bisect.bisect_left(ascending, size)]
+        if times is None or times.padding_pays(size, bucket):
+            total += weight * (bucket - size)
+    return total
 
 
 def default_histogram(max_size: int) -> dict[int, float]:

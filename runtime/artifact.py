@@ -19,6 +19,7 @@ import torch
 import xxhash
 
 from xllm_compile import __version__
+from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.runtime.program import RegionProgram
 
 SCHEMA_VERSION = 2
@@ -88,6 +89,10 @@ class Manifest:
     token_buckets: tuple[int, ...]
     logits_buckets: tuple[int, ...]
     buckets_reason: str
+    step_times: dict[str, StepTimes]
+    """By axis ("T", "R"): predicted seconds of a step by its size."""
+    device_spec: dict[str, Any]
+    """What they were predicted with: a DeviceSpec as JSON, and its ``origin``."""
     max_num_batched_tokens: int
     programs: tuple[RegionProgram, ...]
     graphs: tuple[GraphEntry, ...]
@@ -114,6 +119,7 @@ class Manifest:
                 "passes": tuple(values["passes"]),
                 "token_buckets": tuple(values["token_buckets"]),
                 "logits_buckets": tuple(values["logits_buckets"]),
+                "step_times": {axis: StepTimes.from_json(times) for axis, times in values["step_times"].items()},
                 "programs": tuple(RegionProgram.from_json(program) for program in values["programs"]),
                 "graphs": tuple(GraphEntry(**{**g, "file": FileEntry(**g["file"])}) for g in values["graphs"]),
             }

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xllm_compile.graph_passes.step_cost import DYNAMIC_OVERHEAD, step_cost
+from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.runtime.artifact import GraphEntry
 from xllm_compile.runtime.program import RegionProgram
 
@@ -59,6 +59,8 @@ class GraphCache:
     """
 
     programs: Mapping[str, RegionProgram]
+    times: StepTimes
+    """Predicted at build time; whether padding pays is read from it."""
     graphs: dict[tuple[str, int], GraphFunction] = field(default_factory=dict)
     never_compiled: Reason | None = None
     counts: Counter[tuple[Outcome, Reason]] = field(default_factory=Counter)
@@ -91,7 +93,7 @@ class GraphCache:
             reason: Reason = "promoted" if size in self.promoted else "bucket"
             return GraphChoice(outcome="exact", size=size, reason=reason)
         has_failed = any(failed == size for _, failed in self.failed)
-        if bucket is not None and (not self._has_dynamic or step_cost(bucket) <= step_cost(size) * DYNAMIC_OVERHEAD):
+        if bucket is not None and (not self._has_dynamic or self.times.padding_pays(size, bucket)):
             reason = "padding_pays" if self._has_dynamic and not has_failed else "graph_failed"
             return GraphChoice(outcome="padded", size=bucket, reason=reason)
         if self._has_dynamic:
@@ -195,6 +197,7 @@ def load_graph(path: Path) -> GraphFunction:
 def build_cache(
     root: Path,
     axis: str,
+    times: StepTimes,
     programs: Sequence[RegionProgram],
     entries: Iterable[GraphEntry],
     *,
@@ -204,9 +207,9 @@ def build_cache(
     and left out."""
     by_name = {program.name: program for program in programs}
     if enforce_eager:
-        return GraphCache(programs=by_name, never_compiled="enforce_eager")
+        return GraphCache(programs=by_name, times=times, never_compiled="enforce_eager")
     if all(program.is_eager for program in programs):
-        return GraphCache(programs=by_name, never_compiled="graph_mode")
+        return GraphCache(programs=by_name, times=times, never_compiled="graph_mode")
     graphs, failures = {}, []
     for entry in entries:
         if entry.region in by_name:
@@ -215,7 +218,7 @@ def build_cache(
                 graphs[key] = load_graph(root / entry.file.path)
             except RuntimeError as err:
                 failures.append((key, err))
-    cache = GraphCache(programs=by_name, graphs=graphs)
+    cache = GraphCache(programs=by_name, times=times, graphs=graphs)
     for key, reason in failures:
         cache.give_up(*key, reason)
     return cache

@@ -39,9 +39,9 @@ class CompiledModelRunner:
         self.max_num_batched_tokens = max_num_batched_tokens
         by_tokens = [program for program in manifest.programs if program.name != "head"]
         by_rows = [program for program in manifest.programs if program.name == "head"]
-        graphs = manifest.graphs
-        self._token_graphs = build_cache(root, "T", by_tokens, graphs, enforce_eager=enforce_eager)
-        self._head_graphs = build_cache(root, "R", by_rows, graphs, enforce_eager=enforce_eager)
+        graphs, times = manifest.graphs, manifest.step_times
+        self._token_graphs = build_cache(root, "T", times["T"], by_tokens, graphs, enforce_eager=enforce_eager)
+        self._head_graphs = build_cache(root, "R", times["R"], by_rows, graphs, enforce_eager=enforce_eager)
         self._has_padded_seqs = any("S" in entry.sizes for entry in graphs)
         programs = {program.name: program for program in manifest.programs}
         self._embed_weights = _region_weights(programs["embed"], weights)

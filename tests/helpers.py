@@ -19,6 +19,7 @@ from xllm_compile.benchmarks.parity import save_random_model
 from xllm_compile.build import Source, make_programs, read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import compiler_version
+from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.graph_store import GraphStore, graph_key
 from xllm_compile.machine import cache_dir
 from xllm_compile.models.rope import rope_constants
@@ -197,6 +198,8 @@ def _manifest(source: Source, programs: Sequence[RegionProgram], config: BuildCo
         token_buckets=(),
         logits_buckets=(),
         buckets_reason="none",
+        step_times=dict.fromkeys("TR", StepTimes(sizes=(1,), seconds=(1.0,), dynamic_overhead=1.0)),
+        device_spec={},
         max_num_batched_tokens=config.max_num_batched_tokens,
         programs=tuple(programs),
         graphs=(),

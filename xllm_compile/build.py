@@ -12,13 +12,22 @@ from typing import Any
 import torch
 
 from xllm_compile.atomic_dir import atomic_directory
-from xllm_compile.build_config import MAX_BUCKETS_BY_DEFAULT, BuildConfig, read_workload
+from xllm_compile.bucket_plan import (
+    pick_buckets,
+    predict_step_times,
+    read_workload,
+    seconds_per_key,
+    step_histogram,
+)
+from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import build_key, hash_json, tokenizer_files
 from xllm_compile.capture import capture_region, emit_program, locate_operator
+from xllm_compile.device import ChosenDevice, choose_device
 from xllm_compile.graph_jobs import GraphJob, list_jobs
-from xllm_compile.graph_passes.buckets import choose_buckets, default_histogram, workload_histogram
+from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.partition import partition, runs_eagerly
 from xllm_compile.graph_passes.pipeline import run_passes
+from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
 from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
 from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
@@ -28,6 +37,7 @@ from xllm_compile.models.registry import read_model_config
 from xllm_compile.models.rope import rope_constants
 from xllm_compile.progress import BuildProgress
 from xllm_compile.report import INDEX, BucketReport, RegionReport, ReportPage, write_report
+from xllm_compile.request_trace import TraceRequest
 from xllm_compile.runtime import artifact
 from xllm_compile.runtime.artifact import GraphEntry, Manifest, ModelInfo
 from xllm_compile.runtime.ops import native
@@ -78,11 +88,12 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
     lowering.check()
     source = read_source(config)
     compiler = lowering.compiler_version()
-    buckets = pick_buckets(config)
-    key = build_key(config, source, buckets, compiler)
+    device, workload = choose_device(config.target, config.device_spec), read_workload(config)
+    key = build_key(config, source, workload, device, compiler)
     if is_up_to_date(config.output, key, lowering):
         return BuildResult(output=config.output, is_up_to_date=True, seconds=time.monotonic() - began)
     programs, reports = make_programs(source, config, progress)
+    times, buckets = plan_buckets(config, workload, device, reports)
     weights = artifact_weights(programs)
     jobs = list_jobs(programs, buckets.tokens, buckets.logits, lowering)
     store = open_store(config.output, lowering.graph_suffix)
@@ -94,7 +105,9 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
         for name in tokenizer_files(config.model_dir):
             shutil.copyfile(config.model_dir / name, root / artifact.TOKENIZER / name)
         write_report(root / artifact.REPORT / INDEX, report_page(config, source, buckets, reports))
-        manifest = describe(root, key, source, config, buckets, programs, reports, weights, jobs, compiler)
+        manifest = describe(
+            root, key, source, config, buckets, times, device, programs, reports, weights, jobs, compiler
+        )
         artifact.write_manifest(root, manifest)
     store.trim(GRAPH_STORE_BYTES)
     return BuildResult(
@@ -144,24 +157,15 @@ def read_source(config: BuildConfig) -> Source:
     )
 
 
-def pick_buckets(config: BuildConfig) -> BucketReport:
-    largest = config.max_num_batched_tokens
-    histogram: dict[int, float] = {}
-    if config.buckets is not None:
-        tokens, reason = tuple(sorted({*config.buckets})), "given"
-    elif config.workload is not None:
-        histogram = workload_histogram(read_workload(config.workload), largest)
-        tokens, reason = (
-            choose_buckets(histogram, largest, MAX_BUCKETS_BY_DEFAULT),
-            f"chosen for {config.workload.name}",
-        )
-    else:
-        histogram = default_histogram(largest)
-        tokens = choose_buckets(histogram, largest, MAX_BUCKETS_BY_DEFAULT)
-        reason = "chosen for the default workload"
-    return BucketReport(
-        tokens=tokens, logits=lowering_for(config.target).logits_buckets(tokens), reason=reason, histogram=histogram
-    )
+def plan_buckets(
+    config: BuildConfig, workload: Sequence[TraceRequest], device: ChosenDevice, reports: Sequence[RegionReport]
+) -> tuple[dict[str, StepTimes], BucketReport]:
+    """Predicted times by axis, and the buckets chosen by them."""
+    regions, model = [(report.graph, report.num_runs) for report in reports], CostModel(spec=device.spec)
+    times = predict_step_times(regions, model, config.max_num_batched_tokens)
+    key_s = seconds_per_key(regions, model)
+    histogram = step_histogram(workload, config.max_num_batched_tokens, times["T"], key_s)
+    return times, pick_buckets(config, histogram, times["T"])
 
 
 def is_up_to_date(output: Path, key: str, lowering: Lowering) -> bool:
@@ -226,6 +230,7 @@ def _make_programs(
         ops_after=graph.op_counts(),
         captured=captured.strip(),
         final="\n".join(program.code for program in programs),
+        graph=graph,
     )
 
 
@@ -389,6 +394,8 @@ def describe(
     source: Source,
     config: BuildConfig,
     buckets: BucketReport,
+    times: dict[str, StepTimes],
+    device: ChosenDevice,
     programs: Sequence[RegionProgram],
     reports: Sequence[RegionReport],
     weights: Sequence[WeightSpec],
@@ -421,6 +428,8 @@ def describe(
         token_buckets=buckets.tokens,
         logits_buckets=buckets.logits,
         buckets_reason=buckets.reason,
+        step_times=times,
+        device_spec=device.to_json(),
         max_num_batched_tokens=config.max_num_batched_tokens,
         programs=tuple(programs),
         graphs=tuple(

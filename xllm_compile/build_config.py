@@ -1,7 +1,5 @@
 """What a user asks of one compilation, checked before anything is read."""
 
-import csv
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +26,10 @@ class BuildConfig:
     buckets: tuple[int, ...] | None = None
     """Step sizes that get a graph of their own; None chooses them."""
     workload: Path | None = None
-    """Requests to choose buckets for: .jsonl with input_length and output_length, or .csv with ContextTokens and
-    GeneratedTokens."""
+    """Requests to choose buckets for, in a format that request_trace reads."""
+    device_spec: Path | None = None
+    """What step times are predicted with: a .json file or a built-in name; None is what xllm-bench calibrate found
+    on this machine, or else the built-in one."""
     jobs: int | None = None
     """Graphs compiled side by side; None is one per CPU as memory allows."""
     graph_mode: str = "full"
@@ -58,25 +58,3 @@ class BuildConfig:
         bad = [size for size in self.buckets or () if not 1 <= size <= self.max_num_batched_tokens]
         if bad:
             raise ValueError(f"bucket {bad[0]} is outside [1, max_num_batched_tokens={self.max_num_batched_tokens}]")
-
-
-def read_workload(path: Path) -> list[tuple[int, int]]:
-    """(prompt tokens, output tokens) of each request. Raises ValueError naming file, line and what is expected."""
-    keys = {".csv": ("ContextTokens", "GeneratedTokens"), ".jsonl": ("input_length", "output_length")}.get(path.suffix)
-    if keys is None:
-        raise ValueError(f"workload {path} must be a .csv or .jsonl file")
-    if not path.is_file():
-        raise ValueError(f"workload {path} does not exist")
-    requests = []
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
-        try:
-            for row in rows:
-                requests.append((int(row[keys[0]]), int(row[keys[1]])))
-        except (KeyError, ValueError, TypeError) as err:
-            raise ValueError(
-                f"workload {path}, request {len(requests) + 1}: needs {keys[0]} and {keys[1]} ({err!r})"
-            ) from err
-    if not requests:
-        raise ValueError(f"workload {path} holds no request")
-    return requests

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from xllm_compile.targets import lowering_for
 
 if TYPE_CHECKING:
     from xllm_compile.build import Source
-    from xllm_compile.report import BucketReport
+    from xllm_compile.device import ChosenDevice
+    from xllm_compile.request_trace import TraceRequest
 
 # Files of a model directory that the tokenizer, the chat template and the generation defaults are read from.
 _TOKENIZER_FILES = (
@@ -34,6 +36,7 @@ _BUILD_SOURCES = (
     "targets/*.py",
     "models/*.py",
     "graph_passes/*.py",
+    "graph_passes/devices/*.json",
     "runtime/ops/*.py",
     "runtime/artifact.py",
     "runtime/program.py",
@@ -42,8 +45,14 @@ _BUILD_SOURCES = (
 )
 
 
-def build_key(config: BuildConfig, source: "Source", buckets: "BucketReport", compiler: str) -> str:
-    """Covers model, options, target, versions and our own sources; no path, time, HOME or host name."""
+def build_key(
+    config: BuildConfig, source: "Source", workload: Sequence["TraceRequest"], device: "ChosenDevice", compiler: str
+) -> str:
+    """Covers model, options, target, versions and our own sources; no path, time, HOME or host name.
+
+    Buckets are covered by what they are chosen from: choosing takes the captured graphs, which an unchanged build
+    spares itself.
+    """
     parts = {
         "config": hash_json(source.hf_config),
         "checkpoint": source.checkpoint_hash,
@@ -56,8 +65,9 @@ def build_key(config: BuildConfig, source: "Source", buckets: "BucketReport", co
         "max_model_len": source.max_model_len,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "graph_mode": config.graph_mode,
-        "token_buckets": buckets.tokens,
-        "logits_buckets": buckets.logits,
+        "buckets": sorted({*config.buckets}) if config.buckets is not None else None,
+        "workload": [(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in workload],
+        "device": device.to_json(),
         "disabled_passes": sorted(config.disabled_passes),
         "features": lowering_for(config.target).features(),
         "versions": artifact.runtime_versions(),

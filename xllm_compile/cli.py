@@ -33,7 +33,12 @@ def parse_buckets(_context: click.Context, _parameter: click.Parameter, value: s
 )
 @click.option("--buckets", callback=parse_buckets, help="Step sizes with a graph of their own: 1,2,4,8,512.")
 @click.option(
-    "--workload", type=click.Path(path_type=Path), help="Choose buckets for these requests (.jsonl or .csv trace)."
+    "--workload", type=click.Path(path_type=Path), help="Choose buckets for this trace: .csv, .jsonl or a folder."
+)
+@click.option(
+    "--device-spec",
+    type=click.Path(path_type=Path),
+    help="Predict with this spec: a .json or a known device.",
 )
 @click.option("--jobs", "-j", type=int, help="Graphs compiled side by side.  [default: one per CPU]")
 @click.option(
@@ -55,6 +60,7 @@ def command(
     max_num_batched_tokens: int,
     buckets: tuple[int, ...] | None,
     workload: Path | None,
+    device_spec: Path | None,
     jobs: int | None,
     graph_mode: str,
     disabled: tuple[str, ...],
@@ -77,6 +83,7 @@ def command(
         max_num_batched_tokens=max_num_batched_tokens,
         buckets=buckets,
         workload=workload,
+        device_spec=device_spec,
         jobs=jobs,
         graph_mode=graph_mode,
         disabled_passes=frozenset(disabled),

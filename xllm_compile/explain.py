@@ -3,8 +3,10 @@
 from rich.console import Console
 from rich.table import Table
 
-from xllm_compile.build import make_programs, pick_buckets, read_source
+from xllm_compile.bucket_plan import read_workload
+from xllm_compile.build import make_programs, plan_buckets, read_source
 from xllm_compile.build_config import BuildConfig
+from xllm_compile.device import choose_device
 from xllm_compile.progress import NoProgress
 from xllm_compile.targets import lowering_for
 
@@ -34,7 +36,8 @@ def explain_passes(config: BuildConfig) -> None:
         )
     operators.add_section()
     operators.add_row("all", *(_arrow(sum(r.ops_before.values()), sum(r.ops_after.values())) for r in reports))
-    buckets = pick_buckets(config)
+    device = choose_device(config.target, config.device_spec)
+    _, buckets = plan_buckets(config, read_workload(config), device, reports)
     console = Console()
     console.print(matches)
     console.print(operators)

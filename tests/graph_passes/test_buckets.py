@@ -5,19 +5,22 @@ import random
 
 import pytest
 
-from xllm_compile.graph_passes.buckets import choose_buckets, default_histogram, workload_histogram
-from xllm_compile.graph_passes.step_cost import DYNAMIC_OVERHEAD, step_cost
+from xllm_compile.graph_passes.buckets import choose_buckets, default_histogram, padded_tokens, workload_histogram
+from xllm_compile.graph_passes.step_cost import StepTimes
+
+# Flat, then a stair, then a slope: as a device that reads weights, then fills tiles, then computes.
+TIMES = StepTimes(sizes=(1, 16, 17, 32, 512), seconds=(20.0, 21.0, 26.0, 27.0, 300.0), dynamic_overhead=1.1)
 
 
 def expected_cost(histogram, buckets):
     total = 0.0
     for size, weight in histogram.items():
         if size in buckets:
-            total += weight * step_cost(size)
+            total += weight * TIMES.of(size)
         else:
-            dynamic = step_cost(size) * DYNAMIC_OVERHEAD
+            dynamic = TIMES.of(size) * 1.1
             above = [bucket for bucket in buckets if bucket > size]
-            total += weight * min([dynamic, *(step_cost(bucket) for bucket in above[:1])])
+            total += weight * min([dynamic, *(TIMES.of(bucket) for bucket in above[:1])])
     return total
 
 
@@ -37,18 +40,18 @@ def test_no_other_choice_costs_less(seed):
     sizes = rng.sample(range(1, max_size + 1), min(max_size, rng.randint(1, 9)))
     histogram = {size: rng.random() * 10 ** rng.randint(-2, 2) for size in sizes}
     for budget in (1, 2, 3, 20):
-        chosen = choose_buckets(histogram, max_size, budget)
+        chosen = choose_buckets(histogram, max_size, budget, TIMES)
         assert len(chosen) <= budget
         assert chosen == tuple(sorted(set(chosen))) and chosen[-1] == max_size
         assert expected_cost(histogram, chosen) == pytest.approx(least_cost(histogram, max_size, budget), rel=1e-12)
 
 
 def test_enough_buckets_for_all_sizes():
-    assert choose_buckets({1: 1.0, 7: 2.0, 300: 0.5}, 512, 4) == (1, 7, 300, 512)
+    assert choose_buckets({1: 1.0, 7: 2.0, 300: 0.5}, 512, 4, TIMES) == (1, 7, 300, 512)
 
 
 def test_nothing_known():
-    assert choose_buckets({}, 16, 3) == (16,)
+    assert choose_buckets({}, 16, 3, TIMES) == (16,)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +60,14 @@ def test_nothing_known():
 )
 def test_bad_input(histogram, budget, message):
     with pytest.raises(ValueError, match=message):
-        choose_buckets(histogram, 8, budget)
+        choose_buckets(histogram, 8, budget, TIMES)
 
 
 @pytest.mark.parametrize("max_size", [1, 5, 64, 80, 512])
 def test_default_histogram_is_within_its_sizes(max_size):
     histogram = default_histogram(max_size)
     assert all(1 <= size <= max_size and weight > 0 for size, weight in histogram.items())
-    assert choose_buckets(histogram, max_size, 6)[-1] == max_size
+    assert choose_buckets(histogram, max_size, 6, TIMES)[-1] == max_size
 
 
 def test_a_workload_is_counted_in_steps():
@@ -73,3 +76,17 @@ def test_a_workload_is_counted_in_steps():
     # A batch of n serves n tokens in one step, so tokens come back as outputs.
     served = workload_histogram([(64, 100)], 64)
     assert sum(size * weight for size, weight in served.items()) == pytest.approx(64 + 100)
+
+
+def test_padded_tokens():
+    histogram = {3: 2.0, 4: 1.0, 20: 1.0}
+    assert padded_tokens(histogram, (32, 4)) == 2 * 1 + 12
+    # 20 rows take 26.2 s on the dynamic graph's 28.8 against 27 padded: padding pays; from 17 to 512 it does not.
+    assert padded_tokens(histogram, (4, 32), TIMES) == 2 * 1 + 12
+    assert padded_tokens(histogram, (4, 512), TIMES) == 2 * 1
+
+
+def test_many_sizes_share_candidates():
+    histogram = dict.fromkeys(range(1, 6001), 1.0)
+    chosen = choose_buckets(histogram, 6000, 4, TIMES)
+    assert len(chosen) == 4 and chosen[-1] == 6000 and all(size % 3 == 0 for size in chosen)

@@ -14,9 +14,11 @@ import pytest
 
 from tests.helpers import REPOSITORY, kernel_library
 from xllm_compile.atomic_dir import atomic_directory
-from xllm_compile.build import BuildError, build, pick_buckets, read_source
+from xllm_compile.bucket_plan import read_workload
+from xllm_compile.build import BuildError, build, read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import build_key
+from xllm_compile.device import choose_device
 from xllm_compile.graph_store import GraphStore, link_or_copy
 from xllm_compile.machine import cache_dir
 from xllm_compile.models.decoder import build_regions
@@ -144,19 +146,21 @@ KEYS_SCRIPT = """
 import json, sys
 from pathlib import Path
 import xllm_compile
-from xllm_compile.build import make_programs, pick_buckets, read_source
+from xllm_compile.build import make_programs, plan_buckets, read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import build_key, compiler_version
+from xllm_compile.device import choose_device
 from xllm_compile.graph_jobs import list_jobs
 from xllm_compile.progress import NoProgress
 from xllm_compile.targets import lowering_for
 config = BuildConfig(model_dir=Path(sys.argv[1]), output=Path(sys.argv[2]), dtype="float32", buckets=())
-source, buckets, compiler = read_source(config), pick_buckets(config), compiler_version()
-programs, _ = make_programs(source, config, NoProgress())
+source, compiler, device = read_source(config), compiler_version(), choose_device("cpu", None)
+programs, reports = make_programs(source, config, NoProgress())
+_, buckets = plan_buckets(config, (), device, reports)
 jobs = list_jobs(programs, buckets.tokens, buckets.logits, lowering_for("cpu"))
 print(json.dumps({
     "from": xllm_compile.__file__,
-    "build": build_key(config, source, buckets, compiler),
+    "build": build_key(config, source, (), device, compiler),
     "graphs": {job.program.name: job.key for job in jobs},
 }))
 """
@@ -188,9 +192,13 @@ def test_keys_know_no_place(model, built, tmp_path):
 
 
 def test_the_key_covers_every_option_that_changes_the_artifact(model, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"input_length": 37, "output_length": 5}\n')
+
     def key(compiler="g++ 1", **options):
         chosen = config(model, tmp_path / "x.xllm", **options)
-        return build_key(chosen, read_source(chosen), pick_buckets(chosen), compiler)
+        device = choose_device("cpu", chosen.device_spec)
+        return build_key(chosen, read_source(chosen), read_workload(chosen), device, compiler)
 
     keys = [
         key(),
@@ -200,6 +208,9 @@ def test_the_key_covers_every_option_that_changes_the_artifact(model, tmp_path):
         key(buckets=(4,)),
         key(disabled_passes=frozenset({"silu_mul"})),
         key(compiler="g++ 2"),
+        key(buckets=None),
+        key(buckets=None, workload=trace),
+        key(device_spec=Path("h200")),
     ]
     assert len(set(keys)) == len(keys)
     # How it is built is not what is built.

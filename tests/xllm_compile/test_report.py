@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.graph_passes.regions import region_graph
 from xllm_compile.graph_passes.region import PassReport
 from xllm_compile.report import BucketReport, RegionReport, ReportPage, write_report
 from xllm_compile.report.charts import Block, Span, histogram_chart, memory_chart, timeline_chart
@@ -27,6 +28,7 @@ def page(tmp_path):
         ops_after={"b": 1},
         captured="x = a()\nreturn x",
         final="x = b()\nreturn x",
+        graph=region_graph(lambda inputs, _: (inputs["x"] + 1,), {"x": ("T", 4)}),
     )
     spans = (
         Span(name="linear", lane="cube", start=0.0, end=2e-6),

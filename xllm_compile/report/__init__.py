@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from xllm_compile.graph_passes.region import PassReport
+from xllm_compile.graph_passes.region import PassReport, RegionGraph
 from xllm_compile.report.charts import Block, Span, histogram_chart, memory_chart, timeline_chart
 
 INDEX = "index.html"
@@ -23,6 +23,8 @@ class RegionReport:
     ops_after: dict[str, int]
     captured: str
     final: str
+    graph: RegionGraph
+    """After the passes: what it costs is predicted from it."""
 
     def to_json(self) -> list[dict[str, Any]]:
         """For the manifest, which is the same for the same inputs: no times, no programs."""
@@ -30,6 +32,11 @@ class RegionReport:
             {key: value for key, value in asdict(report).items() if key not in ("seconds", "program")}
             for report in self.passes
         ]
+
+    @property
+    def num_runs(self) -> int:
+        """How often a step runs it."""
+        return max(1, len(self.layers))
 
     @property
     def runs(self) -> str:

@@ -1,0 +1,84 @@
+"""Seconds from work: what a node moves and computes, over what a device spec says the device can do.
+
+Pure arithmetic without torch: passes, bucket choice, timelines, the runtime's predictors and simulators share it.
+``node_cost.py`` says what a node of a graph costs.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from xllm_compile.graph_passes.device_spec import DeviceSpec, Efficiency, Unit
+
+_DEFAULT = Efficiency()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeCost:
+    """Work of one operator call."""
+
+    unit: Unit
+    family: str
+    """Of device_spec.FAMILIES: which efficiency applies."""
+    dtype: str = "float32"
+    """What the products are computed in ("bfloat16")."""
+    flops: float = 0.0
+    flops_per_row: float = 0.0
+    """flops of one row, summed over the parts that are computed one by one; 0: flops do not come in rows."""
+    bytes_read: float = 0.0
+    bytes_written: float = 0.0
+    bytes_cold: float = 0.0
+    """Part of bytes_read that no earlier node brought near: weights and the KV cache."""
+    bytes_link: float = 0.0
+    """What this device sends."""
+    messages: int = 0
+    """One after the other, on the link."""
+    launches: int = 1
+
+    @property
+    def bytes_moved(self) -> float:
+        return self.bytes_read + self.bytes_written
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostModel:
+    spec: DeviceSpec
+
+    def seconds(self, cost: NodeCost, share: float = 1.0) -> float:
+        """Time of one call on ``share`` of its unit's cores, in (0, 1]. Rates are proportional to cores."""
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share} of a unit must be in (0, 1]")
+        compute, memory = self.compute_seconds(cost) / share, self.memory_seconds(cost) / share
+        hidden = self._efficiency(cost).overlap * min(compute, memory)
+        return cost.launches * self.spec.launch_s + self.link_seconds(cost) + compute + memory - hidden
+
+    def compute_seconds(self, cost: NodeCost) -> float:
+        """Of the arithmetic alone, on all cores."""
+        if not cost.flops or cost.unit not in ("cube", "vector"):
+            return 0.0
+        how = self._efficiency(cost)
+        flops = cost.flops
+        if cost.flops_per_row:
+            rows = cost.flops / cost.flops_per_row
+            # Rounding guards against 16.000000001 rows taking two tiles.
+            tiled = math.ceil(round(rows / how.row_tile, 9)) * how.row_tile
+            flops = cost.flops_per_row * (tiled + how.half_rows)
+        return flops / (self.spec.peak_flops(cost.unit, cost.dtype) * how.compute)
+
+    def memory_seconds(self, cost: NodeCost) -> float:
+        """Of moving data alone: what is cold from memory, what earlier nodes made from the cache if it fits there."""
+        spec, how = self.spec, self._efficiency(cost)
+        warm = max(0.0, cost.bytes_moved - cost.bytes_cold)
+        warm_rate = spec.cache_bytes_per_s if warm <= spec.cache_bytes else spec.memory_bytes_per_s
+        return (cost.bytes_cold / spec.memory_bytes_per_s + warm / warm_rate) / how.memory
+
+    def link_seconds(self, cost: NodeCost) -> float:
+        how = self._efficiency(cost)
+        return cost.messages * self.spec.link_latency_s + cost.bytes_link / (self.spec.link_bytes_per_s * how.memory)
+
+    def total_seconds(self, costs: Iterable[NodeCost]) -> float:
+        """One after the other."""
+        return sum(self.seconds(cost) for cost in costs)
+
+    def _efficiency(self, cost: NodeCost) -> Efficiency:
+        return self.spec.efficiency.get(cost.family, _DEFAULT)
