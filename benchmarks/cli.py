@@ -88,6 +88,16 @@ def latency_command(shape: str, work_dir: Path, seed: int, results: Path, rounds
     run_latency(_shape(shape), work_dir, results, _command_line(), seed=seed, rounds=rounds, num_checked=checked)
 
 
+@command.command("ablation")
+@model_options
+@click.option("--rounds", type=click.IntRange(2), default=15, help="Rounds of all variants in turns.")
+def ablation_command(shape: str, work_dir: Path, seed: int, results: Path, rounds: int) -> None:
+    """Each pass left out in turn: decode and prefill -> ablation_SHAPE.json."""
+    from xllm_compile.benchmarks.bench_ablation import run_ablation
+
+    run_ablation(_shape(shape), work_dir, results, _command_line(), seed=seed, rounds=rounds)
+
+
 @command.command("memory")
 @model_options
 @click.option("--streams", type=click.IntRange(1), default=8, help="Requests at the same time.")
