@@ -121,6 +121,16 @@ def memory_command(
     )
 
 
+@command.command("soak")
+@model_options
+@click.option("--steps", "num_steps", type=click.IntRange(1), default=10000, help="Steps that count.")
+def soak_command(shape: str, work_dir: Path, seed: int, results: Path, num_steps: int) -> None:
+    """Steps of random shapes with promotion on: choices of graphs, memory -> soak.json."""
+    from xllm_compile.benchmarks.bench_soak import run_soak
+
+    run_soak(_shape(shape), work_dir, results, _command_line(), seed=seed, num_steps=num_steps)
+
+
 @command.command("serve")
 @click.argument("target")
 @results_option

@@ -148,6 +148,13 @@ class GraphCache:
         self._choice = GraphChoice(outcome=outcome, size=choice.size, reason="graph_failed")
         self.counts[outcome, "graph_failed"] += 1
 
+    def saving(self, size: int) -> float:
+        """Share of the predicted time of a step of ``size`` that a graph of its own saves, or would save."""
+        larger = next((b for b in self.buckets if b >= size and b not in self.promoted - {size} and b != size), None)
+        dynamic = self.times.of_dynamic(size)
+        otherwise = dynamic if larger is None else min(self.times.of(larger), dynamic)
+        return 1 - self.times.of(size) / otherwise
+
     def give_up(self, region: str, size: int, reason: Exception) -> None:
         """Never run the graph again; said once, in the log."""
         self.graphs.pop((region, size), None)

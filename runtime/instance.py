@@ -11,6 +11,7 @@ from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
+from xllm_compile.runtime.promotion import PromotionConfig
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.weights import map_weights
 
@@ -32,6 +33,8 @@ class InstanceConfig:
     max_waiting: int = 1024
     enforce_eager: bool = False
     """Run operator by operator instead of the compiled graphs, to tell the two apart."""
+    promotion: PromotionConfig | None = None
+    """Compile graphs for hot sizes while serving; None does not."""
     verify_weights: bool = False
     """Check the weights file byte for byte before serving."""
 
@@ -79,6 +82,7 @@ def open_instance(root: Path, config: InstanceConfig | None = None) -> Instance:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens or manifest.max_num_batched_tokens,
         enforce_eager=config.enforce_eager,
+        promotion=config.promotion,
     )
     tokenizer = Tokenizer.from_directory(root / TOKENIZER)
     engine = Engine(runner, kv_cache, tokenizer, EngineConfig(max_waiting=config.max_waiting))

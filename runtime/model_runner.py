@@ -11,6 +11,7 @@ from xllm_compile.runtime.artifact import Manifest
 from xllm_compile.runtime.graph_cache import build_cache
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.program import RegionProgram
+from xllm_compile.runtime.promotion import GraphPromoter, PromotionConfig
 from xllm_compile.runtime.step import Int32Array, Step
 
 
@@ -32,6 +33,7 @@ class CompiledModelRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enforce_eager: bool = False,
+        promotion: PromotionConfig | None = None,
     ) -> None:
         self.vocab_size = manifest.model.vocab_size
         self.max_model_len = max_model_len
@@ -42,6 +44,8 @@ class CompiledModelRunner:
         graphs, times = manifest.graphs, manifest.step_times
         self._token_graphs = build_cache(root, "T", times["T"], by_tokens, graphs, enforce_eager=enforce_eager)
         self._head_graphs = build_cache(root, "R", times["R"], by_rows, graphs, enforce_eager=enforce_eager)
+        has_graphs = self._token_graphs.never_compiled is None
+        self._promoter = GraphPromoter(root, manifest.build_key, promotion) if promotion and has_graphs else None
         self._has_padded_seqs = any("S" in entry.sizes for entry in graphs)
         programs = {program.name: program for program in manifest.programs}
         self._embed_weights = _region_weights(programs["embed"], weights)
@@ -52,6 +56,8 @@ class CompiledModelRunner:
         """See ModelRunner.execute. Raises RuntimeError when a kernel refuses its arguments."""
         num_tokens = len(step.token_ids)
         graphs = self._token_graphs
+        if self._promoter is not None:
+            self._promoter.between_steps(graphs)
         choice = graphs.choose(num_tokens)
         # A bucket's graphs fix S to T: there are never more sequences than tokens.
         num_seqs = choice.size if choice.is_bucket and self._has_padded_seqs else len(step.slot)
@@ -85,8 +91,15 @@ class CompiledModelRunner:
         return GraphCacheStats(
             choices={
                 (part, *found): count for part, counts in parts.items() for found, count in counts.items() if count
-            }
+            },
+            promotions=self._promoter.stats() if self._promoter else {},
+            promoted_bytes=self._promoter.promoted_bytes if self._promoter else 0,
         )
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        if self._promoter is not None:
+            self._promoter.close()
 
 
 def _padded(values: Int32Array, size: int, fill: int = 0) -> Tensor:

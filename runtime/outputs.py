@@ -58,6 +58,10 @@ class GraphCacheStats:
 
     choices: dict[tuple[str, str, str], int] = field(default_factory=dict)
     """Steps by (part, outcome, reason): part is layers or head, the others are runtime.graph_cache's."""
+    promotions: dict[str, int] = field(default_factory=dict)
+    """What became of graphs for hot sizes: compiled, loaded, failed, evicted, no_compiler."""
+    promoted_bytes: int = 0
+    """Size of the promoted graphs in use."""
 
     def by_outcome(self) -> dict[str, int]:
         """Steps by how the graphs of their layers were found: exact, padded, dynamic, eager."""

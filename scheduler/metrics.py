@@ -17,6 +17,7 @@ _E2E_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40,
 OUTCOMES = ("ok", "refused", "abort", "error")
 """How a generation request ended: refused is any 4xx and 503, abort a client that left, error any other 5xx."""
 APIS = ("http", "grpc")
+PROMOTION_EVENTS = ("compiled", "loaded", "failed", "evicted", "no_compiler")
 FINISH_REASONS = ("stop", "length", "abort")
 
 
@@ -95,3 +96,11 @@ class _Snapshot(Collector):
         for labels, count in sorted(stats.graph_cache.choices.items()):
             graphs.add_metric(labels, count)
         yield graphs
+        promotions = CounterMetricFamily(
+            "xllm_graph_promotions", "Graphs for hot step sizes, by what became of them", labels=["event"]
+        )
+        for event in PROMOTION_EVENTS:
+            promotions.add_metric([event], stats.graph_cache.promotions.get(event, 0))
+        yield promotions
+        promoted = stats.graph_cache.promoted_bytes
+        yield GaugeMetricFamily("xllm_graph_promoted_bytes", "Size of the promoted graphs in use", promoted)

@@ -39,6 +39,17 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 @click.option("--max-connections", type=click.IntRange(1), default=16384, help="HTTP connections; more get 429.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the engine.")
+@click.option("--enforce-eager", is_flag=True, help="Run operator by operator, without the compiled graphs.")
+@click.option(
+    "--graph-promotion/--no-graph-promotion", default=True, help="Compile graphs for hot step sizes while serving."
+)
+@click.option(
+    "--graph-cache-bytes",
+    callback=parse_size_option,
+    default="128MiB",
+    metavar="SIZE",
+    help="Most that promoted graphs may take.",
+)
 @click.option("--compile", "use_compile", is_flag=True, help="Compile a model directory first, into the user's cache.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.version_option(__version__, prog_name="xllm-serve")

@@ -54,7 +54,9 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> "Ins
     """The one place that turns options into the instance's configuration."""
     import torch
 
+    from xllm_compile.machine import cache_dir
     from xllm_compile.runtime.instance import InstanceConfig, open_instance
+    from xllm_compile.runtime.promotion import PromotionConfig
 
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
@@ -66,7 +68,11 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> "Ins
         "max_waiting": "max_waiting",
     }
     given = {field: options[option] for option, field in names.items() if options[option] is not None}
-    return open_instance(artifact, InstanceConfig(**given))
+    promotion = None
+    if options["graph_promotion"]:
+        promotion = PromotionConfig(store=cache_dir() / "graphs", max_bytes=options["graph_cache_bytes"])
+    config = InstanceConfig(**given, enforce_eager=options["enforce_eager"], promotion=promotion)
+    return open_instance(artifact, config)
 
 
 def _import_servers() -> None:
