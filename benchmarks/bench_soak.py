@@ -140,7 +140,7 @@ def _runner(artifact: Path, manifest: Manifest, promotion: PromotionConfig) -> C
     return CompiledModelRunner(
         artifact,
         manifest,
-        map_weights(artifact / manifest.weights.path),
+        map_weights(artifact / manifest.weights[0].path),
         [torch.zeros(cache_shape, dtype=getattr(torch, model.dtype)) for _ in range(model.num_layers)],
         max_model_len=_SLOT_TOKENS,
         max_num_seqs=_NUM_SLOTS,

@@ -71,6 +71,7 @@ def _concatenate(region: RegionGraph, placeholders: list[fx.Node]) -> fx.Node:
         sources=tuple(source for spec in specs for source in spec.sources),
         shape=tuple(value.shape),
         dtype=specs[0].dtype,
+        shards=tuple(shard for spec in specs for shard in spec.source_shards),
     )
     return region.replace_weights(placeholders, spec, value)
 

@@ -1,5 +1,8 @@
 """The dense decoder every family file builds on, as regions: embed, one per kind of layer, head.
 
+With tensor parallelism the ranks share every region: each holds its part of the heads and of the feed-forward size
+(``Region.shards``), and what o_proj and down_proj give is summed over the ranks.
+
 The cut between layers is in the middle of the residual add: a region takes ``delta`` and ``residual``, whose sum is the
 hidden state, so that the add and the norm after it fuse across the boundary.
 
@@ -8,8 +11,8 @@ count; capture exports it, the passes rewrite it. Weights are named as in the ch
 layer number. Shape letters are those of runtime/ops.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +21,9 @@ from torch import Tensor
 import xllm_compile.runtime.ops  # noqa: F401  (registers torch.ops.xllm)
 from xllm_compile.models.config import DecoderConfig
 from xllm_compile.models.rope import cos_sin, rope_constants
-from xllm_compile.runtime.ops.spec import TensorSpec
+from xllm_compile.models.tensor_parallel import RankShape, rank_shape
+from xllm_compile.runtime.ops.collectives import all_reduce
+from xllm_compile.runtime.ops.spec import Shard, TensorSpec
 
 MODEL_DTYPE = "model"
 """Stands for the dtype the model is compiled for in a region's input specs."""
@@ -32,7 +37,7 @@ LAYER = "model.layers.{layer}."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Region:
-    """One compiled unit. ``weights`` maps each weight's name to its shape in the checkpoint."""
+    """One compiled unit. ``weights`` maps each weight's name to the shape that a rank holds."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -42,14 +47,20 @@ class Region:
     """Layers that run this region; empty for embed and head."""
     float32_weights: frozenset[str] = frozenset()
     """Weights that stay float32 whatever dtype the model is compiled for."""
+    shards: Mapping[str, Shard] = field(default_factory=dict)
+    """Weights of which a rank holds a part."""
 
 
-def build_regions(config: DecoderConfig) -> list[Region]:
-    """Embed, one region per kind of layer in order of first use, head."""
+def build_regions(config: DecoderConfig, tensor_parallel_size: int = 1) -> list[Region]:
+    """Embed, one region per kind of layer in order of first use, head; the same for every rank.
+
+    Raises TensorParallelError when the model cannot be cut into that many parts.
+    """
+    shape = rank_shape(config, tensor_parallel_size)
     kinds: dict[int, list[int]] = {}
     for layer, window in enumerate(config.layer_windows):
         kinds.setdefault(window, []).append(layer)
-    layers = [_layer_region(config, window, tuple(numbers)) for window, numbers in kinds.items()]
+    layers = [_layer_region(config, shape, window, tuple(numbers)) for window, numbers in kinds.items()]
     return [_embed_region(config), *layers, _head_region(config)]
 
 
@@ -86,12 +97,20 @@ def _embed_region(config: DecoderConfig) -> Region:
     )
 
 
-def _layer_region(config: DecoderConfig, window: int, layers: tuple[int, ...]) -> Region:
-    hidden, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+def _layer_region(config: DecoderConfig, rank: RankShape, window: int, layers: tuple[int, ...]) -> Region:
+    hidden, heads, kv_heads, head_dim = config.hidden_size, rank.num_heads, rank.num_kv_heads, config.head_dim
     eps, scale = config.rms_norm_eps, config.head_dim**-0.5
 
     def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
         return F.linear(x, weights[LAYER + name + ".weight"], weights.get(LAYER + name + ".bias"))
+
+    def summed_linear(x: Tensor, weights: Weights, name: str) -> Tensor:
+        """A linear whose reduction axis is cut over the ranks; its bias is added once, to the sum."""
+        if rank.tensor_parallel_size == 1:
+            return linear(x, weights, name)
+        total = all_reduce(F.linear(x, weights[LAYER + name + ".weight"]))
+        bias = weights.get(LAYER + name + ".bias")
+        return total if bias is None else total + bias
 
     def layer(inputs: dict[str, Tensor], weights: Weights) -> tuple[Tensor, ...]:
         cache, positions = inputs["kv_cache"], inputs["positions"]
@@ -108,10 +127,10 @@ def _layer_region(config: DecoderConfig, window: int, layers: tuple[int, ...]) -
         k = torch.ops.xllm.rope(k, inputs["cos"], inputs["sin"])
         torch.ops.xllm.kv_write(k, v, cache, positions, seq_start, slot)
         attended = torch.ops.xllm.attention(q, cache, seq_start, inputs["context_len"], slot, scale, window)
-        residual = residual + linear(attended.view(-1, heads * head_dim), weights, "self_attn.o_proj")
+        residual = residual + summed_linear(attended.view(-1, heads * head_dim), weights, "self_attn.o_proj")
         x = torch.ops.xllm.rms_norm(residual, weights[LAYER + "post_attention_layernorm.weight"], eps)
         gated = F.silu(linear(x, weights, "mlp.gate_proj")) * linear(x, weights, "mlp.up_proj")
-        return linear(gated, weights, "mlp.down_proj"), residual
+        return summed_linear(gated, weights, "mlp.down_proj"), residual
 
     def projection(name: str, rows: int, columns: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {LAYER + name + ".weight": (rows, columns)}
@@ -126,9 +145,9 @@ def _layer_region(config: DecoderConfig, window: int, layers: tuple[int, ...]) -
         **projection("self_attn.v_proj", kv_heads * head_dim, hidden, config.has_qkv_bias),
         **projection("self_attn.o_proj", hidden, heads * head_dim, config.has_o_bias),
         LAYER + "post_attention_layernorm.weight": (hidden,),
-        **projection("mlp.gate_proj", config.intermediate_size, hidden, config.has_mlp_bias),
-        **projection("mlp.up_proj", config.intermediate_size, hidden, config.has_mlp_bias),
-        **projection("mlp.down_proj", hidden, config.intermediate_size, config.has_mlp_bias),
+        **projection("mlp.gate_proj", rank.intermediate_size, hidden, config.has_mlp_bias),
+        **projection("mlp.up_proj", rank.intermediate_size, hidden, config.has_mlp_bias),
+        **projection("mlp.down_proj", hidden, rank.intermediate_size, config.has_mlp_bias),
     }
     if config.has_qk_norm:
         weights |= {LAYER + f"self_attn.{side}_norm.weight": (head_dim,) for side in "qk"}
@@ -148,6 +167,7 @@ def _layer_region(config: DecoderConfig, window: int, layers: tuple[int, ...]) -
         weights=weights,
         function=layer,
         layers=layers,
+        shards={name: shard for name in weights if (shard := rank.shard(name.removeprefix(LAYER))) is not None},
     )
 
 

@@ -2,7 +2,7 @@
 
 model.xllm/
   manifest.json     everything but bytes of weights and code; read and checked first
-  weights/          model.safetensors in the layout the graphs want, memory-mapped
+  weights/          model.safetensors in the layout the graphs want, memory-mapped; one file per tensor-parallel rank
   graphs/           one library per (region, bucket), the kernels, and each region's program as text
   tokenizer/        tokenizer.json, chat template, generation defaults
   report/           what each pass did
@@ -25,6 +25,7 @@ from xllm_compile.runtime.program import RegionProgram
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
+"""The weights file of an instance of one rank; see weights_path."""
 TOKENIZER = "tokenizer"
 REPORT = "report"
 
@@ -43,12 +44,14 @@ class ModelInfo:
     hidden_size: int
     num_layers: int
     num_kv_heads: int
+    """Those that one tensor-parallel rank holds."""
     head_dim: int
     dtype: str
     max_model_len: int
 
     @property
     def kv_bytes_per_token(self) -> int:
+        """On each rank."""
         itemsize: int = getattr(torch, self.dtype).itemsize
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
 
@@ -94,11 +97,13 @@ class Manifest:
     device_spec: dict[str, Any]
     """What they were predicted with: a DeviceSpec as JSON, and its ``origin``."""
     max_num_batched_tokens: int
+    tensor_parallel_size: int
     programs: tuple[RegionProgram, ...]
     graphs: tuple[GraphEntry, ...]
     kernels: FileEntry | None
     """Our own kernels; None on a target whose operators come with its runtime."""
-    weights: FileEntry
+    weights: tuple[FileEntry, ...]
+    """One file per rank; graphs are the same for all of them."""
     weights_key: str
     memory_plan: dict[str, int]
     quantisation: str | None
@@ -109,11 +114,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
-        entry = {name: values[name] and FileEntry(**values[name]) for name in ("kernels", "weights")}
         return cls(
             **{
                 **values,
-                **entry,
+                "kernels": values["kernels"] and FileEntry(**values["kernels"]),
+                "weights": tuple(FileEntry(**entry) for entry in values["weights"]),
                 "model": ModelInfo(**values["model"]),
                 "target_features": tuple(values["target_features"]),
                 "passes": tuple(values["passes"]),
@@ -133,6 +138,11 @@ class Manifest:
 def runtime_versions() -> dict[str, str]:
     """Versions that compiled code depends on."""
     return {"xllm_compile": __version__, "torch": torch.__version__}
+
+
+def weights_path(rank: int, tensor_parallel_size: int) -> str:
+    """The weights file of a rank, relative to the artifact."""
+    return WEIGHTS if tensor_parallel_size == 1 else f"weights/rank{rank}-of-{tensor_parallel_size}.safetensors"
 
 
 def is_artifact(path: Path) -> bool:
@@ -197,7 +207,8 @@ def check_artifact(root: Path, manifest: Manifest, features: tuple[str, ...], *,
         )
     for entry in [*(graph.file for graph in manifest.graphs), *filter(None, [manifest.kernels])]:
         _check_file(root, entry, is_hashed=True)
-    _check_file(root, manifest.weights, is_hashed=verify_weights)
+    for weights in manifest.weights:
+        _check_file(root, weights, is_hashed=verify_weights)
 
 
 def cpu_kernels(root: Path, manifest: Manifest) -> FileEntry:

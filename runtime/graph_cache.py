@@ -17,6 +17,7 @@ from torch import Tensor
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.runtime.artifact import GraphEntry
 from xllm_compile.runtime.program import RegionProgram
+from xllm_compile.runtime.unlocked_graph import UnlockedGraph
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,9 @@ class GraphCache:
         try:
             return graph(tensors)
         except RuntimeError as err:
+            if self.programs[region].has_collectives:
+                # Run again on this rank only, its collectives would meet the wrong ones of the others.
+                raise
             return self._fall_back(region, size, tensors, err)
 
     def _fall_back(self, region: str, size: int, tensors: list[Tensor], err: RuntimeError) -> list[Tensor]:
@@ -193,8 +197,10 @@ class GraphCache:
         )
 
 
-def load_graph(path: Path) -> GraphFunction:
+def load_graph(path: Path, *, has_collectives: bool = False) -> GraphFunction:
     """The entry of a compiled graph. The kernels it calls must be loaded first. Raises RuntimeError."""
+    if has_collectives:
+        return UnlockedGraph(path)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
     # The method keeps the runner, and with it the library, alive.
     run: GraphFunction = runner.run
@@ -222,7 +228,7 @@ def build_cache(
         if entry.region in by_name:
             key = entry.region, entry.sizes.get(axis, DYNAMIC)
             try:
-                graphs[key] = load_graph(root / entry.file.path)
+                graphs[key] = load_graph(root / entry.file.path, has_collectives=by_name[entry.region].has_collectives)
             except RuntimeError as err:
                 failures.append((key, err))
     cache = GraphCache(programs=by_name, times=times, graphs=graphs)

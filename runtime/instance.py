@@ -1,7 +1,8 @@
 """One instance: an artifact opened on this machine, ready to take requests."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,8 @@ from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.promotion import PromotionConfig
+from xllm_compile.runtime.step import ModelRunner
+from xllm_compile.runtime.tensor_parallel import LeaderRunner, RankGroup, Release
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.weights import map_weights
 
@@ -61,32 +64,85 @@ class Instance:
         return self.engine.max_model_len
 
 
-def open_instance(root: Path, config: InstanceConfig | None = None) -> Instance:
+def open_instance(root: Path, config: InstanceConfig | None = None, group: RankGroup | None = None) -> Instance:
     """Open the artifact at ``root``. Weights are mapped, not read: the first step pulls them in.
 
+    ``group`` is rank 0's for a tensor-parallel artifact; the other ranks run ``follow``.
     Raises ArtifactMismatchError when the artifact is damaged or was built for something else, ValueError when the
-    bounds cannot be met (a KV budget below one sequence), native.KernelLoadError.
+    bounds cannot be met (a KV budget below one sequence), native.KernelLoadError, RuntimeError when a rank is missing.
     """
     config = config or InstanceConfig()
     manifest = read_manifest(root)
     kernels = cpu_kernels(root, manifest)
     check_artifact(root, manifest, isa_features(), verify_weights=config.verify_weights)
     native.load_kernels(root / kernels.path)
+    _check_group(root, manifest, group)
     kv_cache = KVCache(_kv_config(manifest, config))
-    runner = CompiledModelRunner(
+    runner: ModelRunner = _runner(root, manifest, kv_cache, config)
+    if group is not None:
+        group.publish({"config": asdict(replace(config, promotion=None)), "kv_cache": _kv_values(kv_cache.config)})
+        group.connect()
+        kv_cache.on_release = lambda slot, keep, extent: group.send_release(
+            Release(slot=slot, keep=keep, extent=extent)
+        )
+        runner = LeaderRunner(runner, group)
+    tokenizer = Tokenizer.from_directory(root / TOKENIZER)
+    engine = Engine(runner, kv_cache, tokenizer, EngineConfig(max_waiting=config.max_waiting))
+    return Instance(root=root, manifest=manifest, engine=engine, tokenizer=tokenizer)
+
+
+def follow(root: Path, group: RankGroup) -> None:
+    """Run the steps of rank 0 on this rank's part of the artifact, until rank 0 closes the group.
+
+    Raises what open_instance raises, RuntimeError when rank 0 is gone.
+    """
+    manifest = read_manifest(root)
+    _check_group(root, manifest, group)
+    published = group.published()
+    config = InstanceConfig(**published["config"])
+    check_artifact(root, manifest, isa_features(), verify_weights=config.verify_weights)
+    native.load_kernels(root / cpu_kernels(root, manifest).path)
+    values = published["kv_cache"]
+    kv_cache = KVCache(KVCacheConfig(**{**values, "dtype": getattr(torch, values["dtype"])}))
+    runner = _runner(root, manifest, kv_cache, config, group.config.rank)
+    group.connect()
+    while (message := group.receive()) is not None:
+        if isinstance(message, Release):
+            kv_cache.release_pages(message.slot, message.keep, message.extent)
+        else:
+            runner.execute(message)
+    group.close()
+
+
+def _runner(
+    root: Path, manifest: Manifest, kv_cache: KVCache, config: InstanceConfig, rank: int = 0
+) -> CompiledModelRunner:
+    return CompiledModelRunner(
         root,
         manifest,
-        map_weights(root / manifest.weights.path),
+        map_weights(root / manifest.weights[rank].path),
         kv_cache.layers,
         max_model_len=kv_cache.config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens or manifest.max_num_batched_tokens,
         enforce_eager=config.enforce_eager,
-        promotion=config.promotion,
+        # A rank that took a graph before the others would pad its steps, and its collectives, otherwise than they do.
+        promotion=config.promotion if manifest.tensor_parallel_size == 1 else None,
     )
-    tokenizer = Tokenizer.from_directory(root / TOKENIZER)
-    engine = Engine(runner, kv_cache, tokenizer, EngineConfig(max_waiting=config.max_waiting))
-    return Instance(root=root, manifest=manifest, engine=engine, tokenizer=tokenizer)
+
+
+def _check_group(root: Path, manifest: Manifest, group: RankGroup | None) -> None:
+    ranks, given = manifest.tensor_parallel_size, 1 if group is None else group.config.world_size
+    if ranks != given:
+        raise ValueError(
+            f"{root} is compiled for tensor_parallel_size={ranks}, this process is one of {given};"
+            f" start {ranks} ranks, or compile with --tensor-parallel-size {given}"
+        )
+
+
+def _kv_values(config: KVCacheConfig) -> dict[str, Any]:
+    """The cache's shape, so that every rank has the same slots."""
+    return {**asdict(config), "dtype": str(config.dtype).removeprefix("torch.")}
 
 
 def _kv_config(manifest: Manifest, config: InstanceConfig) -> KVCacheConfig:
@@ -100,7 +156,9 @@ def _kv_config(manifest: Manifest, config: InstanceConfig) -> KVCacheConfig:
     budget = config.kv_memory_bytes
     if budget is None:
         wanted = config.max_num_seqs * limit * model.kv_bytes_per_token
-        budget = min(wanted, int(_available_memory_bytes() * _DEFAULT_KV_SHARE))
+        # The ranks of an instance are taken to share one machine.
+        free = _available_memory_bytes() // manifest.tensor_parallel_size
+        budget = min(wanted, int(free * _DEFAULT_KV_SHARE))
         if config.max_model_len is None:
             # Nobody asked for the full length: serve what fits rather than refuse to start.
             limit = min(limit, max(budget // model.kv_bytes_per_token, 1))

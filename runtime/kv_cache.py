@@ -12,6 +12,7 @@ whether a sequence can grow, and the extents of all slots together never exceed 
 
 import math
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,8 @@ class KVCache:
         self._idle = set(range(config.num_slots))
         self._used_tokens = 0
         self._touched_tokens = 0
+        self.on_release: Callable[[int, int, int], None] = lambda slot, keep, extent: None
+        """Hears of pages that are given back, for the ranks that hold the same slots: see release_pages."""
 
     @property
     def num_slots(self) -> int:
@@ -169,15 +172,20 @@ class KVCache:
         """Give back what the slot holds beyond its length; returns the tokens that this frees."""
         keep = self._lengths.get(slot, 0)
         extent = self._extents[slot]
+        self.release_pages(slot, keep, extent)
+        self.on_release(slot, keep, extent)
+        self._extents[slot] = keep
+        self._touched_tokens -= extent - keep
+        return extent - keep
+
+    def release_pages(self, slot: int, keep: int, extent: int) -> None:
+        """Give the pages of the slot's tokens [keep, extent) back to the system. Keeps no account."""
         token_bytes = self.config.layer_token_bytes
         base = slot * self.config.max_model_len * token_bytes
         begin, end = whole_pages(base + keep * token_bytes, base + extent * token_bytes)
         if begin < end:
             for mapping in self._maps:
                 mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-        self._extents[slot] = keep
-        self._touched_tokens -= extent - keep
-        return extent - keep
 
 
 def whole_pages(begin: int, end: int) -> tuple[int, int]:

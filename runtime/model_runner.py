@@ -47,6 +47,8 @@ class CompiledModelRunner:
         has_graphs = self._token_graphs.never_compiled is None
         self._promoter = GraphPromoter(root, manifest.build_key, promotion) if promotion and has_graphs else None
         self._has_padded_seqs = any("S" in entry.sizes for entry in graphs)
+        # Tensor-parallel regions may return a sum that is still on its way; the head would wait for it.
+        self._waits_for_state = manifest.tensor_parallel_size > 1
         programs = {program.name: program for program in manifest.programs}
         self._embed_weights = _region_weights(programs["embed"], weights)
         self._head_weights = _region_weights(programs["head"], weights)
@@ -78,6 +80,9 @@ class CompiledModelRunner:
         num_rows = len(step.logits_at)
         if num_rows == 0:
             # A chunk in the middle of a prompt: the head's weights, a good part of the model, need not be read.
+            if self._waits_for_state:
+                for tensor in state:
+                    torch.ops._c10d_functional.wait_tensor(tensor)
             return torch.empty(0, self.vocab_size)
         head = self._head_graphs.choose(num_rows)
         rows = _padded(step.logits_at, head.size)

@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 import xllm_compile.runtime.ops  # noqa: F401  (registers torch.ops.xllm)
-from xllm_compile.runtime.ops.spec import TensorSpec, WeightSpec
+from xllm_compile.runtime.ops.spec import Shard, TensorSpec, WeightSpec
 
 ProgramFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -33,6 +33,11 @@ class RegionProgram:
     """One of the pieces a region was cut into."""
     is_eager: bool = False
     """Never compiled: runs operator by operator between compiled pieces."""
+
+    @property
+    def has_collectives(self) -> bool:
+        """Whether it meets the other ranks while it runs."""
+        return "_c10d_functional" in self.code
 
     def load(self) -> ProgramFunction:
         """The function itself, running operator by operator."""
@@ -55,14 +60,17 @@ class RegionProgram:
             name=values["name"],
             code=values["code"],
             inputs=tuple(TensorSpec(**{**v, "shape": tuple(v["shape"])}) for v in values["inputs"]),
-            weights=tuple(
-                WeightSpec(**{**v, "shape": tuple(v["shape"]), "sources": tuple(v["sources"])})
-                for v in values["weights"]
-            ),
+            weights=tuple(_weight_spec(v) for v in values["weights"]),
             layers=tuple(values["layers"]),
             is_piece=values["is_piece"],
             is_eager=values["is_eager"],
         )
+
+
+def _weight_spec(values: Mapping[str, Any]) -> WeightSpec:
+    shards = tuple(None if shard is None else Shard(**shard) for shard in values["shards"])
+    lists = {"shape": tuple(values["shape"]), "sources": tuple(values["sources"]), "shards": shards}
+    return WeightSpec(**{**values, **lists})
 
 
 def concrete_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> Sequence[int]:

@@ -23,6 +23,7 @@ from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.graph_store import GraphStore, graph_key
 from xllm_compile.machine import cache_dir
 from xllm_compile.models.rope import rope_constants
+from xllm_compile.models.tensor_parallel import rank_shape
 from xllm_compile.progress import NoProgress
 from xllm_compile.runtime import artifact
 from xllm_compile.runtime.artifact import FileEntry, Manifest, ModelInfo
@@ -183,7 +184,7 @@ def _manifest(source: Source, programs: Sequence[RegionProgram], config: BuildCo
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
             num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
+            num_kv_heads=rank_shape(model, config.tensor_parallel_size).num_kv_heads,
             head_dim=model.head_dim,
             dtype=source.dtype,
             max_model_len=source.max_model_len,
@@ -201,10 +202,11 @@ def _manifest(source: Source, programs: Sequence[RegionProgram], config: BuildCo
         step_times=dict.fromkeys("TR", StepTimes(sizes=(1,), seconds=(1.0,), dynamic_overhead=1.0)),
         device_spec={},
         max_num_batched_tokens=config.max_num_batched_tokens,
+        tensor_parallel_size=config.tensor_parallel_size,
         programs=tuple(programs),
         graphs=(),
         kernels=nothing,
-        weights=nothing,
+        weights=(nothing,),
         weights_key="",
         memory_plan={},
         quantisation=None,

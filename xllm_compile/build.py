@@ -35,6 +35,7 @@ from xllm_compile.models.config import DecoderConfig, read_hf_config
 from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, checkpoint_shapes
 from xllm_compile.models.registry import read_model_config
 from xllm_compile.models.rope import rope_constants
+from xllm_compile.models.tensor_parallel import rank_shape
 from xllm_compile.progress import BuildProgress
 from xllm_compile.report import INDEX, BucketReport, RegionReport, ReportPage, write_report
 from xllm_compile.request_trace import TraceRequest
@@ -74,6 +75,7 @@ class Source:
     checkpoint_hash: str
     dtype: str
     max_model_len: int
+    tensor_parallel_size: int
 
 
 def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
@@ -130,6 +132,7 @@ def read_source(config: BuildConfig) -> Source:
     """Read and check everything about the model but the values of its weights."""
     hf_config = read_hf_config(config.model_dir)
     model = read_model_config(hf_config)
+    rank_shape(model, config.tensor_parallel_size)
     limit = model.max_position_embeddings
     # Rotary scaling stretches the trained length; max_position_embeddings already says so for all but "dynamic".
     reach = int(limit * model.rope.factor) if model.rope.rope_type == "dynamic" else limit
@@ -154,6 +157,7 @@ def read_source(config: BuildConfig) -> Source:
         checkpoint_hash=checkpoint.content_hash(),
         dtype=dtype,
         max_model_len=max_model_len,
+        tensor_parallel_size=config.tensor_parallel_size,
     )
 
 
@@ -184,7 +188,7 @@ def make_programs(
     source: Source, config: BuildConfig, progress: BuildProgress
 ) -> tuple[list[RegionProgram], list[RegionReport]]:
     """Capture every region and run the passes on it."""
-    regions = build_regions(source.config)
+    regions = build_regions(source.config, source.tensor_parallel_size)
     tied = frozenset({EMBED_WEIGHT}) if source.config.tie_word_embeddings else frozenset[str]()
     passes = lowering_for(config.target).pipeline(tied_weights=tied, disabled=config.disabled_passes)
     progress.start("capture and passes", len(regions))
@@ -274,7 +278,7 @@ def open_store(output: Path, suffix: str) -> GraphStore:
 def check_resources(config: BuildConfig, weights: Sequence[WeightSpec], num_graphs: int) -> int:
     """Number of workers that fit. Raises BuildError when disk or memory cannot hold the build."""
     sizes = [_bytes_of(spec) for spec in weights]
-    disk_needed = sum(sizes) + num_graphs * (2 << 20)
+    disk_needed = config.tensor_parallel_size * sum(sizes) + num_graphs * (2 << 20)
     disk_free = free_disk_bytes(config.output.parent)
     if disk_free < disk_needed:
         raise BuildError(
@@ -369,23 +373,26 @@ def _found(store: GraphStore, key: str) -> Path:
 def place_weights(
     root: Path, previous: Path, source: Source, weights: Sequence[WeightSpec], progress: BuildProgress
 ) -> None:
-    """Write the weights file, or link the previous artifact's when it is the same."""
-    total = sum(_bytes_of(spec) for spec in weights)
+    """Write each rank's weights file, or link the previous artifact's when they are the same."""
+    num_ranks = source.tensor_parallel_size
+    total = num_ranks * sum(_bytes_of(spec) for spec in weights)
     computed = rope_constants(source.config)
     key = weights_key(source.checkpoint_hash, weights, computed)
     progress.start("weights", total)
     if artifact.is_artifact(previous):
         try:
             manifest = artifact.read_manifest(previous)
-            if manifest.weights_key == key and artifact.is_intact(previous, manifest.weights):
-                link_or_copy(previous / manifest.weights.path, root / artifact.WEIGHTS)
+            intact = all(artifact.is_intact(previous, entry) for entry in manifest.weights)
+            if manifest.weights_key == key and len(manifest.weights) == num_ranks and intact:
+                for entry in manifest.weights:
+                    link_or_copy(previous / entry.path, root / entry.path)
                 progress.advance("weights", total)
                 return
         except artifact.ArtifactMismatchError:
             pass  # Written anew below.
-    build_weights(
-        root / artifact.WEIGHTS, source.checkpoint, computed, weights, lambda done: progress.advance("weights", done)
-    )
+    for rank in range(num_ranks):
+        path = root / artifact.weights_path(rank, num_ranks)
+        build_weights(path, source.checkpoint, computed, weights, lambda done: progress.advance("weights", done), rank)
 
 
 def describe(
@@ -403,13 +410,14 @@ def describe(
     compiler: str,
 ) -> Manifest:
     lowering = lowering_for(config.target)
+    ranks = source.tensor_parallel_size
     model = ModelInfo(
         name=config.model_dir.resolve().name,
         architecture=source.config.architecture,
         vocab_size=source.config.vocab_size,
         hidden_size=source.config.hidden_size,
         num_layers=source.config.num_layers,
-        num_kv_heads=source.config.num_kv_heads,
+        num_kv_heads=rank_shape(source.config, ranks).num_kv_heads,
         head_dim=source.config.head_dim,
         dtype=source.dtype,
         max_model_len=source.max_model_len,
@@ -431,13 +439,14 @@ def describe(
         step_times=times,
         device_spec=device.to_json(),
         max_num_batched_tokens=config.max_num_batched_tokens,
+        tensor_parallel_size=ranks,
         programs=tuple(programs),
         graphs=tuple(
             GraphEntry(region=j.program.name, sizes=j.sizes, key=j.key, file=artifact.file_entry(root, j.file))
             for j in jobs
         ),
         kernels=artifact.file_entry(root, KERNELS_FILE) if lowering.has_kernels else None,
-        weights=artifact.file_entry(root, artifact.WEIGHTS),
+        weights=tuple(artifact.file_entry(root, artifact.weights_path(rank, ranks)) for rank in range(ranks)),
         weights_key=weights_key(source.checkpoint_hash, weights, rope_constants(source.config)),
         memory_plan={
             "weights_bytes": sum(_bytes_of(spec) for spec in weights),

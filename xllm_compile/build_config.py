@@ -34,6 +34,8 @@ class BuildConfig:
     """Graphs compiled side by side; None is one per CPU as memory allows."""
     graph_mode: str = "full"
     """full: one graph per region; partial: attention runs eagerly between two graphs of a layer; eager: no graphs."""
+    tensor_parallel_size: int = 1
+    """Ranks that share each layer: heads and feed-forward size are cut over them."""
     disabled_passes: frozenset[str] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
@@ -51,6 +53,8 @@ class BuildConfig:
             raise ValueError(f"max_num_batched_tokens={self.max_num_batched_tokens} must be in [1, 65536]")
         if self.jobs is not None and self.jobs < 1:
             raise ValueError(f"jobs={self.jobs} must be at least 1")
+        if self.tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} must be at least 1")
         if self.buckets is not None and self.workload is not None:
             raise ValueError(
                 "buckets and workload exclude each other: give the step sizes, or a workload to choose them for"

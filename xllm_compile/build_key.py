@@ -68,6 +68,7 @@ def build_key(
         "buckets": sorted({*config.buckets}) if config.buckets is not None else None,
         "workload": [(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in workload],
         "device": device.to_json(),
+        "tensor_parallel_size": config.tensor_parallel_size,
         "disabled_passes": sorted(config.disabled_passes),
         "features": lowering_for(config.target).features(),
         "versions": artifact.runtime_versions(),

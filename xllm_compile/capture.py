@@ -68,6 +68,7 @@ def _specs(region: Region, dtype: torch.dtype) -> tuple[tuple[TensorSpec, ...], 
             sources=(name,),
             shape=shape,
             dtype="float32" if name in region.float32_weights else model_dtype,
+            shards=(region.shards.get(name),),
         )
         for name, shape in region.weights.items()
     ]

@@ -40,6 +40,7 @@ def parse_buckets(_context: click.Context, _parameter: click.Parameter, value: s
     type=click.Path(path_type=Path),
     help="Predict with this spec: a .json or a known device.",
 )
+@click.option("--tensor-parallel-size", type=int, default=1, help="Processes that share each layer.")
 @click.option("--jobs", "-j", type=int, help="Graphs compiled side by side.  [default: one per CPU]")
 @click.option(
     "--graph-mode",
@@ -61,6 +62,7 @@ def command(
     buckets: tuple[int, ...] | None,
     workload: Path | None,
     device_spec: Path | None,
+    tensor_parallel_size: int,
     jobs: int | None,
     graph_mode: str,
     disabled: tuple[str, ...],
@@ -84,6 +86,7 @@ def command(
         buckets=buckets,
         workload=workload,
         device_spec=device_spec,
+        tensor_parallel_size=tensor_parallel_size,
         jobs=jobs,
         graph_mode=graph_mode,
         disabled_passes=frozenset(disabled),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xllm_compile.models.checkpoint import Checkpoint
 from xllm_compile.runtime.ops.reference import pack_weight
-from xllm_compile.runtime.ops.spec import WeightSpec
+from xllm_compile.runtime.ops.spec import Shard, WeightSpec
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.runtime.weights import write_weights
 
@@ -32,7 +32,7 @@ def artifact_weights(programs: Sequence[RegionProgram]) -> list[WeightSpec]:
 
 
 def weights_key(checkpoint_hash: str, specs: Sequence[WeightSpec], computed: Mapping[str, Tensor]) -> str:
-    """Equal keys mean equal weights files."""
+    """Equal keys mean equal weights files, of every rank."""
     digest = xxhash.xxh3_128(repr((checkpoint_hash, sorted(map(repr, specs)))).encode())
     for name in sorted(computed):
         digest.update(name.encode() + computed[name].numpy().tobytes())
@@ -45,16 +45,20 @@ def build_weights(
     computed: Mapping[str, Tensor],
     specs: Sequence[WeightSpec],
     on_tensor: Callable[[int], None],
+    rank: int = 0,
 ) -> None:
-    """Write the weights file. ``computed`` holds sources that no checkpoint stores (rotary frequencies)."""
+    """Write the weights file of a rank. ``computed`` holds sources that no checkpoint stores (rotary frequencies)."""
 
-    def source(name: str, dtype: torch.dtype) -> Tensor:
+    def source(name: str, shard: Shard | None, dtype: torch.dtype) -> Tensor:
         tensor = computed[name] if name in computed else checkpoint.tensor(name)
+        if shard is not None:
+            begin, end = shard.rows(rank, tensor.shape[shard.axis])
+            tensor = tensor.narrow(shard.axis, begin, end - begin)
         return tensor.to(dtype)
 
     def make(spec: WeightSpec) -> Tensor:
         dtype = getattr(torch, spec.dtype)
-        parts = [source(name, dtype) for name in spec.sources]
+        parts = [source(name, shard, dtype) for name, shard in zip(spec.sources, spec.source_shards, strict=True)]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         return pack_weight(whole) if spec.is_packed else whole
 

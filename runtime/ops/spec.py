@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+TP_GROUP = "tp"
+"""Name under which the ranks of one instance register their process group; compiled graphs look it up."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
@@ -16,8 +19,25 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """The part of a tensor that a tensor-parallel rank holds: the tensor is cut into ``num_parts`` along ``axis``, and
+    ``num_replicas`` neighbouring ranks share each part. It is the same on every rank, and so is what depends on it."""
+
+    axis: int
+    num_parts: int
+    num_replicas: int = 1
+
+    def rows(self, rank: int, size: int) -> tuple[int, int]:
+        """Begin and end, along ``axis``, of the part of ``rank`` in a tensor of ``size`` there."""
+        length = size // self.num_parts
+        begin = rank // self.num_replicas * length
+        return begin, begin + length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WeightSpec:
-    """A weight as a graph wants it: sources concatenated along axis 0, then packed where ``is_packed``.
+    """A weight as a graph wants it: sources, or a rank's shard of each, concatenated along axis 0, then packed where
+    ``is_packed``.
 
     Names hold ``{layer}`` where the layer number goes. ``shape`` is the final one, packed where it is packed.
     """
@@ -27,3 +47,10 @@ class WeightSpec:
     shape: tuple[int, ...]
     dtype: str
     is_packed: bool = False
+    shards: tuple[Shard | None, ...] = ()
+    """Of each source, the part a rank holds; None, or no entry at all, is the whole source."""
+
+    @property
+    def source_shards(self) -> tuple[Shard | None, ...]:
+        """One entry per source."""
+        return self.shards or (None,) * len(self.sources)

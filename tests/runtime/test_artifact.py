@@ -98,7 +98,7 @@ def test_another_target(root):
 @pytest.mark.parametrize("what", ["graph", "kernels", "weights"])
 def test_missing_truncated_and_damaged_files(root, what):
     manifest = read_manifest(root)
-    entry = {"graph": manifest.graphs[1].file, "kernels": manifest.kernels, "weights": manifest.weights}[what]
+    entry = {"graph": manifest.graphs[1].file, "kernels": manifest.kernels, "weights": manifest.weights[0]}[what]
     assert entry is not None
     path = root / entry.path
     content = path.read_bytes()

@@ -186,7 +186,7 @@ def test_compiled_graphs_equal_eager_programs(lengths, family_artifact, kernels)
     longer than one."""
     root = family_artifact("qwen2")
     manifest = read_manifest(root)
-    weights = map_weights(root / manifest.weights.path)
+    weights = map_weights(root / manifest.weights[0].path)
     results, caches = [], []
     for is_eager in (True, False):
         model = manifest.model

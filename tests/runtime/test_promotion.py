@@ -203,7 +203,7 @@ def test_a_hot_size_is_compiled_and_computes_the_same(family_artifact, kernels):
     command = [*COMMAND, str(root), "--tokens", "6", "--store", str(store)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    weights, model = map_weights(root / manifest.weights.path), manifest.model
+    weights, model = map_weights(root / manifest.weights[0].path), manifest.model
     step, results = step_of((4, 2), model.vocab_size, seed=1), {}
     for promotion in (None, PromotionConfig(store=store)):
         layers = [torch.zeros(8, 80, 2, model.num_kv_heads, model.head_dim) for _ in range(model.num_layers)]

@@ -5,7 +5,8 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from xllm_compile.graph_jobs import bucket_sizes
 from xllm_compile.graph_passes.pipeline import Pass, cpu_pipeline
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.ops import native
+from xllm_compile.runtime.ops.spec import TP_GROUP
 from xllm_compile.runtime.program import RegionProgram, concrete_shape
 from xllm_compile.targets import UnsupportedOperatorError
 
@@ -52,7 +54,7 @@ class CpuLowering:
             repr(isa_features()),
             torch.__version__,
             compiler_version(),
-            json.dumps(inductor_options(), sort_keys=True, default=str),
+            json.dumps(inductor_options(has_collectives=True), sort_keys=True, default=str),
         ]
 
     def pipeline(self, *, tied_weights: frozenset[str], disabled: frozenset[str]) -> list[Pass]:
@@ -90,8 +92,11 @@ class CpuLowering:
         native.build_kernels(output)
 
 
-def inductor_options() -> dict[str, Any]:
+def inductor_options(*, has_collectives: bool = False) -> dict[str, Any]:
     """Options of every compilation; part of each graph's cache key."""
+    # These two move operators towards their readers. Where a collective is started and where it is waited for is the
+    # passes' decision.
+    kept_order = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
     return {
         # The wrapper is a sequence of calls: optimising it harder costs compile time and gains nothing that shows.
         "aot_inductor.compile_wrapper_opt_level": "O1",
@@ -99,6 +104,7 @@ def inductor_options() -> dict[str, Any]:
         "cpp.vec_isa_ok": True,
         # The number of threads is the server's choice, not the build's.
         "cpp.dynamic_threads": True,
+        **(kept_order if has_collectives else {}),
     }
 
 
@@ -130,14 +136,17 @@ def compile_program(program: RegionProgram, sizes: Mapping[str, int], output: Pa
         for spec in program.inputs
     ] + [None] * len(program.weights)
     exported = torch.export.export(Module(), example, dynamic_shapes={"tensors": tuple(dims)}, strict=False)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".inductor-") as scratch:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".inductor-") as scratch, _traced_group(program):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
         from torch._inductor import aoti_compile_and_package
 
         package = aoti_compile_and_package(
             exported,
             package_path=str(Path(scratch) / "graph.pt2"),
-            inductor_configs={**inductor_options(), "aot_inductor.custom_ops_to_c_shims": shim_declarations()},
+            inductor_configs={
+                **inductor_options(has_collectives=program.has_collectives),
+                "aot_inductor.custom_ops_to_c_shims": shim_declarations(),
+            },
         )
         with zipfile.ZipFile(package) as archive:
             if unsupported := _operators_without_lowering(archive):
@@ -157,6 +166,26 @@ def _operators_without_lowering(package: zipfile.ZipFile) -> tuple[str, ...]:
         if file.endswith(".wrapper.json"):
             names |= {entry["node"]["target"] for entry in json.loads(package.read(file))["nodes"]}
     return tuple(sorted(names))
+
+
+@contextmanager
+def _traced_group(program: RegionProgram) -> Iterator[None]:
+    """A process group that nobody meets, for a program with collectives: inductor asks for its size when it prints
+    the graph. The size goes nowhere: one library serves every rank."""
+    if not program.has_collectives:
+        yield
+        return
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore, _register_process_group, _unregister_process_group
+    from torch.distributed.distributed_c10d import GroupName
+
+    # Only this variable keeps the group: the registry holds weak references.
+    group = dist.ProcessGroup(HashStore(), 0, 2)
+    _register_process_group(GroupName(TP_GROUP), group)
+    try:
+        yield
+    finally:
+        _unregister_process_group(GroupName(TP_GROUP))
 
 
 def shim_declarations() -> dict[Any, list[str]]:
