@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,17 +46,18 @@ def serve(options: Mapping[str, Any]) -> int:
         # The servers' imports run beside the loading of the artifact, which mostly waits for disk and memory.
         imports = threading.Thread(target=_import_servers, name="xllm-imports", daemon=True)
         imports.start()
-        instance = open_configured_instance(artifact, options)
-        imports.join()
-        return _run(instance, options, http_socket, max_connections)
+        with open_configured_instance(artifact, options) as instance:
+            imports.join()
+            return _run(instance, options, http_socket, max_connections)
 
 
-def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> "Instance":
-    """The one place that turns options into the instance's configuration."""
+def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> AbstractContextManager["Instance"]:
+    """The one place that turns options into the instance's configuration. Leaving it ends the other ranks."""
     import torch
 
     from xllm_compile.machine import cache_dir
-    from xllm_compile.runtime.instance import InstanceConfig, open_instance
+    from xllm_compile.runtime.follower import opened_instance
+    from xllm_compile.runtime.instance import InstanceConfig
     from xllm_compile.runtime.promotion import PromotionConfig
 
     if options["threads"] is not None:
@@ -72,7 +74,7 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> "Ins
     if options["graph_promotion"]:
         promotion = PromotionConfig(store=cache_dir() / "graphs", max_bytes=options["graph_cache_bytes"])
     config = InstanceConfig(**given, enforce_eager=options["enforce_eager"], promotion=promotion)
-    return open_instance(artifact, config)
+    return opened_instance(artifact, config)
 
 
 def _import_servers() -> None:
