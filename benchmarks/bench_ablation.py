@@ -96,7 +96,7 @@ def _open(artifacts: Mapping[str, Path], prefill: int) -> dict[str, CompiledMode
         name: CompiledModelRunner(
             root,
             manifests[name],
-            map_weights(root / manifests[name].weights.path),
+            map_weights(root / manifests[name].weights[0].path),
             cache.layers,
             max_model_len=room,
             max_num_seqs=max(_BATCHES),
