@@ -108,6 +108,8 @@ class Manifest:
     memory_plan: dict[str, int]
     quantisation: str | None
     created: str
+    pass_seconds: float
+    """What the graph passes took of the build."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,7 +134,7 @@ class Manifest:
 
     def stable_json(self) -> dict[str, Any]:
         """The manifest without what two builds of the same inputs may differ in."""
-        return {key: value for key, value in self.to_json().items() if key != "created"}
+        return {key: value for key, value in self.to_json().items() if key not in ("created", "pass_seconds")}
 
 
 def runtime_versions() -> dict[str, str]:

@@ -211,6 +211,7 @@ def _manifest(source: Source, programs: Sequence[RegionProgram], config: BuildCo
         memory_plan={},
         quantisation=None,
         created="",
+        pass_seconds=0.0,
     )
 
 

@@ -454,6 +454,7 @@ def describe(
         },
         quantisation=None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        pass_seconds=round(sum(entry.seconds for report in reports for entry in report.passes), 4),
     )
 
 
