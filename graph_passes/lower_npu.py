@@ -6,8 +6,9 @@ Rewrites: npu_rms_norm, npu_add_rms_norm, npu_swiglu, npu_rotary_mul, npu_scatte
     npu_fused_infer_attention_score (TND, causal, paged), npu_linear, npu_mm_all_reduce_base. Inputs become those of
     runtime/ops/npu.py. ``meta["stream"]`` (a label) and ``meta["core_share"]`` ({"cube": n, "vector": m}) become
     scope_enter and scope_exit around the nodes: what torchair.scope's context managers leave in a graph.
-Skips: an all-reduce on a stream of its own (it overlaps computation), of no product, with a bias or other than a sum:
-    the functional collective stays. What has no operator here (partly rotated heads) stays; compiling then names it.
+Skips: an all-reduce on a stream of its own (it overlaps computation), of no product, in float32, with a bias, or that
+    is no sum: the functional collective stays. What has no operator here (partly rotated heads) stays; compiling
+    then names it.
 Numerics: the rotary embedding multiplies in the model's dtype, by cos and sin rounded to it; float32 to the order of
     summation. Rows of no sequence hold anything, where the CPU's hold zeros.
 """
@@ -115,6 +116,8 @@ def _fuse_all_reduce(region: RegionGraph, node: fx.Node, report: PassReport) -> 
         report.skip("all-reduce of no product")
     elif any(argument is not None for argument in args_of(product)[2:]) or kind != "sum":
         report.skip("all-reduce of a product with a bias, or no sum")
+    elif product.meta["val"].dtype == torch.float32:
+        report.skip("all-reduce of a float32 product")
     else:
         x, weight = args_of(product)[:2]
         transposed = _call(region, wait, aten.t.default, weight)

@@ -190,7 +190,9 @@ def make_programs(
     """Capture every region and run the passes on it."""
     regions = build_regions(source.config, source.tensor_parallel_size)
     tied = frozenset({EMBED_WEIGHT}) if source.config.tie_word_embeddings else frozenset[str]()
-    passes = lowering_for(config.target).pipeline(tied_weights=tied, disabled=config.disabled_passes)
+    passes = lowering_for(config.target).pipeline(
+        tied_weights=tied, max_model_len=source.max_model_len, disabled=config.disabled_passes
+    )
     progress.start("capture and passes", len(regions))
     programs, reports = [], []
     for region in regions:

@@ -43,6 +43,13 @@ class BuildConfig:
             raise ValueError(f"target {self.target!r} is not built yet; available: {', '.join(TARGETS)}")
         if self.graph_mode not in GRAPH_MODES:
             raise ValueError(f"graph_mode={self.graph_mode!r} is not one of {', '.join(GRAPH_MODES)}")
+        if self.target == "npu" and self.graph_mode != "full":
+            raise ValueError(f"graph_mode={self.graph_mode!r} is not built for target npu; leave it at full")
+        if self.target == "npu" and self.buckets is not None and self.max_num_batched_tokens not in self.buckets:
+            raise ValueError(
+                "target npu has no dynamic-shape graph: give a bucket of"
+                f" max_num_batched_tokens={self.max_num_batched_tokens} too, or lower that"
+            )
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype={self.dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
         if self.max_model_len is not None and self.max_model_len < 2:

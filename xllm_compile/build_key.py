@@ -33,7 +33,7 @@ _TOKENIZER_FILES = (
 # Sources that decide what a build produces; demo models and their training are not among them.
 _BUILD_SOURCES = (
     "*.py",
-    "targets/*.py",
+    "targets/**/*.py",
     "models/*.py",
     "graph_passes/*.py",
     "graph_passes/devices/*.json",

@@ -1,5 +1,6 @@
 """xllm-compile: a Hugging Face model directory in, an artifact out."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -25,7 +26,7 @@ def parse_buckets(_context: click.Context, _parameter: click.Parameter, value: s
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact to write.  [default: MODEL_DIR.xllm]")
-@click.option("--target", default="cpu", help="cpu, cuda or npu; cpu is the one built so far.")
+@click.option("--target", default="cpu", help="cpu, or npu (compiles where torch_npu is; not served yet).")
 @click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="auto is the checkpoint's own.")
 @click.option("--max-model-len", type=int, help="Longest prompt plus output, in tokens.  [default: the model's limit]")
 @click.option(
@@ -101,6 +102,8 @@ def command(
 
 def main() -> NoReturn:
     """Entry point: a user's mistake is one line and exit code 2."""
+    # torch imports torch_npu by itself where it is installed, and fails to load where CANN is not.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         # --help and --version give 0, a build None.
         sys.exit(command.main(standalone_mode=False) or 0)

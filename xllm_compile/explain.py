@@ -20,7 +20,9 @@ def explain_passes(config: BuildConfig) -> None:
     matches.add_column("what it does")
     for report in reports:
         matches.add_column(report.region, justify="right")
-    passes = lowering_for(config.target).pipeline(tied_weights=frozenset(), disabled=config.disabled_passes)
+    passes = lowering_for(config.target).pipeline(
+        tied_weights=frozenset(), max_model_len=source.max_model_len, disabled=config.disabled_passes
+    )
     summaries = {step.name: step.summary for step in passes}
     for index, (name, summary) in enumerate(summaries.items()):
         found = [report.passes[index] for report in reports]

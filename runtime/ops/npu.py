@@ -64,8 +64,8 @@ SCHEMAS: dict[str, str] = {
     ),
     # Attributes that TorchAir puts on every GE operator between the two calls: torchair.scope.npu_stream_switch and
     # torchair.scope.limit_core_num are context managers around them.
-    "air::scope_enter": "(str[] keys, str[] values, bool need_execute=False) -> ()",
-    "air::scope_exit": "(bool need_execute=False) -> ()",
+    "air::scope_enter": "(str[] keys, str[] values, bool need_execute=False) -> None",
+    "air::scope_exit": "(bool need_execute=False) -> None",
 }
 
 

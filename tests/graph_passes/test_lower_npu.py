@@ -160,13 +160,13 @@ def test_streams_and_core_shares_become_scopes():
     assert lower_npu(region, num_blocks=NUM_BLOCKS, blocks_per_seq=BLOCKS_PER_SEQ).matches == 0
 
 
-def all_reduce_region(*, stream=None, bias=False):
+def all_reduce_region(*, stream=None, bias=False, dtype=torch.bfloat16):
     def function(inputs, weights):
         product = torch.nn.functional.linear(inputs["x"], weights["w"], weights.get("b"))
         return (torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(product, "sum", "tp")),)
 
     weights = {"w": (6, 4), **({"b": (6,)} if bias else {})}
-    region = region_graph(function, {"x": ("T", 4)}, weights, name="part")
+    region = region_graph(function, {"x": ("T", 4)}, weights, name="part", dtype=dtype)
     for node in region.graph.find_nodes(op="call_function", target=torch.ops._c10d_functional.all_reduce.default):
         if stream is not None:
             node.meta["stream"] = stream
@@ -183,7 +183,11 @@ def test_product_and_all_reduce_become_one():
 
 @pytest.mark.parametrize(
     "options, reason",
-    [({"stream": "comm"}, "all-reduce overlaps computation"), ({"bias": True}, "with a bias, or no sum")],
+    [
+        ({"stream": "comm"}, "all-reduce overlaps computation"),
+        ({"bias": True}, "with a bias, or no sum"),
+        ({"dtype": torch.float32}, "of a float32 product"),
+    ],
 )
 def test_other_all_reduces_stay(options, reason):
     region = all_reduce_region(**options)

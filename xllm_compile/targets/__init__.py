@@ -7,7 +7,7 @@ from typing import Protocol
 from xllm_compile.graph_passes.pipeline import Pass
 from xllm_compile.runtime.program import RegionProgram
 
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "npu")
 
 
 class UnsupportedOperatorError(ValueError):
@@ -42,7 +42,7 @@ class Lowering(Protocol):
     def environment(self) -> list[str]:
         """What a graph's bytes depend on beside its program and sizes; part of its key."""
 
-    def pipeline(self, *, tied_weights: frozenset[str], disabled: frozenset[str]) -> list[Pass]:
+    def pipeline(self, *, tied_weights: frozenset[str], max_model_len: int, disabled: frozenset[str]) -> list[Pass]:
         """The passes, in order. ValueError for an unknown or required name in ``disabled``."""
 
     def logits_buckets(self, token_buckets: Sequence[int]) -> tuple[int, ...]:
@@ -72,4 +72,8 @@ def lowering_for(target: str) -> Lowering:
         from xllm_compile.targets.cpu import CpuLowering
 
         return CpuLowering()
+    if target == "npu":
+        from xllm_compile.targets.npu.lowering import NpuLowering
+
+        return NpuLowering()
     raise ValueError(f"target {target!r} is not built yet; available: {', '.join(TARGETS)}")

@@ -57,7 +57,7 @@ class CpuLowering:
             json.dumps(inductor_options(has_collectives=True), sort_keys=True, default=str),
         ]
 
-    def pipeline(self, *, tied_weights: frozenset[str], disabled: frozenset[str]) -> list[Pass]:
+    def pipeline(self, *, tied_weights: frozenset[str], max_model_len: int, disabled: frozenset[str]) -> list[Pass]:
         return cpu_pipeline(tied_weights=tied_weights, disabled=disabled)
 
     def logits_buckets(self, token_buckets: Sequence[int]) -> tuple[int, ...]:
