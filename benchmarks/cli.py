@@ -237,6 +237,17 @@ def buckets_command(trace: Path, results: Path, **options: Any) -> None:
     run_buckets(trace, results, _command_line(), **options)
 
 
+@command.command("balance")
+@click.option("--device", default="ascend-910b2", help="On what: a device spec by name.")
+@click.option("--traces", type=click.Path(path_type=Path), help="Folder for Chrome traces of the plans.")
+@results_option
+def balance_command(device: str, traces: Path | None, results: Path) -> None:
+    """Planned idle time of cube and vector units, before and after balancing -> cube_vector_balance.json."""
+    from xllm_compile.benchmarks.bench_balance import run_balance
+
+    run_balance(results, _command_line(), device=device, traces=traces)
+
+
 @command.command("check")
 @results_option
 @click.option("--strict", is_flag=True, help="Exit with 1 when a bar is not met.")

@@ -25,6 +25,8 @@ class NodeCost:
     flops: float = 0.0
     flops_per_row: float = 0.0
     """flops of one row, summed over the parts that are computed one by one; 0: flops do not come in rows."""
+    outputs: tuple[int, int, int] = (0, 0, 0)
+    """Products, rows and columns of each: what is dealt to cores in tiles; zeros where work divides evenly."""
     bytes_read: float = 0.0
     bytes_written: float = 0.0
     bytes_cold: float = 0.0
@@ -45,9 +47,10 @@ class CostModel:
     spec: DeviceSpec
 
     def seconds(self, cost: NodeCost, share: float = 1.0) -> float:
-        """Time of one call on ``share`` of its unit's cores, in (0, 1]. Rates are proportional to cores."""
+        """Time of one call on ``share`` of its unit's cores, in (0, 1]. Rates are proportional to the cores at work."""
         if not 0 < share <= 1:
             raise ValueError(f"share={share} of a unit must be in (0, 1]")
+        share = self.at_work(cost, share)
         compute, memory = self.compute_seconds(cost) / share, self.memory_seconds(cost) / share
         hidden = self._efficiency(cost).overlap * min(compute, memory)
         return cost.launches * self.spec.launch_s + self.link_seconds(cost) + compute + memory - hidden
@@ -75,6 +78,18 @@ class CostModel:
     def link_seconds(self, cost: NodeCost) -> float:
         how = self._efficiency(cost)
         return cost.messages * self.spec.link_latency_s + cost.bytes_link / (self.spec.link_bytes_per_s * how.memory)
+
+    def at_work(self, cost: NodeCost, share: float = 1.0) -> float:
+        """The share of its unit's cores that finds work, on average, of the ``share`` it is given: tiles are dealt in
+        rounds, and the last may be short."""
+        how = self._efficiency(cost)
+        products, rows, columns = cost.outputs
+        if not how.tile_rows or not products:
+            return share
+        tiles = products * -(-rows // how.tile_rows) * -(-columns // how.tile_columns)
+        cores = self.spec.cores[cost.unit]
+        rounds = math.ceil(tiles / max(1, round(share * cores)))
+        return tiles / rounds / cores
 
     def total_seconds(self, costs: Iterable[NodeCost]) -> float:
         """One after the other."""

@@ -36,6 +36,10 @@ class Efficiency:
     """Share of the bandwidth."""
     half_rows: float = 0.0
     row_tile: int = 1
+    tile_rows: int = 0
+    """A core computes outputs of a product in tiles of this many rows ..."""
+    tile_columns: int = 0
+    """... and columns; 0: work divides evenly among cores."""
     overlap: float = 1.0
     """1: computing hides moving, or the reverse; 0: one after the other."""
 
@@ -45,6 +49,8 @@ class Efficiency:
                 raise DeviceSpecError(f"efficiency {name}={getattr(self, name)} must be in (0, 4]")
         if self.half_rows < 0 or self.row_tile < 1 or not 0 <= self.overlap <= 1:
             raise DeviceSpecError(f"{self} needs half_rows >= 0, row_tile >= 1 and overlap in [0, 1]")
+        if min(self.tile_rows, self.tile_columns) < 0 or bool(self.tile_rows) != bool(self.tile_columns):
+            raise DeviceSpecError(f"{self} needs tile_rows and tile_columns both, or neither")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

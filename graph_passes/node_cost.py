@@ -27,7 +27,7 @@ _FREE = NodeCost(unit="copy", family="copy", launches=0)
 _VIEWS = {
     "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "permute", "transpose", "t", "flatten",
     "unflatten", "split", "split_with_sizes", "chunk", "slice", "select", "narrow", "unbind", "detach", "alias",
-    "sym_size", "sym_numel", "scalar_tensor",
+    "sym_size", "sym_numel", "scalar_tensor", "_assert_tensor_metadata",
 }
 # fmt: on
 _COPIES = frozenset(
@@ -42,8 +42,9 @@ _COLLECTIVES = frozenset({"_c10d_functional", "c10d_functional", "_c10d_function
 def region_costs(region: RegionGraph, step: StepShape) -> list[tuple[fx.Node, NodeCost]]:
     """The cost of every call, in graph order. Raises UnknownCostError, ValueError for a symbol the step lacks."""
     sizes = _bind(region, step)
+    caches = frozenset(spec.name for spec in region.inputs if "M" in spec.shape)
     return [
-        (node, _node_cost(_Call(node=node, region=region, step=step, sizes=sizes)))
+        (node, _node_cost(_Call(node=node, region=region, step=step, sizes=sizes, caches=caches)))
         for node in region.graph.nodes
         if node.op == "call_function"
     ]
@@ -81,6 +82,8 @@ class _Call:
     region: RegionGraph
     step: StepShape
     sizes: dict[Any, int]
+    caches: frozenset[str]
+    """Inputs that hold what earlier steps wrote."""
 
     def shape(self, value: torch.Tensor) -> list[int]:
         return [self._size(size) for size in value.shape]
@@ -102,10 +105,10 @@ class _Call:
         return sum(size for _, size in sizes), sum(size for n, size in sizes if self.is_cold(n))
 
     def is_cold(self, node: fx.Node) -> bool:
-        """Whether the memory is a weight's, seen through views."""
+        """Whether the memory is a weight's or a cache's, seen through views."""
         while node.op == "call_function" and _name(node)[1] in _VIEWS and node.all_input_nodes:
             node = node.all_input_nodes[0]
-        return self.region.weight_of(node) is not None
+        return self.region.weight_of(node) is not None or node.name in self.caches
 
     @property
     def written_bytes(self) -> int:
@@ -182,6 +185,7 @@ def _product(call: _Call, *, rows: int, inner: int, columns: int, batch: int = 1
         dtype=_dtype(call),
         flops=2.0 * batch * rows * inner * columns,
         flops_per_row=2.0 * batch * inner * columns,
+        outputs=(batch, rows, columns),
         bytes_read=read,
         bytes_cold=cold,
         bytes_written=call.written_bytes,
