@@ -50,8 +50,8 @@ class CostModel:
         """Time of one call on ``share`` of its unit's cores, in (0, 1]. Rates are proportional to the cores at work."""
         if not 0 < share <= 1:
             raise ValueError(f"share={share} of a unit must be in (0, 1]")
-        share = self.at_work(cost, share)
-        compute, memory = self.compute_seconds(cost) / share, self.memory_seconds(cost) / share
+        # Tiles bind arithmetic only: what is read can be split along the inner axis too.
+        compute, memory = self.compute_seconds(cost) / self.at_work(cost, share), self.memory_seconds(cost) / share
         hidden = self._efficiency(cost).overlap * min(compute, memory)
         return cost.launches * self.spec.launch_s + self.link_seconds(cost) + compute + memory - hidden
 

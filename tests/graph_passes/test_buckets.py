@@ -5,7 +5,13 @@ import random
 
 import pytest
 
-from xllm_compile.graph_passes.buckets import choose_buckets, default_histogram, padded_tokens, workload_histogram
+from xllm_compile.graph_passes.buckets import (
+    PADDED_ROW,
+    choose_buckets,
+    default_histogram,
+    padded_tokens,
+    workload_histogram,
+)
 from xllm_compile.graph_passes.step_cost import StepTimes
 
 # Flat, then a stair, then a slope: as a device that reads weights, then fills tiles, then computes.
@@ -18,9 +24,9 @@ def expected_cost(histogram, buckets):
         if size in buckets:
             total += weight * TIMES.of(size)
         else:
-            dynamic = TIMES.of(size) * 1.1
-            above = [bucket for bucket in buckets if bucket > size]
-            total += weight * min([dynamic, *(TIMES.of(bucket) for bucket in above[:1])])
+            bucket = min(bucket for bucket in buckets if bucket > size)
+            row = PADDED_ROW * (TIMES.of(buckets[-1]) - TIMES.of(1)) / max(1, buckets[-1] - 1)
+            total += weight * min(TIMES.of(size) * 1.1, TIMES.of(bucket) + (bucket - size) * row)
     return total
 
 
