@@ -145,8 +145,8 @@ def _node_cost(call: _Call) -> NodeCost:
     rule = _RULES.get(f"{namespace}::{name}")
     if rule is not None:
         return rule(call)
-    if namespace == "xllm":
-        raise UnknownCostError(f"no cost rule for xllm::{name}; add one to node_cost._RULES")
+    if namespace in ("xllm", "npu", "air"):
+        raise UnknownCostError(f"no cost rule for {namespace}::{name}; add one to node_cost._RULES")
     if name in _COPIES:
         return _moved(call, family="copy")
     if name in _GATHERS:
@@ -199,14 +199,31 @@ def _dtype(call: _Call) -> str:
 
 
 def _attention(call: _Call) -> NodeCost:
-    """Scores and weighted values of each sequence's queries over the keys they see."""
-    q, cache = call.value(0), call.value(1)
-    window = int(call.arg(6))
+    cache = call.value(1)
+    token_bytes = math.prod(call.shape(cache)[2:]) * cache.element_size()
+    return _attend(call, token_bytes=token_bytes, window=int(call.arg(6)))
+
+
+def _npu_attention(call: _Call) -> NodeCost:
+    """On blocks [P, 128, K*D] of keys and of values; a window is given as how far back it reaches."""
+    keys = call.value(1)
+    options: dict[str, Any] = dict(call.node.kwargs)
+    token_bytes = 2 * call.shape(keys)[2] * keys.element_size()
+    window = options["pre_tokens"] + 1 if "pre_tokens" in options else 0
+    return _attend(call, token_bytes=token_bytes, window=window)
+
+
+def _attend(call: _Call, *, token_bytes: int, window: int) -> NodeCost:
+    """Scores and weighted values of each sequence's queries over the keys they see.
+
+    ``token_bytes`` are those of one token's key and value.
+    """
+    q = call.value(0)
     _, heads, head_dim = call.shape(q)
     pair_flops = 4.0 * heads * head_dim
     pairs = [(new, call.step.query_keys(new, context, window)) for new, context in call.step.sequences]
     keys = call.step.keys_read(window)
-    cold = keys * math.prod(call.shape(cache)[2:]) * cache.element_size()
+    cold = keys * token_bytes
     return NodeCost(
         unit="cube",
         family="attention",
@@ -237,6 +254,12 @@ def _qkv_rope_write(call: _Call) -> NodeCost:
         bytes_cold=cold,
         bytes_written=call.num_bytes(qkv),
     )
+
+
+def _npu_scatter(call: _Call) -> NodeCost:
+    """Rows written in place: the cache itself is not read."""
+    moved = call.num_bytes(call.value(2))
+    return NodeCost(unit="vector", family="token_wise", dtype=_dtype(call), bytes_read=moved, bytes_written=moved)
 
 
 def _gather(call: _Call) -> NodeCost:
@@ -313,4 +336,16 @@ _RULES: dict[str, Callable[[_Call], NodeCost]] = {
     # A sigmoid and two products of each output, from two inputs.
     "xllm::silu_mul": lambda call: _token_wise(call, 3.0),
     "xllm::rope": lambda call: _token_wise(call, 3.0),
+    "npu::npu_linear": _linear,
+    # What it sends is hidden behind the product, as far as the kernel manages.
+    "npu::npu_mm_all_reduce_base": _linear,
+    "npu::npu_rms_norm": lambda call: _token_wise(call, 4.0),
+    "npu::npu_add_rms_norm": lambda call: _token_wise(call, 5.0),
+    "npu::npu_swiglu": lambda call: _token_wise(call, 3.0),
+    "npu::npu_rotary_mul": lambda call: _token_wise(call, 3.0),
+    "npu::npu_scatter_nd_update_": _npu_scatter,
+    "air::npu_fused_infer_attention_score": _npu_attention,
+    # Marks for the compiler.
+    "air::scope_enter": lambda _: _FREE,
+    "air::scope_exit": lambda _: _FREE,
 }

@@ -15,9 +15,9 @@ from xllm_compile.graph_passes.node_cost import (
     region_seconds,
     step_seconds,
 )
-from xllm_compile.graph_passes.pipeline import cpu_pipeline, run_passes
+from xllm_compile.graph_passes.pipeline import cpu_pipeline, npu_pipeline, run_passes
 from xllm_compile.graph_passes.step_shape import StepShape
-from xllm_compile.runtime.ops import LIBRARY, SCHEMAS
+from xllm_compile.runtime.ops import LIBRARY, SCHEMAS, npu
 
 CONFIG = family_config("qwen3")
 H, K, D, E, FF = CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim, CONFIG.hidden_size, CONFIG.intermediate_size
@@ -74,6 +74,23 @@ def test_unfused_layer_costs_the_same_products_and_more_moves():
         sum(c.bytes_moved for cs in found.values() for c in cs if c.unit == "vector") for found in (before, after)
     ]
     assert vector[0] > vector[1]
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_a_layer_lowered_for_the_npu_costs_the_same_products_attention_and_write(index):
+    """The second kind of layer attends to a window."""
+    config = family_config("qwen2", sliding_window=4)
+    captured, lowered = (family_regions(config, torch.bfloat16)[index] for _ in range(2))
+    run_passes(lowered, npu_pipeline(max_model_len=40960))
+    before, after = costs(captured), costs(lowered)
+    assert after["npu_fused_infer_attention_score"] == before["attention"]
+    assert sum(cost.flops for cost in after["npu_linear"]) == sum(cost.flops for cost in before["linear"])
+    assert sum(cost.bytes_cold for cost in after["npu_linear"]) == sum(cost.bytes_cold for cost in before["linear"])
+    assert sum(cost.bytes_written for cost in after["npu_scatter_nd_update_"]) == before["kv_write"][0].bytes_written
+
+
+def test_every_operator_of_the_npu_has_a_rule():
+    assert set(npu.SCHEMAS) <= set(_RULES)
 
 
 def test_head_and_embedding():
