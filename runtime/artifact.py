@@ -22,7 +22,7 @@ from xllm_compile import __version__
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.runtime.program import RegionProgram
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 """The weights file of an instance of one rank; see weights_path."""
@@ -106,6 +106,9 @@ class Manifest:
     """One file per rank; graphs are the same for all of them."""
     weights_key: str
     memory_plan: dict[str, int]
+    """weights_bytes, kv_bytes_per_token, and activation_bytes: the pool that all graphs share."""
+    graph_plans: tuple[dict[str, Any], ...]
+    """Where each graph's intermediates lie in the pool: graph_passes.memory_plan.GraphPlan as JSON."""
     quantisation: str | None
     created: str
     pass_seconds: float
@@ -123,6 +126,7 @@ class Manifest:
                 "weights": tuple(FileEntry(**entry) for entry in values["weights"]),
                 "model": ModelInfo(**values["model"]),
                 "target_features": tuple(values["target_features"]),
+                "graph_plans": tuple(values["graph_plans"]),
                 "passes": tuple(values["passes"]),
                 "token_buckets": tuple(values["token_buckets"]),
                 "logits_buckets": tuple(values["logits_buckets"]),

@@ -1,6 +1,7 @@
 """Executes token-packed steps on the compiled graphs of one artifact."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from xllm_compile.runtime.artifact import Manifest
 from xllm_compile.runtime.graph_cache import build_cache
+from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.runtime.promotion import GraphPromoter, PromotionConfig
@@ -44,8 +46,13 @@ class CompiledModelRunner:
         graphs, times = manifest.graphs, manifest.step_times
         self._token_graphs = build_cache(root, "T", times["T"], by_tokens, graphs, enforce_eager=enforce_eager)
         self._head_graphs = build_cache(root, "R", times["R"], by_rows, graphs, enforce_eager=enforce_eager)
-        has_graphs = self._token_graphs.never_compiled is None
-        self._promoter = GraphPromoter(root, manifest.build_key, promotion) if promotion and has_graphs else None
+        # Ranks must pad alike: a graph that only one of them has would make their collectives differ in size.
+        is_alone = manifest.tensor_parallel_size == 1
+        can_promote = promotion is not None and self._token_graphs.never_compiled is None and is_alone
+        self._promoter = GraphPromoter(root, manifest.build_key, promotion) if promotion and can_promote else None
+        # Logits of more sequences than the plan counts with come on top.
+        num_bytes = manifest.memory_plan.get("activation_bytes", 0) + 4 * max_num_seqs * self.vocab_size
+        self.pool = native.ActivationPool(num_bytes) if native.is_loaded() else nullcontext()
         self._has_padded_seqs = any("S" in entry.sizes for entry in graphs)
         # Tensor-parallel regions may return a sum that is still on its way; the head would wait for it.
         self._waits_for_state = manifest.tensor_parallel_size > 1
@@ -56,10 +63,16 @@ class CompiledModelRunner:
 
     def execute(self, step: Step) -> Tensor:
         """See ModelRunner.execute. Raises RuntimeError when a kernel refuses its arguments."""
+        if self._promoter is not None:
+            self._promoter.between_steps(self._token_graphs)
+        with self.pool:
+            state = self._run_layers(step)
+            return self._run_head(step, state)
+
+    def _run_layers(self, step: Step) -> list[Tensor]:
+        """The state after the last layer: delta and residual, [T, E] each, padded."""
         num_tokens = len(step.token_ids)
         graphs = self._token_graphs
-        if self._promoter is not None:
-            self._promoter.between_steps(graphs)
         choice = graphs.choose(num_tokens)
         # A bucket's graphs fix S to T: there are never more sequences than tokens.
         num_seqs = choice.size if choice.is_bucket and self._has_padded_seqs else len(step.slot)
@@ -77,6 +90,9 @@ class CompiledModelRunner:
         ]
         for region, kv_cache, weights in self._layers:
             state = graphs.run(region, choice, [*state, *metadata, kv_cache, *weights])
+        return state
+
+    def _run_head(self, step: Step, state: list[Tensor]) -> Tensor:
         num_rows = len(step.logits_at)
         if num_rows == 0:
             # A chunk in the middle of a prompt: the head's weights, a good part of the model, need not be read.

@@ -105,7 +105,7 @@ def compile_model(*args: str | Path, env: Mapping[str, str] | None = None) -> su
 def kernel_library() -> Path:
     """The kernels of this checkout, from the graph store: the very bytes that artifacts hold."""
     store = GraphStore(cache_dir() / "graphs")
-    key = graph_key(["kernels", native.kernel_source_hash(), compiler_version()])
+    key = graph_key(["kernels", native.kernel_source_hash(), torch.__version__, compiler_version()])
     if store.find(key) is None:
         native.build_kernels(store.path(key))
     return store.path(key)
@@ -209,6 +209,7 @@ def _manifest(source: Source, programs: Sequence[RegionProgram], config: BuildCo
         weights=(nothing,),
         weights_key="",
         memory_plan={},
+        graph_plans=(),
         quantisation=None,
         created="",
         pass_seconds=0.0,

@@ -25,11 +25,13 @@ from xllm_compile.capture import capture_region, emit_program, locate_operator
 from xllm_compile.device import ChosenDevice, choose_device
 from xllm_compile.graph_jobs import GraphJob, list_jobs
 from xllm_compile.graph_passes.cost_model import CostModel
+from xllm_compile.graph_passes.memory_plan import lifetimes, plan_graph
 from xllm_compile.graph_passes.partition import partition, runs_eagerly
 from xllm_compile.graph_passes.pipeline import run_passes
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
 from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
+from xllm_compile.memory_layout import blocks, plan_graphs, pool_bytes
 from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
 from xllm_compile.models.config import DecoderConfig, read_hf_config
 from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, checkpoint_shapes
@@ -219,6 +221,8 @@ def _make_programs(
                 f"region {region.name} cannot be cut at its attention: {', '.join(partition_report.skips)};"
                 " compile with --graph-mode full"
             )
+    plans = [lifetimes(piece) for piece in pieces]
+    passes_reports += [plan_report for _, plan_report in plans]
     programs = [
         emit_program(
             piece,
@@ -237,6 +241,7 @@ def _make_programs(
         captured=captured.strip(),
         final="\n".join(program.code for program in programs),
         graph=graph,
+        lifetimes=[plan for plan, _ in plans],
     )
 
 
@@ -244,6 +249,7 @@ def report_page(
     config: BuildConfig, source: Source, buckets: BucketReport, reports: Sequence[RegionReport]
 ) -> ReportPage:
     model = source.config
+    largest = {"T": config.max_num_batched_tokens, "R": 1}
     return ReportPage(
         title=f"{model.architecture}: {model.num_layers} layers of {model.hidden_size}",
         facts={
@@ -255,6 +261,11 @@ def report_page(
         },
         regions=reports,
         buckets=buckets,
+        memory=[
+            (f"{region.region}, {config.max_num_batched_tokens} tokens", blocks(region, plan_graph(region, largest)))
+            for report in reports
+            for region in report.lifetimes
+        ],
     )
 
 
@@ -314,7 +325,7 @@ def produce(
     Returns how many graphs were compiled.
     """
     lowering = lowering_for(config.target)
-    kernels_key = graph_key(["kernels", native.kernel_source_hash(), lowering.compiler_version()])
+    kernels_key = graph_key(["kernels", native.kernel_source_hash(), torch.__version__, lowering.compiler_version()])
     missing = {job.key: job for job in jobs if store.find(job.key) is None}
     scratch = root / ".scratch"
     scratch.mkdir()
@@ -453,7 +464,22 @@ def describe(
         memory_plan={
             "weights_bytes": sum(_bytes_of(spec) for spec in weights),
             "kv_bytes_per_token": model.kv_bytes_per_token,
+            "activation_bytes": pool_bytes(
+                [(piece, report.layers) for report in reports for piece in report.lifetimes],
+                buckets.tokens,
+                buckets.logits,
+                config.max_num_batched_tokens,
+            ),
         },
+        graph_plans=tuple(
+            plan.to_json()
+            for plan in plan_graphs(
+                [piece for report in reports for piece in report.lifetimes],
+                buckets.tokens,
+                buckets.logits,
+                config.max_num_batched_tokens,
+            )
+        ),
         quantisation=None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         pass_seconds=round(sum(entry.seconds for report in reports for entry in report.passes), 4),

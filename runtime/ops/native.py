@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,7 +132,9 @@ def build_kernels(output: Path, features: Sequence[str] | None = None) -> None:
             objects = list(pool.map(compile_source, _sources()))
         library = Path(folder) / "kernels.so"
         # Linked against torch's libraries by name only: they are in the process before the kernels are loaded.
-        _run_compiler(["-shared", "-pthread", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(library)])
+        _run_compiler(
+            ["-shared", "-pthread", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(library)]
+        )
         os.replace(library, output)
 
 
@@ -242,6 +245,52 @@ def load_kernels(path: Path) -> None:
     kernels.set_num_threads(torch.get_num_threads())
     _loaded = (digest, kernels)
     logger.info("loaded CPU kernels from %s", path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolStats:
+    """Of the activation pool, in bytes but for ``num_overflows``."""
+
+    capacity: int
+    in_use: int
+    peak: int
+    """The end of the highest block since the last reset."""
+    num_overflows: int
+    """Allocations that did not fit and came from torch's allocator instead."""
+
+
+class ActivationPool:
+    """What is allocated inside ``with pool:`` on this thread comes from one reserved range, as long as it fits.
+
+    One pool a process, of the largest size anybody asked for; address space only, pages arrive on touch. Where it
+    cannot be reserved (a strict limit on address space), torch's allocator goes on as before.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        assert _loaded is not None, "load_kernels comes first"
+        library = _loaded[1]._library
+        self._enter, self._leave = library.xllm_pool_enter, library.xllm_pool_leave
+        self._stats, self._reset = library.xllm_pool_stats, library.xllm_pool_reset_peak
+        library.xllm_pool_reserve.argtypes = [ctypes.c_int64]
+        if library.xllm_pool_reserve(num_bytes) != 0:
+            logger.warning(
+                "the activation pool cannot grow to %d bytes: what does not fit is allocated anew", num_bytes
+            )
+
+    def __enter__(self) -> None:
+        self._enter()
+
+    def __exit__(self, *exception: object) -> None:
+        self._leave()
+
+    def stats(self) -> PoolStats:
+        values = [ctypes.c_int64() for _ in range(4)]
+        self._stats(*map(ctypes.byref, values))
+        capacity, in_use, peak, num_overflows = (value.value for value in values)
+        return PoolStats(capacity=capacity, in_use=in_use, peak=peak, num_overflows=num_overflows)
+
+    def reset_peak(self) -> None:
+        self._reset()
 
 
 def is_loaded() -> bool:

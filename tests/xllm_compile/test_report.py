@@ -29,6 +29,7 @@ def page(tmp_path):
         captured="x = a()\nreturn x",
         final="x = b()\nreturn x",
         graph=region_graph(lambda inputs, _: (inputs["x"] + 1,), {"x": ("T", 4)}),
+        lifetimes=(),
     )
     spans = (
         Span(name="linear", lane="cube", start=0.0, end=2e-6),

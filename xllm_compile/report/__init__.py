@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from xllm_compile.graph_passes.memory_plan import Lifetimes
 from xllm_compile.graph_passes.region import PassReport, RegionGraph
 from xllm_compile.report.charts import Block, Span, histogram_chart, memory_chart, timeline_chart
 
@@ -25,6 +26,8 @@ class RegionReport:
     final: str
     graph: RegionGraph
     """After the passes: what it costs is predicted from it."""
+    lifetimes: Sequence[Lifetimes]
+    """Of each piece that is run, in order: the memory plan is made from them."""
 
     def to_json(self) -> list[dict[str, Any]]:
         """For the manifest, which is the same for the same inputs: no times, no programs."""
