@@ -34,6 +34,8 @@ _TOKENIZER_FILES = (
 _BUILD_SOURCES = (
     "*.py",
     "targets/**/*.py",
+    "report/*.py",
+    "report/*.j2",
     "models/*.py",
     "graph_passes/*.py",
     "graph_passes/devices/*.json",

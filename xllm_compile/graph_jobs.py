@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xllm_compile.graph_store import graph_key
+from xllm_compile.runtime.ops import SCHEMAS
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.targets import Lowering
 
@@ -47,6 +48,9 @@ def bucket_sizes(program: RegionProgram, num_tokens: int) -> dict[str, int]:
 
 
 def graph_job(program: RegionProgram, sizes: Mapping[str, int], lowering: Lowering) -> GraphJob:
-    """The job of one graph."""
-    key = graph_key([program.content_hash(), json.dumps(dict(sizes), sort_keys=True), *lowering.environment()])
+    """The job of one graph. Its key covers program, sizes, the operators' interface and what the target depends on."""
+    # The text of a call does not tell the C types that compiled code passes.
+    schemas = {name: schema for name, schema in SCHEMAS.items() if f"ops.xllm.{name}." in program.code}
+    parts = [program.content_hash(), json.dumps(dict(sizes), sort_keys=True), json.dumps(schemas, sort_keys=True)]
+    key = graph_key([*parts, *lowering.environment()])
     return GraphJob(program=program, sizes=dict(sizes), key=key, suffix=lowering.graph_suffix)
