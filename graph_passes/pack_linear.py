@@ -48,7 +48,7 @@ def _rewrite_linear(region: RegionGraph, node: fx.Node, spec: WeightSpec) -> Non
     assert isinstance(weight, fx.Node)
     out_features = weight.meta["val"].shape[0]
     packed = _pack(region, weight, spec)
-    cast = _float_cast_after(node)
+    cast = float_cast_after(node)
     target = xllm.packed_linear.default
     new = insert_call(region.graph, node, target, x, packed, bias, out_features, cast is not None)
     (cast or node).replace_all_uses_with(new)
@@ -77,7 +77,7 @@ def _pack(region: RegionGraph, weight: fx.Node, spec: WeightSpec) -> fx.Node:
     return weight
 
 
-def _float_cast_after(node: fx.Node) -> fx.Node | None:
+def float_cast_after(node: fx.Node) -> fx.Node | None:
     """The cast to float32 that is the node's only reader."""
     if len(node.users) != 1:
         return None

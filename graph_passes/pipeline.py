@@ -16,6 +16,8 @@ from xllm_compile.graph_passes.lower_npu import lower_npu
 from xllm_compile.graph_passes.merge_linear import merge_linear
 from xllm_compile.graph_passes.pack_linear import pack_linear
 from xllm_compile.graph_passes.qkv_rope_write import qkv_rope_write
+from xllm_compile.graph_passes.quantisation import Quantisation
+from xllm_compile.graph_passes.quantise import quantise
 from xllm_compile.graph_passes.region import PassReport, RegionGraph
 from xllm_compile.graph_passes.silu_mul import silu_mul
 from xllm_compile.graph_passes.verify import verify_graph
@@ -44,12 +46,24 @@ class PassError(RuntimeError):
     """A pass raised; names the pass, the region and the node it was at. The cause is chained."""
 
 
-def cpu_pipeline(*, tied_weights: frozenset[str] = frozenset(), disabled: frozenset[str] = frozenset()) -> list[Pass]:
+def cpu_pipeline(
+    *,
+    tied_weights: frozenset[str] = frozenset(),
+    disabled: frozenset[str] = frozenset(),
+    quantisation: Quantisation | None = None,
+) -> list[Pass]:
     """The pipeline of the CPU target.
 
     tied_weights: embedding tables that the head shares. disabled: names of passes to leave out; ValueError for an
-    unknown or a required one.
+    unknown or a required one. quantisation: adds the quantise pass; ValueError for a head that cannot be quantised.
     """
+    if quantisation and quantisation.has_head and tied_weights:
+        raise ValueError(
+            "the head shares its weight with the embedding (tie_word_embeddings), which stays as it is;"
+            " leave --quantize-head out"
+        )
+    if quantisation and "quantise" in disabled:
+        raise ValueError(f"--quantize {quantisation.scheme} asks for the pass 'quantise'; leave out one of the two")
     passes = [
         Pass(name="canonicalise", run=canonicalise, summary="drop copies, views and casts that change nothing"),
         # Before the fusions: they look for the parts of one product.
@@ -75,15 +89,17 @@ def cpu_pipeline(*, tied_weights: frozenset[str] = frozenset(), disabled: frozen
             required_in="head",
         ),
         Pass(name="add_rms_norm", run=add_rms_norm, summary="residual add + RMSNorm"),
-        # Last: it replaces the aten.linear nodes that the patterns above look for.
+        # The last two replace the aten.linear nodes that the patterns above look for; what is quantised is not packed.
+        *_quantise(quantisation),
         Pass(
             name="pack_linear",
             run=partial(pack_linear, tied_weights=tied_weights),
             summary="products on packed weights",
-            required_in="layer",
+            required_in=None if quantisation else "layer",
         ),
     ]
-    return _without(passes, disabled, "the CPU kernels rely on it")
+    # Known by name, and off already, where nothing is to be quantised.
+    return _without(passes, disabled - {"quantise"}, "the CPU kernels rely on it")
 
 
 def npu_pipeline(*, max_model_len: int, max_num_seqs: int = 64, disabled: frozenset[str] = frozenset()) -> list[Pass]:
@@ -119,6 +135,20 @@ def _without(passes: list[Pass], disabled: frozenset[str], reason: str) -> list[
         if step.name in disabled and step.required_in:
             raise ValueError(f"pass {step.name!r} cannot be left out: {reason}")
     return [step for step in passes if step.name not in disabled]
+
+
+def _quantise(quantisation: Quantisation | None) -> list[Pass]:
+    if quantisation is None:
+        return []
+    return [
+        Pass(
+            name="quantise",
+            run=partial(quantise, quantisation=quantisation),
+            summary=f"weights as {quantisation.label}",
+            required_in="layer",
+            numerics="changing",
+        )
+    ]
 
 
 def run_passes(region: RegionGraph, passes: list[Pass]) -> list[PassReport]:

@@ -121,7 +121,8 @@ def decoder_config(hf: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
         method = hf["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModelError(
             f"quantization_config with quant_method={method!r} is not supported;"
-            " use a bfloat16, float16 or float32 checkpoint"
+            " use a bfloat16, float16 or float32 checkpoint; --quantize int8, int4 or int8-dynamic rounds it while"
+            " compiling"
         )
     fields: dict[str, Any] = {
         "architecture": hf["architectures"][0],

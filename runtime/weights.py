@@ -15,8 +15,8 @@ from torch import Tensor
 from xllm_compile.runtime.artifact import ArtifactMismatchError
 from xllm_compile.runtime.ops.spec import WeightSpec
 
-_DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+_DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32", "int8": "I8", "uint8": "U8"}
+_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8}
 _ALIGNMENT = 64
 
 
@@ -31,8 +31,9 @@ def write_weights(
     ``specs`` name each tensor exactly (no ``{layer}``). ``make`` returns the tensor a spec describes;
     ``on_tensor`` hears the bytes of each one written. Raises OSError (a full disk) with a partial file left behind.
     """
-    # Within each half the wider dtype first: every tensor is aligned to its elements.
-    ordered = sorted(specs, key=lambda spec: (not spec.is_packed, -_itemsize(spec), spec.name))
+    # Packed tensors are whole cache lines, in any order; a quantised one and its scales are made together, so by name.
+    # Of the others the wider dtype first: every tensor is aligned to its elements.
+    ordered = sorted(specs, key=lambda spec: (not spec.is_packed, 0 if spec.is_packed else -_itemsize(spec), spec.name))
     header: dict[str, object] = {}
     offset = 0
     for spec in ordered:

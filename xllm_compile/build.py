@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -65,6 +65,8 @@ class BuildResult:
     seconds: float
     num_graphs: int = 0
     num_compiled: int = 0
+    notes: tuple[str, ...] = ()
+    """What a user asked for and did not wholly get."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +122,21 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
         seconds=time.monotonic() - began,
         num_graphs=len(jobs),
         num_compiled=num_compiled,
+        notes=tuple(_quantisation_notes(config, reports)),
     )
+
+
+def _quantisation_notes(config: BuildConfig, reports: Sequence[RegionReport]) -> Iterator[str]:
+    """Products of the layers that keep their dtype although the layers are to be quantised."""
+    for report in reports:
+        for entry in report.passes:
+            if entry.name == "quantise" and report.region.startswith("layer"):
+                for reason, count in entry.skips.items():
+                    yield (
+                        f"--quantize {config.quantisation.label if config.quantisation else ''}: {count} of"
+                        f" {entry.matches + sum(entry.skips.values())} products of region {report.region} stay as they"
+                        f" are: {reason}"
+                    )
 
 
 def check_output(output: Path) -> None:
@@ -193,7 +209,10 @@ def make_programs(
     regions = build_regions(source.config, source.tensor_parallel_size)
     tied = frozenset({EMBED_WEIGHT}) if source.config.tie_word_embeddings else frozenset[str]()
     passes = lowering_for(config.target).pipeline(
-        tied_weights=tied, max_model_len=source.max_model_len, disabled=config.disabled_passes
+        tied_weights=tied,
+        max_model_len=source.max_model_len,
+        disabled=config.disabled_passes,
+        quantisation=config.quantisation,
     )
     progress.start("capture and passes", len(regions))
     programs, reports = [], []
@@ -298,8 +317,7 @@ def check_resources(config: BuildConfig, weights: Sequence[WeightSpec], num_grap
             f"{config.output} needs {disk_needed >> 20} MiB, {disk_free >> 20} MiB are free there;"
             " free some space or choose another -o"
         )
-    # The largest tensor is held as read, converted and packed while it is written.
-    memory_needed = 3 * max(sizes) + _WORKER_BYTES
+    memory_needed = max(map(_bytes_while_made, weights)) + _WORKER_BYTES
     memory_free = available_memory_bytes()
     if memory_free < memory_needed:
         raise BuildError(
@@ -480,10 +498,18 @@ def describe(
                 config.max_num_batched_tokens,
             )
         ),
-        quantisation=None,
+        quantisation=config.quantisation.label if config.quantisation else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         pass_seconds=round(sum(entry.seconds for report in reports for entry in report.passes), 4),
     )
+
+
+def _bytes_while_made(spec: WeightSpec) -> int:
+    """A tensor is held as read, converted and packed while it is written; one to be rounded as four float32."""
+    if not spec.quantised:
+        return 3 * _bytes_of(spec)
+    elements = _bytes_of(spec) * (2 if spec.quantised == "int4" else 1)
+    return 16 * elements
 
 
 def _bytes_of(spec: WeightSpec) -> int:

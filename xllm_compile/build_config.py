@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.models.config import DTYPES
 from xllm_compile.targets import TARGETS
 
@@ -37,6 +38,7 @@ class BuildConfig:
     tensor_parallel_size: int = 1
     """Ranks that share each layer: heads and feed-forward size are cut over them."""
     disabled_passes: frozenset[str] = field(default_factory=frozenset)
+    quantisation: Quantisation | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:

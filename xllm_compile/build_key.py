@@ -72,6 +72,7 @@ def build_key(
         "device": device.to_json(),
         "tensor_parallel_size": config.tensor_parallel_size,
         "disabled_passes": sorted(config.disabled_passes),
+        "quantisation": config.quantisation.label if config.quantisation else None,
         "features": lowering_for(config.target).features(),
         "versions": artifact.runtime_versions(),
         "compiler": compiler,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from xllm_compile.build_config import BuildConfig
 
 from xllm_compile import __version__
+from xllm_compile.graph_passes.quantisation import SCHEMES, Quantisation
 from xllm_compile.models.config import DTYPES
 
 
@@ -21,6 +22,18 @@ def parse_buckets(_context: click.Context, _parameter: click.Parameter, value: s
         return tuple(int(part) for part in value.split(","))
     except ValueError:
         raise click.BadParameter(f"{value!r} is no comma-separated list of token counts, such as 1,4,16,512") from None
+
+
+def read_quantisation(scheme: str, group_size: int | None, has_head: bool) -> Quantisation | None:
+    """From the command line's options. Raises ValueError when one of them has nothing to act on."""
+    if scheme != "none":
+        return Quantisation(scheme=scheme, group_size=group_size, has_head=has_head)
+    if group_size is not None or has_head:
+        raise ValueError(
+            f"{'--quantize-head' if has_head else '--quantize-group'} needs --quantize {', '.join(SCHEMES[:-1])}"
+            f" or {SCHEMES[-1]}"
+        )
+    return None
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
@@ -49,6 +62,9 @@ def parse_buckets(_context: click.Context, _parameter: click.Parameter, value: s
     default="full",
     help="partial: attention outside the graphs; eager: no graphs.",
 )
+@click.option("--quantize", type=click.Choice(["none", *SCHEMES]), default="none", help="Round the layers' weights.")
+@click.option("--quantize-group", type=int, help="int4: weights that share a scale, 32 or 128.  [default: 32]")
+@click.option("--quantize-head", is_flag=True, help="Round the head's weight too.")
 @click.option("--disable-pass", "disabled", multiple=True, metavar="NAME", help="Leave a pass out; may be repeated.")
 @click.option("--explain", is_flag=True, help="Show what the passes do to this model, and compile nothing.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
@@ -66,6 +82,9 @@ def command(
     tensor_parallel_size: int,
     jobs: int | None,
     graph_mode: str,
+    quantize: str,
+    quantize_group: int | None,
+    quantize_head: bool,
     disabled: tuple[str, ...],
     explain: bool,
     quiet: bool,
@@ -91,6 +110,7 @@ def command(
         jobs=jobs,
         graph_mode=graph_mode,
         disabled_passes=frozenset(disabled),
+        quantisation=read_quantisation(quantize, quantize_group, quantize_head),
     )
     if explain:
         from xllm_compile.explain import explain_passes
@@ -125,6 +145,8 @@ def run_build(config: "BuildConfig", *, is_quiet: bool = False) -> None:
         return
     with TerminalProgress() as progress:
         result = build(config, progress)
+    for note in result.notes:
+        click.echo(f"xllm-compile: {note}", err=True)
     if result.is_up_to_date:
         click.echo(f"{result.output} is up to date ({result.seconds:.1f} s)", err=True)
     else:

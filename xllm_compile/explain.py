@@ -21,7 +21,10 @@ def explain_passes(config: BuildConfig) -> None:
     for report in reports:
         matches.add_column(report.region, justify="right")
     passes = lowering_for(config.target).pipeline(
-        tied_weights=frozenset(), max_model_len=source.max_model_len, disabled=config.disabled_passes
+        tied_weights=frozenset(),
+        max_model_len=source.max_model_len,
+        disabled=config.disabled_passes,
+        quantisation=config.quantisation,
     )
     summaries = {step.name: step.summary for step in passes}
     for index, (name, summary) in enumerate(summaries.items()):

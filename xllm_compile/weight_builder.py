@@ -1,4 +1,4 @@
-"""From checkpoint tensors to the weights file of an artifact: concatenate, convert, pack, stream to disk."""
+"""From checkpoint tensors to the weights file of an artifact: concatenate, convert, quantise, pack, stream to disk."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +9,7 @@ import xxhash
 from torch import Tensor
 
 from xllm_compile.models.checkpoint import Checkpoint
+from xllm_compile.runtime.ops import quantised
 from xllm_compile.runtime.ops.reference import pack_weight
 from xllm_compile.runtime.ops.spec import Shard, WeightSpec
 from xllm_compile.runtime.program import RegionProgram
@@ -34,6 +35,9 @@ def artifact_weights(programs: Sequence[RegionProgram]) -> list[WeightSpec]:
 def weights_key(checkpoint_hash: str, specs: Sequence[WeightSpec], computed: Mapping[str, Tensor]) -> str:
     """Equal keys mean equal weights files, of every rank."""
     digest = xxhash.xxh3_128(repr((checkpoint_hash, sorted(map(repr, specs)))).encode())
+    if any(spec.quantised for spec in specs):
+        # How a weight is rounded is in no spec.
+        digest.update(Path(quantised.__file__).read_bytes())
     for name in sorted(computed):
         digest.update(name.encode() + computed[name].numpy().tobytes())
     return digest.hexdigest()
@@ -56,10 +60,35 @@ def build_weights(
             tensor = tensor.narrow(shard.axis, begin, end - begin)
         return tensor.to(dtype)
 
+    rounded = _Rounded()
+
     def make(spec: WeightSpec) -> Tensor:
-        dtype = getattr(torch, spec.dtype)
+        dtype = torch.float32 if spec.quantised else getattr(torch, spec.dtype)
         parts = [source(name, shard, dtype) for name, shard in zip(spec.sources, spec.source_shards, strict=True)]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if spec.quantised:
+            return rounded.part(whole, spec)
         return pack_weight(whole) if spec.is_packed else whole
 
     write_weights(path, specs, make, on_tensor)
+
+
+class _Rounded:
+    """Values and scales of the weight that was rounded last: the two are written one after the other."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._parts: dict[str, Tensor] = {}
+
+    def part(self, whole: Tensor, spec: WeightSpec) -> Tensor:
+        kind = spec.quantised.removesuffix(".scale")
+        key = (spec.sources, kind, spec.group_size)
+        if key != self._key:
+            if not whole.isfinite().all():
+                raise ValueError(
+                    f"{', '.join(spec.sources)} holds NaN or infinite values, which no integer stands for;"
+                    " fetch the checkpoint again or compile without --quantize"
+                )
+            values, scale = quantised.quantise_packed(whole, kind, spec.group_size)
+            self._key, self._parts = key, {kind: values, f"{kind}.scale": scale}
+        return self._parts[spec.quantised]

@@ -18,6 +18,7 @@ Packed weights (``packed_linear``): columns in blocks of 32, the reduction axis 
 that one layout is streamed by the matrix-vector kernel and tiled by the matrix-matrix kernel:
 float32 [N/32, C, 32]; bfloat16 [N/32, C/2, 32, 2], pairs along the reduction axis (the operand order of the
 bf16 dot-product instructions). N and, for bfloat16, C are padded with zeros to whole blocks and pairs.
+Quantised weights are packed alike: ``quantised.py`` says how.
 """
 
 import torch
@@ -48,6 +49,16 @@ SCHEMAS: dict[str, str] = {
     ),
     # x [T, C] @ packed weight + bias -> [T, out_features], x's dtype or, with f32_out, float32.
     "packed_linear": "(Tensor x, Tensor weight, Tensor? bias, int out_features, bool f32_out) -> Tensor",
+    # packed_linear on int8 values and one float32 scale [N] per output channel. The values are exact in x's dtype, the
+    # scale multiplies the float32 sum.
+    "int8_linear": ("(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features, bool f32_out) -> Tensor"),
+    # packed_linear on int4 values and bfloat16 scales of groups along the reduction axis: value * scale is rounded to
+    # x's dtype before it meets x.
+    "int4_linear": ("(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features, bool f32_out) -> Tensor"),
+    # int8_linear with x rounded to int8 as well, one scale per row of x (largest magnitude / 127), summed in int32.
+    "int8_dynamic_linear": (
+        "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features, bool f32_out) -> Tensor"
+    ),
     # Rows token_ids [T] of a packed [vocab, columns] weight: a tied embedding is held once, in the head's layout.
     "packed_embedding": "(Tensor token_ids, Tensor weight, int columns) -> Tensor",
 }

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 SOURCE_FOLDER = Path(__file__).parent / "cpu"
 
 # /proc/cpuinfo name of each feature the kernels use -> compiler flag. The sources choose among three instruction
-# sets by what is there: AVX-512 (all four), AVX2 with FMA, anything else; bfloat16 products use AMX tiles if they can.
+# sets by what is there: AVX-512 (all four), AVX2 with FMA, anything else; bfloat16 products use AMX tiles if they can,
+# int8 ones VNNI.
 FEATURE_FLAGS: dict[str, str] = {
     "avx2": "-mavx2",
     "fma": "-mfma",
@@ -36,6 +37,7 @@ FEATURE_FLAGS: dict[str, str] = {
     "avx512dq": "-mavx512dq",
     "avx512vl": "-mavx512vl",
     "avx512_bf16": "-mavx512bf16",
+    "avx512_vnni": "-mavx512vnni",
     "amx_tile": "-mamx-tile",
     "amx_bf16": "-mamx-bf16",
 }

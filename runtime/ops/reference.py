@@ -5,6 +5,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from xllm_compile.runtime.ops import quantised
+
 PACK_COLUMNS = 32
 
 
@@ -182,3 +184,57 @@ def packed_embedding(token_ids: Tensor, weight: Tensor, columns: int) -> Tensor:
 
 def packed_embedding_meta(token_ids: Tensor, weight: Tensor, columns: int) -> Tensor:
     return weight.new_empty(token_ids.shape[0], columns)
+
+
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    values = quantised.unpack_int8(weight, out_features, x.shape[1])
+    y = x.float() @ values.float().T * scale
+    return _with_bias(y, bias).to(torch.float32 if f32_out else x.dtype)
+
+
+def int8_linear_meta(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    return packed_linear_meta(x, weight, bias, out_features, f32_out)
+
+
+def int4_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    values = quantised.unpack_int4(weight, out_features)
+    steps = quantised.unpack_scale(scale, out_features).float()
+    dense = values.float() * steps.repeat_interleave(values.shape[1] // steps.shape[1], dim=1)
+    y = x.float() @ dense.to(x.dtype).float().T
+    return _with_bias(y, bias).to(torch.float32 if f32_out else x.dtype)
+
+
+def int4_linear_meta(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    return packed_linear_meta(x, weight, bias, out_features, f32_out)
+
+
+def int8_dynamic_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    x32 = x.float()
+    largest = x32.abs().amax(1, keepdim=True)
+    # A division in float32: "127 / largest" would multiply by a rounded reciprocal and move ties.
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0).clamp(max=3e38)
+    rounded = (x32 * inverse).round().nan_to_num(0.0)
+    # Exact in float64: below 2^53 for any width.
+    sums = rounded.double() @ quantised.unpack_int8(weight, out_features, x.shape[1]).double().T
+    y = sums.float() * (largest / 127) * scale
+    return _with_bias(y, bias).to(torch.float32 if f32_out else x.dtype)
+
+
+def int8_dynamic_linear_meta(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    return packed_linear_meta(x, weight, bias, out_features, f32_out)
+
+
+def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.float()

@@ -36,10 +36,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightSpec:
-    """A weight as a graph wants it: sources, or a rank's shard of each, concatenated along axis 0, then packed where
-    ``is_packed``.
+    """A weight as a graph wants it: sources, or a rank's shard of each, concatenated along axis 0, then quantised, then
+    packed where ``is_packed``.
 
-    Names hold ``{layer}`` where the layer number goes. ``shape`` is the final one, packed where it is packed.
+    Names hold ``{layer}`` where the layer number goes. ``shape`` and ``dtype`` are the final ones.
     """
 
     name: str
@@ -49,6 +49,11 @@ class WeightSpec:
     is_packed: bool = False
     shards: tuple[Shard | None, ...] = ()
     """Of each source, the part a rank holds; None, or no entry at all, is the whole source."""
+    quantised: str = ""
+    """What of the quantised sources this is: "int8" or "int4" values, "int8.scale" or "int4.scale"; "" is the plain
+    weight."""
+    group_size: int = 0
+    """Elements along the reduction axis that share a scale; 0 is all of them."""
 
     @property
     def source_shards(self) -> tuple[Shard | None, ...]:

@@ -1,6 +1,6 @@
 """Small regions captured the way models are, and their outputs computed without any kernel."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from xllm_compile.graph_passes.verify import verify_graph
 from xllm_compile.models.config import DecoderConfig
 from xllm_compile.models.decoder import Region, RegionFunction, build_regions
 from xllm_compile.models.registry import read_model_config
-from xllm_compile.runtime.ops import reference
+from xllm_compile.runtime.ops import quantised, reference
 from xllm_compile.runtime.ops.spec import TensorSpec, WeightSpec
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -114,22 +114,35 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def run_graph(region: RegionGraph, inputs: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+def run_graph(
+    region: RegionGraph,
+    inputs: Mapping[str, Tensor],
+    seed: int = 0,
+    change: Callable[[WeightSpec, Tensor], Tensor] = lambda spec, weight: weight,
+) -> dict[str, Tensor]:
     """Outputs by number and inputs after the run by name. Weights are random and depend on their sources' names and
-    the seed only, so that a rewritten graph gets the same ones."""
+    the seed only, so that a rewritten graph gets the same ones; ``change`` may put another in a weight's place."""
     given = {name: value.clone() for name, value in inputs.items()}
     arguments = [given[spec.name] for spec in region.inputs]
-    arguments += [make_weight(spec, seed) for spec in region.weights.values()]
+    arguments += [change(spec, make_weight(spec, seed)) for spec in region.weights.values()]
     with torch.no_grad():
         outputs = _Plain(region.module).run(*arguments)
     return {**given, **{str(index): output for index, output in enumerate(outputs)}}
 
 
 def make_weight(spec: WeightSpec, seed: int) -> Tensor:
+    if spec.quantised:
+        return _make_quantised(spec, seed)
     dtype = getattr(torch, spec.dtype)
     parts = [_random(name, _SOURCE_SHAPES[name], seed).to(dtype) for name in spec.sources]
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     return reference.pack_weight(whole) if spec.is_packed else whole
+
+
+def _make_quantised(spec: WeightSpec, seed: int) -> Tensor:
+    kind = spec.quantised.removesuffix(".scale")
+    whole = torch.cat([_random(name, _SOURCE_SHAPES[name], seed) for name in spec.sources])
+    return quantised.quantise_packed(whole, kind, spec.group_size)[spec.quantised.endswith(".scale")]
 
 
 def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,6 @@ from xllm_compile.runtime.ops.reference import pack_weight
 
 pytestmark = pytest.mark.numerics
 
-AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
-AVX512_BF16 = (*AVX512, "avx512_bf16")
-VARIANTS = {"machine": None, "avx512_bf16": AVX512_BF16, "avx512": AVX512, "avx2": ("avx2", "fma"), "portable": ()}
 DTYPES = [torch.float32, torch.bfloat16]
 Tolerance = dict[torch.dtype, dict[str, Any]]
 # One rounding to bfloat16 is 2^-9 relative; two differently ordered sums may round to neighbours (2^-8).
@@ -29,44 +26,6 @@ SUM_TOLERANCE: Tolerance = {
     torch.float32: {"rtol": 1e-5, "atol": 5e-5},
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 1.6e-2},
 }
-
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Builds a variant on first use."""
-    folder = tmp_path_factory.mktemp("kernels")
-
-    def path_of(variant: str) -> Path:
-        path = folder / f"{variant}.so"
-        if not path.exists():
-            native.build_kernels(path, VARIANTS[variant])
-        return path
-
-    return path_of
-
-
-@pytest.fixture(scope="session", params=list(VARIANTS))
-def ops(request: pytest.FixtureRequest, build: Callable[[str], Path]) -> native.Kernels:
-    missing = set(VARIANTS[request.param] or ()) - set(native.cpu_features())
-    if missing:
-        pytest.skip(f"this CPU lacks {sorted(missing)}")
-    path = build(request.param)
-    kernels = native.Kernels(path)
-    # Small cases should not wait for threads on a busy machine; tests of sharing ask for them.
-    kernels.set_num_threads(1)
-    return kernels
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def two_threads(ops: native.Kernels) -> Iterator[None]:
-    ops.set_num_threads(2)
-    yield
-    ops.set_num_threads(1)
 
 
 def make_cache(slots: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from xllm_compile.build import BuildError, build, read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import build_key
 from xllm_compile.device import choose_device
+from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_store import GraphStore, link_or_copy
 from xllm_compile.machine import cache_dir
 from xllm_compile.models.decoder import build_regions
@@ -207,6 +208,11 @@ def test_the_key_covers_every_option_that_changes_the_artifact(model, tmp_path):
         key(max_num_batched_tokens=100),
         key(buckets=(4,)),
         key(disabled_passes=frozenset({"silu_mul"})),
+        key(quantisation=Quantisation(scheme="int8")),
+        key(quantisation=Quantisation(scheme="int8-dynamic")),
+        key(quantisation=Quantisation(scheme="int4")),
+        key(quantisation=Quantisation(scheme="int4", group_size=128)),
+        key(quantisation=Quantisation(scheme="int4", has_head=True)),
         key(compiler="g++ 2"),
         key(buckets=None),
         key(buckets=None, workload=trace),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from xllm_compile.graph_passes.pipeline import Pass
+from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.runtime.program import RegionProgram
 
 TARGETS = ("cpu", "npu")
@@ -42,8 +43,16 @@ class Lowering(Protocol):
     def environment(self) -> list[str]:
         """What a graph's bytes depend on beside its program and sizes; part of its key."""
 
-    def pipeline(self, *, tied_weights: frozenset[str], max_model_len: int, disabled: frozenset[str]) -> list[Pass]:
-        """The passes, in order. ValueError for an unknown or required name in ``disabled``."""
+    def pipeline(
+        self,
+        *,
+        tied_weights: frozenset[str],
+        max_model_len: int,
+        disabled: frozenset[str],
+        quantisation: Quantisation | None,
+    ) -> list[Pass]:
+        """The passes, in order. ValueError for an unknown or required name in ``disabled``, and for a quantisation that
+        the target or the model does not allow."""
 
     def logits_buckets(self, token_buckets: Sequence[int]) -> tuple[int, ...]:
         """Numbers of logits rows with a head graph of their own."""

@@ -15,6 +15,7 @@ import torch
 from xllm_compile.build_key import compiler_version
 from xllm_compile.graph_jobs import bucket_sizes
 from xllm_compile.graph_passes.pipeline import Pass, cpu_pipeline
+from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.ops.spec import TP_GROUP
@@ -57,8 +58,15 @@ class CpuLowering:
             json.dumps(inductor_options(has_collectives=True), sort_keys=True, default=str),
         ]
 
-    def pipeline(self, *, tied_weights: frozenset[str], max_model_len: int, disabled: frozenset[str]) -> list[Pass]:
-        return cpu_pipeline(tied_weights=tied_weights, disabled=disabled)
+    def pipeline(
+        self,
+        *,
+        tied_weights: frozenset[str],
+        max_model_len: int,
+        disabled: frozenset[str],
+        quantisation: Quantisation | None,
+    ) -> list[Pass]:
+        return cpu_pipeline(tied_weights=tied_weights, disabled=disabled, quantisation=quantisation)
 
     def logits_buckets(self, token_buckets: Sequence[int]) -> tuple[int, ...]:
         # The head runs on one row per sequence that gets a token: decode batch sizes.

@@ -1,4 +1,7 @@
-// One matrix product with packed weights, as the kernels of packed_linear share it.
+// One matrix product with packed weights, as the kernels of packed_linear and of the quantised products share it.
+//
+// A weight answers panel(block, unit, units, scratch): `units` units of one block of columns, from unit `unit` on, in the
+// layout of packed weights. What is stored that way is read where it lies; what is quantised is unpacked to scratch.
 #pragma once
 
 #include "packed.h"
@@ -6,16 +9,41 @@
 namespace xllm {
 
 struct Product {
-  const uint32_t* weight;
-  // In units; `steps` units are the reduction axis.
-  int64_t block_stride, blocks, steps;
+  // `steps` units are the reduction axis.
+  int64_t blocks, steps;
   int64_t rows, columns;
+  // Of each column, in float32; null where sums are results.
+  const float* scale;
   const void* bias;
   void* out;
   bool f32_out;
 };
 
-// Up to kLanes results of `row` from column `first` on, with the bias, as the output's type.
+// Units past a panel that unpacking may write: it goes by whole steps of the quantised layout.
+constexpr int64_t kUnpackSlack = 8 * kBlockColumns;
+
+struct PlainWeight {
+  static constexpr bool kIsStored = true;
+  const uint32_t* data;
+  // In units.
+  int64_t block_stride;
+  const uint32_t* panel(int64_t block, int64_t unit, int64_t, uint32_t*) const {
+    return data + block * block_stride + unit * kBlockColumns;
+  }
+};
+
+// What is done to the sums of up to kLanes columns from `first` on.
+struct Finish {
+  vf scale, bias;
+  XLLM_INLINE vf operator()(vf sum) const { return multiply_add(sum, scale, bias); }
+};
+template <class T>
+XLLM_INLINE Finish finish_of(const Product& job, int64_t first, int64_t count) {
+  return {job.scale ? load_n(job.scale + first, count) : splat(1.0f),
+          job.bias ? load_n(static_cast<const T*>(job.bias) + first, count) : vf{}};
+}
+
+// Up to kLanes results of `row` from column `first` on, as the output's type.
 template <class T>
 XLLM_INLINE void store_results(const Product& job, int64_t row, int64_t first, int64_t count, vf y) {
   const int64_t at = row * job.columns + first;

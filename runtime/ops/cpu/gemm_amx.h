@@ -77,40 +77,40 @@ inline void multiply_tiles(const TileRows& x, const uint32_t* a, const uint32_t*
   }
 }
 
-// The sums of one block of columns, with the bias, to the output: a row at a time, because rows lie pages apart.
+// The sums of one block of columns, finished, to the output: a row at a time, because rows lie pages apart.
 inline void store_block(const Product& job, int64_t block, int64_t row_begin, int64_t row_end, const float* acc) {
   constexpr int kVectors = kBlockColumns / kLanes;
-  vf bias[kVectors] = {};
+  Finish finish[kVectors] = {};
   int64_t count[kVectors];
   const int64_t first = block * kBlockColumns;
   for (int v = 0; v < kVectors; ++v) {
     count[v] = std::max<int64_t>(0, std::min<int64_t>(job.columns - first - v * kLanes, kLanes));
-    if (job.bias && count[v] > 0) bias[v] = load_n(static_cast<const bf16*>(job.bias) + first + v * kLanes, count[v]);
+    if (count[v] > 0) finish[v] = finish_of<bf16>(job, first + v * kLanes, count[v]);
   }
   for (int64_t row = row_begin; row < row_end; ++row, acc += kBlockColumns)
     for (int v = 0; v < kVectors; ++v)
-      if (count[v] > 0) store_results<bf16>(job, row, first + v * kLanes, count[v], load(acc + v * kLanes) + bias[v]);
+      if (count[v] > 0) store_results<bf16>(job, row, first + v * kLanes, count[v], finish[v](load(acc + v * kLanes)));
 }
 
-// Blocks [block_begin, block_end) of rows [row_begin, row_end). `acc` holds 32 float32 for every row.
-inline void tile_item(const Product& job, const TileRows& x, int64_t block_begin, int64_t block_end, int64_t row_begin,
-                      int64_t row_end, float* acc) {
-  constexpr int64_t kStepBytes = kTileUnits * kBlockColumns * 4;
+// Blocks [block_begin, block_end) of rows [row_begin, row_end). `acc` holds 32 float32 for every row, `unpacked` a panel.
+template <class Weight>
+inline void tile_item(const Product& job, const Weight& weight, const TileRows& x, int64_t block_begin,
+                      int64_t block_end, int64_t row_begin, int64_t row_end, float* acc, uint32_t* unpacked) {
+  constexpr int64_t kTileBytes = kTileUnits * kBlockColumns * 4;
   alignas(64) uint32_t tail[kTileUnits * kBlockColumns];
   const int64_t row_tiles = (row_end - row_begin + kRowTile - 1) / kRowTile;
   // With few rows the weights stream from memory once, as one panel, and are fetched 3 steps ahead. Otherwise the
-  // next panel is fetched in equal parts while the row tiles pass over this one.
+  // next panel is fetched in equal parts while the row tiles pass over this one. A panel that is unpacked is in L1.
   const bool one_pass = row_tiles == 1;
-  const int64_t panel_units = one_pass ? std::max(kTileUnits, job.steps) : kPanelUnits;
-  const int lines = int((kStepBytes / 64 + row_tiles - 1) / row_tiles);
+  const int64_t panel_units = one_pass && Weight::kIsStored ? std::max(kTileUnits, job.steps) : kPanelUnits;
+  const int lines = Weight::kIsStored ? int((kTileBytes / 64 + row_tiles - 1) / row_tiles) : 0;
   int configured = 0;
   for (int64_t block = block_begin; block < block_end; ++block) {
-    const uint32_t* weight = job.weight + block * job.block_stride;
     for (int64_t unit = 0; unit < job.steps; unit += panel_units) {
       const int64_t units = std::min(panel_units, job.steps - unit);
       const int64_t whole = units / kTileUnits, tail_units = units % kTileUnits;
-      const uint32_t* panel = weight + unit * kBlockColumns;
-      const char* next = reinterpret_cast<const char*>(panel) + (one_pass ? 3 * kStepBytes : units * kBlockColumns * 4);
+      const uint32_t* panel = weight.panel(block, unit, units, unpacked);
+      const char* next = reinterpret_cast<const char*>(panel) + (one_pass ? 3 * kTileBytes : units * kBlockColumns * 4);
       if (tail_units != 0) {
         std::memset(tail, 0, sizeof(tail));
         std::memcpy(tail, panel + whole * kTileUnits * kBlockColumns, size_t(tail_units * kBlockColumns) * 4);
@@ -149,7 +149,8 @@ inline void pack_rows(const View& x, const TileRows& to, int64_t tile) {
   }
 }
 
-inline void linear_tiles(const View& x, const Product& job) {
+template <class Weight>
+inline void linear_tiles(const View& x, const Product& job, const Weight& weight) {
   // Bytes of rows that a thread keeps in L2 while weights stream past them.
   constexpr int64_t kItemBytes = 1024 * 1024;
   require_tiles();
@@ -172,13 +173,14 @@ inline void linear_tiles(const View& x, const Product& job) {
   const int64_t groups = (job.blocks + group - 1) / group;
   WorkQueue queue(groups * row_parts);
   parallel(threads, [&](int, int) {
-    static thread_local Scratch scratch;
+    static thread_local Scratch scratch, panel;
+    uint32_t* unpacked = Weight::kIsStored ? nullptr : panel.get<uint32_t>(kPanelUnits * kBlockColumns * 4 + kUnpackSlack * 4);
     for (int64_t item; (item = queue.next()) >= 0;) {
       const int64_t begin = item % groups * group;
       const Span tiles = even_span(row_tiles, row_parts, item / groups);
       const int64_t row_begin = tiles.begin * kRowTile, row_end = std::min(job.rows, tiles.end * kRowTile);
       float* acc = scratch.get<float>(size_t((row_end - row_begin + kRowTile) * kBlockColumns) * 4);
-      tile_item(job, rows, begin, std::min(begin + group, job.blocks), row_begin, row_end, acc);
+      tile_item(job, weight, rows, begin, std::min(begin + group, job.blocks), row_begin, row_end, acc, unpacked);
     }
     _tile_release();
   });

@@ -111,6 +111,17 @@ XLLM_INLINE vf load(const bf16* p) { return widen(load_raw<vh>(p)); }
 XLLM_INLINE void store(float* p, vf v) { store_raw(p, v); }
 XLLM_INLINE void store(bf16* p, vf v) { store_raw(p, narrow(v)); }
 
+// a * b + c, rounded once where the CPU can. The compiler fuses the plain expression in some places and not in others.
+XLLM_INLINE vf multiply_add(vf a, vf b, vf c) {
+#if defined(XLLM_AVX512)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // The first n < kLanes elements; the other lanes are zero. Never touches memory past them.
 template <class T>
 XLLM_INLINE vf load_part(const T* p, int64_t n) {

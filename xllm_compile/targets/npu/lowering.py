@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from xllm_compile.graph_passes.pipeline import Pass, npu_pipeline
+from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.machine import cache_dir
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.targets.npu.null_device import ensure_null_device, torch_npu_version
@@ -45,7 +46,16 @@ class NpuLowering:
     def environment(self) -> list[str]:
         return [torch.__version__, torch_npu_version()]
 
-    def pipeline(self, *, tied_weights: frozenset[str], max_model_len: int, disabled: frozenset[str]) -> list[Pass]:
+    def pipeline(
+        self,
+        *,
+        tied_weights: frozenset[str],
+        max_model_len: int,
+        disabled: frozenset[str],
+        quantisation: Quantisation | None,
+    ) -> list[Pass]:
+        if quantisation is not None:
+            raise ValueError(f"--quantize {quantisation.scheme} is for the cpu target; leave it out for the npu")
         return npu_pipeline(max_model_len=max_model_len, max_num_seqs=MAX_NUM_SEQS, disabled=disabled)
 
     def logits_buckets(self, token_buckets: Sequence[int]) -> tuple[int, ...]:

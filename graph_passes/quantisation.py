@@ -1,0 +1,37 @@
+"""What may be asked of the quantise pass. No torch here: command lines read it."""
+
+from dataclasses import dataclass
+
+SCHEMES = ("int8", "int4", "int8-dynamic")
+GROUP_SIZES = (32, 128)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantisation:
+    """How the products of a model are quantised. Raises ValueError, naming field and limit, on a bad value."""
+
+    scheme: str
+    """int8 and int4 round weights only; int8-dynamic rounds the activations too, one scale per token."""
+    group_size: int | None = None
+    """int4: elements along the reduction axis that share a scale, 32 where it is not given. 4.5 bits a weight at 32,
+    4.125 at 128."""
+    has_head: bool = False
+    """Quantise the head too. One that shares its weight with the embedding cannot be."""
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"quantize={self.scheme!r} is not supported; supported: {', '.join(SCHEMES)}")
+        if self.group_size is None and self.scheme == "int4":
+            object.__setattr__(self, "group_size", GROUP_SIZES[0])
+        elif self.group_size is not None and self.scheme != "int4":
+            raise ValueError(
+                f"quantize-group={self.group_size} is for int4 only; {self.scheme} has a scale per channel"
+            )
+        if self.group_size not in (None, *GROUP_SIZES):
+            raise ValueError(f"quantize-group={self.group_size} is not supported; supported: 32, 128")
+
+    @property
+    def label(self) -> str:
+        """As the manifest names it: int8, int4-g32, int8-dynamic+head."""
+        group = f"-g{self.group_size}" if self.group_size else ""
+        return self.scheme + group + ("+head" if self.has_head else "")

@@ -1,0 +1,57 @@
+// int8_linear and int4_linear: products with quantised weights and unrounded activations.
+//
+// A panel of weights is unpacked to cache and multiplied like packed ones, so that rows, threads and instruction sets are
+// what they are in packed_linear, and memory is read in the quantised form.
+#include "linear.h"
+#include "quantised.h"
+#include "quantised_args.h"
+
+using namespace xllm;
+
+XLLM_EXPORT AOTITorchError aoti_torch_cpu_int8_linear(AtenTensorHandle x_handle, AtenTensorHandle weight_handle,
+                                                      AtenTensorHandle scale_handle, AtenTensorHandle* bias_handle,
+                                                      int64_t out_features, int32_t f32_out, AtenTensorHandle* ret0) {
+  return run("int8_linear", [&] {
+    const View x("x", x_handle), weight("weight", weight_handle), scale("scale", scale_handle);
+    Product job = quantised_product(x, weight, bias_handle, out_features, f32_out);
+    check_int8(x, weight, scale, out_features);
+    job.scale = scale.ptr<const float>();
+    Output out({job.rows, job.columns}, f32_out ? aoti_torch_dtype_float32() : x.dtype);
+    job.out = out.ptr<void>();
+    dispatch(x, [&](auto tag) {
+      using T = decltype(tag);
+      job.steps = units_of<T>(x.sizes[1]);
+      linear<T>(x, job, Int8Weight<T>{weight.ptr<const uint8_t>(), weight.strides[0]});
+    });
+    out.release(ret0);
+  });
+}
+
+XLLM_EXPORT AOTITorchError aoti_torch_cpu_int4_linear(AtenTensorHandle x_handle, AtenTensorHandle weight_handle,
+                                                      AtenTensorHandle scale_handle, AtenTensorHandle* bias_handle,
+                                                      int64_t out_features, int32_t f32_out, AtenTensorHandle* ret0) {
+  return run("int4_linear", [&] {
+    const View x("x", x_handle), weight("weight", weight_handle), scale("scale", scale_handle);
+    Product job = quantised_product(x, weight, bias_handle, out_features, f32_out);
+    const int64_t in_features = x.sizes[1];
+    weight.expect_dtype(aoti_torch_dtype_uint8());
+    check(in_features % 8 == 0, "x.shape[1] is %lld, expected a multiple of 8", (long long)in_features);
+    check_steps(weight, in_features / 8);
+    scale.expect_dim(3).expect_dtype(aoti_torch_dtype_bfloat16()).expect_size(0, weight.sizes[0]);
+    scale.expect_size(2, kBlockColumns);
+    expect_contiguous_blocks(scale);
+    const int64_t groups = scale.sizes[1];
+    check(groups > 0 && in_features % groups == 0 && in_features / groups % 8 == 0,
+          "scale.shape[1] is %lld, expected to cut %lld inputs into groups of a multiple of 8", (long long)groups,
+          (long long)in_features);
+    Output out({job.rows, job.columns}, f32_out ? aoti_torch_dtype_float32() : x.dtype);
+    job.out = out.ptr<void>();
+    dispatch(x, [&](auto tag) {
+      using T = decltype(tag);
+      job.steps = units_of<T>(in_features);
+      linear<T>(x, job, Int4Weight<T>{weight.ptr<const uint8_t>(), weight.strides[0], scale.ptr<const bf16>(),
+                                      scale.strides[0], in_features / groups});
+    });
+    out.release(ret0);
+  });
+}

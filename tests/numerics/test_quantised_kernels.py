@@ -1,0 +1,134 @@
+"""The kernels of the quantised products against the reference, for every instruction set that this CPU can run."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from xllm_compile.runtime.ops import native, reference
+from xllm_compile.runtime.ops.quantised import quantise_packed
+
+pytestmark = pytest.mark.numerics
+
+DTYPES = [torch.float32, torch.bfloat16]
+# The weights are the same bits in kernel and reference; sums are ordered differently, and two such sums may round to
+# neighbouring bfloat16 (2^-8).
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 5e-5}, torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3}}
+OPERATORS = ["int8_linear", "int8_dynamic_linear", "int4_linear"]
+# (operator, inputs, outputs): whole blocks, one more and one less than them, one panel of AMX and more.
+CASES = [
+    *((operator, inputs, outputs) for operator in OPERATORS for inputs, outputs in ((64, 32), (96, 31), (544, 70))),
+    *((operator, inputs, outputs) for operator in OPERATORS[:2] for inputs, outputs in ((65, 33), (3, 1), (271, 40))),
+]
+
+
+def weights(operator: str, outputs: int, inputs: int, group_size: int = 32) -> tuple[Tensor, Tensor]:
+    return quantise_packed(torch.randn(outputs, inputs) / inputs**0.5, operator[:4], group_size)
+
+
+def both(ops: native.Kernels, operator: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return getattr(ops, operator)(*arguments), getattr(reference, operator)(*arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("operator", "inputs", "outputs"), CASES)
+def test_equals_the_reference(
+    ops: native.Kernels, dtype: torch.dtype, operator: str, inputs: int, outputs: int
+) -> None:
+    weight, scale = weights(operator, outputs, inputs)
+    bias = torch.randn(outputs).to(dtype)
+    for rows in (0, 1, 2, 5, 7, 13, 35):
+        x = torch.randn(rows, inputs + 5).to(dtype)[:, 3 : 3 + inputs]
+        for f32_out in (True, False):
+            tolerance = TOLERANCE[torch.float32 if f32_out else dtype]
+            got, want = both(ops, operator, x, weight, scale, bias, outputs, f32_out)
+            assert_close(got, want, **tolerance)
+            got, want = both(ops, operator, x, weight, scale, None, outputs, f32_out)
+            # The sums of the dynamic scheme are integers: exact in any order.
+            exact = operator == "int8_dynamic_linear"
+            assert_close(got, want, **({"rtol": 0, "atol": 0} if exact else tolerance))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [8, 128])
+def test_int4_groups(ops: native.Kernels, dtype: torch.dtype, group_size: int) -> None:
+    weight, scale = weights("int4_linear", 70, 384, group_size)
+    x = torch.randn(9, 384).to(dtype)
+    assert_close(*both(ops, "int4_linear", x, weight, scale, None, 70, True), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_many_blocks_and_threads(ops: native.Kernels, two_threads: None, dtype: torch.dtype, operator: str) -> None:
+    """Several column groups and row parts, and blocks that lie apart."""
+    weight, scale = weights(operator, 1200, 512)
+    apart = torch.stack([weight, weight], dim=1)[:, 0]
+    for rows in (1, 4, 37, 150):
+        x = torch.randn(rows, 512).to(dtype)
+        got, want = both(ops, operator, x, weight, scale, None, 1200, True)
+        assert_close(got, want, **TOLERANCE[torch.float32])
+        assert torch.equal(getattr(ops, operator)(x, apart, scale, None, 1200, True), got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_rows_do_not_depend_on_the_batch(ops: native.Kernels, dtype: torch.dtype, operator: str) -> None:
+    weight, scale = weights(operator, 320, 160)
+    bias, x = torch.randn(320).to(dtype), torch.randn(70, 160).to(dtype)
+    linear = getattr(ops, operator)
+    whole = linear(x, weight, scale, bias, 320, True)
+    for threads in (1, 2, 7):
+        ops.set_num_threads(threads)
+        for begin, end in ((0, 1), (3, 5), (7, 20), (20, 70)):
+            assert torch.equal(linear(x[begin:end], weight, scale, bias, 320, True), whole[begin:end])
+    ops.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_extremes_do_not_saturate(ops: native.Kernels, dtype: torch.dtype) -> None:
+    """Every product is 127 * 127 of one sign: the largest sums there are."""
+    weight, scale = quantise_packed(torch.tensor([[1.0], [-1.0]]).expand(2, 4096).contiguous(), "int8", 0)
+    x = torch.tensor([[1.0], [-1.0]]).expand(2, 4096).contiguous().to(dtype)
+    want = torch.tensor([[4096.0, -4096.0], [-4096.0, 4096.0]])
+    for operator in OPERATORS[:2]:
+        assert_close(getattr(ops, operator)(x, weight, scale, None, 2, True), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_zeros_and_what_is_not_finite(ops: native.Kernels, dtype: torch.dtype, operator: str) -> None:
+    """A row of zeros is zero, a row with NaN or infinity is never a finite number, and no other row hears of it."""
+    weight, scale = weights(operator, 64, 64)
+    x = torch.randn(5, 64).to(dtype)
+    x[0], x[1, 7], x[2, 9], x[3, 11] = 0, float("nan"), float("inf"), float("-inf")
+    got = getattr(ops, operator)(x, weight, scale, None, 64, True)
+    assert got[0].eq(0).all() and not got[1:4].isfinite().any()
+    assert torch.equal(got[4:], getattr(ops, operator)(x[4:], weight, scale, None, 64, True))
+
+
+def test_errors_name_operator_value_and_limit(ops: native.Kernels) -> None:
+    x, (int8, scale), (int4, scales) = torch.randn(2, 64), weights("int8", 40, 64), weights("int4", 40, 64)
+    refused: list[tuple[str, str, tuple[Any, ...]]] = [
+        (r"int8_linear: weight.shape\[1\] is 16, expected 15", "int8_linear", (x[:, 4:], int8, scale, None, 40, True)),
+        (r"int8_linear: weight.shape\[0\] is 2, expected 3", "int8_linear", (x, int8, scale, None, 65, True)),
+        (r"int8_linear: scale.shape\[0\] is 40, expected 41", "int8_linear", (x, int8, scale, None, 41, True)),
+        (r"int8_linear: weight has dtype", "int8_linear", (x, int4, scale, None, 40, True)),
+        (r"int8_linear: x has dtype", "int8_linear", (x.half(), int8, scale, None, 40, True)),
+        (r"int8_dynamic_linear: bias.shape\[0\] is 3", "int8_dynamic_linear", (x, int8, scale, x[0, :3], 40, True)),
+        (
+            r"int4_linear: x.shape\[1\] is 60, expected a multiple of 8",
+            "int4_linear",
+            (x[:, 4:], int4, scales, None, 40, True),
+        ),
+        (r"int4_linear: scale has dtype", "int4_linear", (x, int4, scales.float(), None, 40, True)),
+        (
+            r"int4_linear: scale.shape\[1\] is 5, expected to cut 64",
+            "int4_linear",
+            (x, int4, scales.new_ones(2, 5, 32), None, 40, True),
+        ),
+    ]
+    for pattern, operator, arguments in refused:
+        with pytest.raises(native.KernelError, match=pattern):
+            getattr(ops, operator)(*arguments)
