@@ -211,6 +211,17 @@ def parity(arguments: tuple[str, ...]) -> None:
     run.main(args=list(arguments), prog_name="xllm-bench parity", standalone_mode=False)
 
 
+@command.command("quantisation")
+@click.option("--work-dir", type=click.Path(path_type=Path), default=Path(".cache/bench"), help="Keeps the artifacts.")
+@click.option("--every", type=click.IntRange(1), default=1, help="Score one in this many held-out files.")
+@results_option
+def quantisation_command(work_dir: Path, results: Path, every: int) -> None:
+    """Bits per byte of demo-code in bfloat16, int8, int4 and int8-dynamic -> quantisation_demo_code.json."""
+    from xllm_compile.benchmarks.bench_quantisation import run_quantisation
+
+    run_quantisation(work_dir, results, _command_line(), every=every)
+
+
 @command.command("call-overhead")
 @click.option("--repeats", type=click.IntRange(1), default=30, help="Rounds of both ways.")
 @click.option("--seed", type=int, default=1234)

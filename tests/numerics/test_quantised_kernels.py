@@ -15,7 +15,10 @@ pytestmark = pytest.mark.numerics
 DTYPES = [torch.float32, torch.bfloat16]
 # The weights are the same bits in kernel and reference; sums are ordered differently, and two such sums may round to
 # neighbouring bfloat16 (2^-8).
-TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 5e-5}, torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3}}
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 1e-5, "atol": 5e-5},
+    torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3},
+}
 OPERATORS = ["int8_linear", "int8_dynamic_linear", "int4_linear"]
 # (operator, inputs, outputs): whole blocks, one more and one less than them, one panel of AMX and more.
 CASES = [
@@ -47,8 +50,8 @@ def test_equals_the_reference(
             assert_close(got, want, **tolerance)
             got, want = both(ops, operator, x, weight, scale, None, outputs, f32_out)
             # The sums of the dynamic scheme are integers: exact in any order.
-            exact = operator == "int8_dynamic_linear"
-            assert_close(got, want, **({"rtol": 0, "atol": 0} if exact else tolerance))
+            exact: dict[str, Any] = {"rtol": 0, "atol": 0}
+            assert_close(got, want, **(exact if operator == "int8_dynamic_linear" else tolerance))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
