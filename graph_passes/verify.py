@@ -6,9 +6,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from xllm_compile.graph_passes.region import RegionGraph
+from xllm_compile.graph_passes.region import RegionGraph, args_of
 
-_WRITES_CACHE = {torch.ops.xllm.kv_write.default, torch.ops.xllm.qkv_rope_write.default}
+# Operators that read a cache, and where it is among their arguments.
+_READS_CACHE = {"xllm.attention.default": (1,), "air.npu_fused_infer_attention_score.default": (1, 2)}
 
 
 class GraphVerificationError(AssertionError):
@@ -20,7 +21,7 @@ def verify_graph(region: RegionGraph, *, after: str) -> None:
 
     - placeholders are exactly the region's inputs, in order, then its weights, each of the shape its spec says;
     - every value is known (``meta["val"]``) and is what its operator gives for its arguments' values;
-    - the cache is written at most once, before it is read, and as the input it is, not through a view;
+    - a cache is written at most once, before it is read, and as the input it is, not through a view;
     - no output is an input or a view of one.
     """
     region.graph.lint()
@@ -66,14 +67,17 @@ def _shapes(value: object) -> list[str]:
 
 
 def _check_cache_order(region: RegionGraph, after: str) -> None:
-    written = False
+    written: set[fx.Node] = set()
     for node in region.graph.nodes:
-        if node.target in _WRITES_CACHE:
-            if written:
+        for position in _READS_CACHE.get(str(node.target), ()):
+            if _base(args_of(node)[position]) not in written:
+                raise GraphVerificationError(
+                    f"{region.name} after {after}: {node} reads the cache before it is written"
+                )
+        for cache in map(_base, _written_arguments(node)):
+            if cache in written:
                 raise GraphVerificationError(f"{region.name} after {after}: {node} writes the cache a second time")
-            written = True
-        elif node.target is torch.ops.xllm.attention.default and not written:
-            raise GraphVerificationError(f"{region.name} after {after}: {node} reads the cache before it is written")
+            written.add(cache)
 
 
 def _check_aliasing(region: RegionGraph, after: str) -> None:

@@ -218,6 +218,15 @@ def test_a_write_through_a_view_is_refused():
         verify_graph(region, after="a view")
 
 
+def test_a_read_before_the_write_is_refused():
+    region, _ = lowered(layer_graph(family_config("qwen3"), torch.bfloat16))
+    writes = list(region.graph.find_nodes(op="call_function", target=torch.ops.npu.npu_scatter_nd_update_.default))
+    (attention,) = (node for node in region.graph.nodes if "fused_infer" in str(node.target))
+    attention.append(writes[1])
+    with pytest.raises(GraphVerificationError, match="reads the cache before it is written"):
+        verify_graph(region, after="a move")
+
+
 def test_options():
     names = [step.name for step in npu_pipeline(max_model_len=1)]
     assert names[-1] == "lower_npu" and "pack_linear" not in names

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from tests.graph_passes.regions import family_config, family_regions, layer_graph
-from tests.graph_passes.test_lower_npu import all_reduce_region
 from tests.helpers import DEMO_MODEL, REPOSITORY
 from tests.npu import jobs
-from xllm_compile.capture import emit_program
-from xllm_compile.graph_passes.lower_npu import lower_npu
+from xllm_compile.capture import capture_region, emit_program
 from xllm_compile.graph_passes.pipeline import npu_pipeline, run_passes
+from xllm_compile.models.decoder import build_regions
 from xllm_compile.runtime.artifact import is_intact, read_manifest
 from xllm_compile.runtime.ops.npu import SCHEMAS
 from xllm_compile.targets import UnsupportedOperatorError
@@ -107,11 +106,12 @@ def test_lengths_are_inputs_not_constants(compiled):
     assert {"query_end:0", "kv_len:0", "block_table:0", "causal_mask:0"} <= set(attention.inputs)
 
 
-def test_product_and_all_reduce(compiled):
-    region = all_reduce_region()
-    lower_npu(region, num_blocks=1, blocks_per_seq=1)
+def test_a_layer_of_one_rank_of_two(compiled):
+    region = lowered(capture_region(build_regions(family_config("qwen3"), 2)[1], torch.bfloat16))
     types = Counter(op.type for op in compiled(region))
-    assert types["MatmulAllReduce"] == 1 and types["MatMul"] == types["HcomAllReduce"] == 0
+    # The output and the down projection, each with its sum over the ranks; weights are not transposed first.
+    assert types["MatmulAllReduce"] == 2 and types["MatMul"] == 2
+    assert types["HcomAllReduce"] == types["Transpose"] == 0
 
 
 def test_planted_a_missing_label_is_red(compiled):

@@ -4,7 +4,7 @@ device or a real one: nothing is executed, tensors are addresses."""
 import io
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def compile_program(program: RegionProgram, sizes: Mapping[str, int], output: Pa
         # TorchAir counts the graphs of its process.
         model.graph[0].name = program.name
         _name_inputs(model.graph[0], names)
+        _fold_transposes(model.graph[0])
         caches = [name for name in KV_CACHES if name in names]
         check_graph(program.name, ge_ops(model.graph[0]), planned_ops(traced.graph), caches)
         written = Path(scratch) / output.name
@@ -150,6 +151,31 @@ def read_model(path: Path) -> Any:
     model = ge_ir_pb2.ModelDef()
     model.ParseFromString(path.read_bytes())
     return model
+
+
+def _fold_transposes(graph: Any) -> None:
+    """MatmulAllReduce reads a weight as it lies: TorchAir folds the transposition into a plain product only, and would
+    have the device write a transposed copy of the weight in every step."""
+    by_name = {op.name: op for op in graph.op}
+    folded: list[Any] = []
+    for op in graph.op:
+        if op.type != "MatmulAllReduce" or op.attr["is_trans_b"].b:
+            continue
+        transpose = by_name[op.input[1].rpartition(":")[0]]
+        if transpose.type == "Transpose":
+            op.input[1] = transpose.input[0]
+            op.attr["is_trans_b"].b = True
+            folded.append(transpose)
+    # A transposition goes when nothing reads it any more, then the constant with its axes.
+    _remove_unread(graph, [op.name for op in folded])
+    _remove_unread(graph, [op.input[1].rpartition(":")[0] for op in folded])
+
+
+def _remove_unread(graph: Any, names: Iterable[str]) -> None:
+    read = {source.rpartition(":")[0] for op in graph.op for source in op.input}
+    unread = set(names) - read
+    for op in [op for op in graph.op if op.name in unread]:
+        graph.op.remove(op)
 
 
 def _name_inputs(graph: Any, names: list[str]) -> None:
