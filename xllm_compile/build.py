@@ -25,13 +25,13 @@ from xllm_compile.capture import capture_region, emit_program, locate_operator
 from xllm_compile.device import ChosenDevice, choose_device
 from xllm_compile.graph_jobs import GraphJob, list_jobs
 from xllm_compile.graph_passes.cost_model import CostModel
-from xllm_compile.graph_passes.memory_plan import lifetimes, plan_graph
+from xllm_compile.graph_passes.memory_plan import lifetimes
 from xllm_compile.graph_passes.partition import partition, runs_eagerly
 from xllm_compile.graph_passes.pipeline import run_passes
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
 from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
-from xllm_compile.memory_layout import blocks, plan_graphs, pool_bytes
+from xllm_compile.memory_layout import plan_graphs, pool_bytes
 from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
 from xllm_compile.models.config import DecoderConfig, read_hf_config
 from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, checkpoint_shapes
@@ -39,7 +39,8 @@ from xllm_compile.models.registry import read_model_config
 from xllm_compile.models.rope import rope_constants
 from xllm_compile.models.tensor_parallel import rank_shape
 from xllm_compile.progress import BuildProgress
-from xllm_compile.report import INDEX, BucketReport, RegionReport, ReportPage, write_report
+from xllm_compile.report import BucketReport, RegionReport
+from xllm_compile.report.contents import write_reports
 from xllm_compile.request_trace import TraceRequest
 from xllm_compile.runtime import artifact
 from xllm_compile.runtime.artifact import GraphEntry, Manifest, ModelInfo
@@ -110,7 +111,16 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
         num_compiled = produce(root, config, source, weights, jobs, store, num_workers, progress)
         for name in tokenizer_files(config.model_dir):
             shutil.copyfile(config.model_dir / name, root / artifact.TOKENIZER / name)
-        write_report(root / artifact.REPORT / INDEX, report_page(config, source, buckets, reports))
+        write_reports(
+            root / artifact.REPORT,
+            config,
+            source.config,
+            source.dtype,
+            source.max_model_len,
+            buckets,
+            device.spec,
+            reports,
+        )
         manifest = describe(
             root, key, source, config, buckets, times, device, programs, reports, weights, jobs, compiler
         )
@@ -261,30 +271,6 @@ def _make_programs(
         final="\n".join(program.code for program in programs),
         graph=graph,
         lifetimes=[plan for plan, _ in plans],
-    )
-
-
-def report_page(
-    config: BuildConfig, source: Source, buckets: BucketReport, reports: Sequence[RegionReport]
-) -> ReportPage:
-    model = source.config
-    largest = {"T": config.max_num_batched_tokens, "R": 1}
-    return ReportPage(
-        title=f"{model.architecture}: {model.num_layers} layers of {model.hidden_size}",
-        facts={
-            "target": config.target,
-            "dtype": source.dtype,
-            "longest sequence": f"{source.max_model_len} tokens",
-            "largest step": f"{config.max_num_batched_tokens} tokens",
-            "passes left out": ", ".join(sorted(config.disabled_passes)) or "none",
-        },
-        regions=reports,
-        buckets=buckets,
-        memory=[
-            (f"{region.region}, {config.max_num_batched_tokens} tokens", blocks(region, plan_graph(region, largest)))
-            for report in reports
-            for region in report.lifetimes
-        ],
     )
 
 

@@ -86,6 +86,7 @@ def test_an_artifact_is_complete(built):
         "graphs/layer-dynamic.so",
         "manifest.json",
         "report/index.html",
+        "report/timeline.json",
         "tokenizer/config.json",
         "tokenizer/generation_config.json",
         "tokenizer/tokenizer.json",

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class ReportPage:
     regions: Sequence[RegionReport]
     buckets: BucketReport
     timelines: Sequence[tuple[str, Sequence[Span]]] = ()
-    memory: Sequence[tuple[str, Sequence[Block]]] = field(default=())
+    memory: Sequence[tuple[str, Sequence[Block]]] = ()
 
     @property
     def memory_peak(self) -> int:

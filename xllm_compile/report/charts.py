@@ -88,7 +88,14 @@ def timeline_chart(spans: Sequence[Span]) -> str:
     y = len(lanes) * row + 16
     parts.append(f'<text x="{_LABEL}" y="{y}">0</text>')
     parts.append(f'<text x="{_WIDTH - 20}" y="{y}" text-anchor="end">{end * 1e6:.1f} us</text>')
-    return _svg(len(lanes) * row + 24, parts)
+    height = y + 8
+    for index, name in enumerate(names):
+        left, top = _LABEL + 210 * (index % 4), height + 18 * (index // 4)
+        parts.append(
+            f'<circle cx="{left + 5}" cy="{top + 8}" r="5" fill="{_PALETTE[index % len(_PALETTE)]}"/>'
+            f'<text x="{left + 16}" y="{top + 12}">{escape(name.removesuffix(".default"))}</text>'
+        )
+    return _svg(height + 18 * -(-len(names) // 4) + 6, parts)
 
 
 def memory_chart(blocks: Sequence[Block]) -> str:
