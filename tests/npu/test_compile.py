@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from tests.graph_passes.regions import family_config, family_regions, layer_graph
+from tests.graph_passes.test_cube_vector_balance import balance, branching
 from tests.helpers import DEMO_MODEL, REPOSITORY
 from tests.npu import jobs
 from xllm_compile.capture import capture_region, emit_program
+from xllm_compile.graph_passes.lower_npu import lower_npu
 from xllm_compile.graph_passes.pipeline import npu_pipeline, run_passes
 from xllm_compile.models.decoder import build_regions
 from xllm_compile.runtime.artifact import is_intact, read_manifest
@@ -98,6 +100,14 @@ def test_streams_and_core_limits_arrive(compiled):
     ops = compiled(region)
     placed = [(op.type, op.stream, op.cube_cores, op.vector_cores) for op in ops if op.stream or op.cube_cores]
     assert placed == [("MatMul", "mlp", "8", "16"), ("SwiGlu", "mlp", "8", "16")]
+
+
+def test_what_the_balance_pass_plans_arrives(compiled):
+    region = branching()
+    assert balance(region).matches == 1
+    assert lower_npu(region, num_blocks=1, blocks_per_seq=1).matches > 3
+    products = [(op.stream, op.cube_cores) for op in compiled(region) if op.type == "MatMul"]
+    assert products == [(None, "6"), ("layer.0.1", "2"), (None, None)]
 
 
 def test_lengths_are_inputs_not_constants(compiled):

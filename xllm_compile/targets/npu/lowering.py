@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import xxhash
 
 from xllm_compile.graph_passes.pipeline import Pass, npu_pipeline
 from xllm_compile.graph_passes.quantisation import Quantisation
@@ -13,6 +14,8 @@ from xllm_compile.targets.npu.null_device import ensure_null_device, torch_npu_v
 
 MAX_NUM_SEQS = 64
 """Sequences whose KV the graphs address; xllm-serve runs as many by default."""
+# What is ours of the way from a program to a graph.
+_COMPILER_SOURCES = ("compile_region.py", "ge_graph.py")
 
 
 class NpuTargetError(ValueError):
@@ -44,7 +47,8 @@ class NpuLowering:
         return f"torch_npu {torch_npu_version()}"
 
     def environment(self) -> list[str]:
-        return [torch.__version__, torch_npu_version()]
+        sources = b"\0".join(Path(__file__).with_name(name).read_bytes() for name in _COMPILER_SOURCES)
+        return [torch.__version__, torch_npu_version(), xxhash.xxh3_128(sources).hexdigest()]
 
     def pipeline(
         self,
