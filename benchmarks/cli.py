@@ -233,6 +233,29 @@ def call_overhead_command(results: Path, repeats: int, seed: int) -> None:
     run_call_overhead(results, _command_line(), seed=seed, repeats=repeats)
 
 
+@command.command("calibrate")
+@click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False), required=False)
+@model_options
+@click.option("--repeats", type=click.IntRange(1), default=5, help="Of each measurement.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the spec here instead of the user's cache."
+)
+def calibrate_command(
+    artifact: Path | None, shape: str, work_dir: Path, seed: int, results: Path, **options: Any
+) -> None:
+    """Fit the cost model to this machine, on ARTIFACT or a model of --shape -> a device spec and cost_model_cpu.json.
+
+    Builds on this machine choose buckets by the spec from then on.
+    """
+    import os
+
+    # Before torch is loaded: workers of its OpenMP that spin after a call would take a core from the kernels' pool.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from xllm_compile.benchmarks.bench_calibrate import run_calibrate
+
+    run_calibrate(_shape(shape), artifact, work_dir, results, _command_line(), seed=seed, **options)
+
+
 @command.command("buckets")
 @click.option("--trace", type=click.Path(path_type=Path), required=True, help="Requests with arrival times.")
 @click.option("--name", default="buckets_azure_conv", help="Name of the record.")

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from xllm_compile.capture import capture_region
 from xllm_compile.graph_passes.pipeline import cpu_pipeline, run_passes
 from xllm_compile.graph_passes.region import RegionGraph
+from xllm_compile.models.config import DecoderConfig
 from xllm_compile.models.decoder import EMBED_WEIGHT, MODEL_DTYPE, Region, build_regions
 from xllm_compile.models.registry import read_model_config
 from xllm_compile.runtime.ops.spec import TensorSpec
@@ -47,7 +48,11 @@ PLANNED_MODELS: dict[str, dict[str, Any]] = {
 
 def planned_regions(name: str, dtype: torch.dtype = torch.bfloat16) -> list[tuple[RegionGraph, int]]:
     """The regions after the passes, each with how often a step runs it."""
-    config = read_model_config(PLANNED_MODELS[name])
+    return passed_regions(read_model_config(PLANNED_MODELS[name]), dtype)
+
+
+def passed_regions(config: DecoderConfig, dtype: torch.dtype) -> list[tuple[RegionGraph, int]]:
+    """As planned_regions, of any model."""
     tied = frozenset({EMBED_WEIGHT}) if config.tie_word_embeddings else frozenset[str]()
     found = []
     for region in build_regions(config):
