@@ -7,6 +7,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from xllm_compile.graph_passes.region import RegionGraph, args_of
+from xllm_compile.runtime.ops.collectives import ALL_REDUCE, WAIT
 
 # Operators that read a cache, and where it is among their arguments.
 _READS_CACHE = {"xllm.attention.default": (1,), "air.npu_fused_infer_attention_score.default": (1, 2)}
@@ -21,7 +22,10 @@ def verify_graph(region: RegionGraph, *, after: str) -> None:
 
     - placeholders are exactly the region's inputs, in order, then its weights, each of the shape its spec says;
     - every value is known (``meta["val"]``) and is what its operator gives for its arguments' values;
-    - a cache is written at most once, before it is read, and as the input it is, not through a view;
+    - a cache is written at most once by each micro-batch, in their order, before that micro-batch reads it and after
+      the one before has read it, and as the input it is, not through a view;
+    - a sum that is on its way is read by nothing before it is waited for, and is left to the next region only where
+      this one waits for what it takes itself;
     - no output is an input or a view of one.
     """
     region.graph.lint()
@@ -30,6 +34,7 @@ def verify_graph(region: RegionGraph, *, after: str) -> None:
         if node.op == "call_function":
             _check_value(region, node, after)
     _check_cache_order(region, after)
+    _check_collectives(region, after)
     _check_aliasing(region, after)
 
 
@@ -67,17 +72,48 @@ def _shapes(value: object) -> list[str]:
 
 
 def _check_cache_order(region: RegionGraph, after: str) -> None:
-    written: set[fx.Node] = set()
+    written: dict[fx.Node, list[int]] = {}
+    unread: set[fx.Node] = set()
     for node in region.graph.nodes:
+        half = node.meta.get("micro_batch", 0)
         for position in _READS_CACHE.get(str(node.target), ()):
-            if _base(args_of(node)[position]) not in written:
+            cache = _base(args_of(node)[position])
+            if half not in written.get(cache, ()):
                 raise GraphVerificationError(
                     f"{region.name} after {after}: {node} reads the cache before it is written"
                 )
+            unread.discard(cache)
         for cache in map(_base, _written_arguments(node)):
-            if cache in written:
+            before = written.setdefault(cache, [])
+            if half in before:
                 raise GraphVerificationError(f"{region.name} after {after}: {node} writes the cache a second time")
-            written.add(cache)
+            if before and (cache in unread or max(before) > half):
+                raise GraphVerificationError(
+                    f"{region.name} after {after}: {node} writes the cache before the micro-batch ahead of it is done"
+                )
+            before.append(half)
+            unread.add(cache)
+
+
+def _check_collectives(region: RegionGraph, after: str) -> None:
+    (outputs,) = region.graph.output_node().args
+    for node in region.graph.nodes:
+        if node.target is not ALL_REDUCE and not _is_waited_input(node):
+            continue
+        for user in node.users:
+            if user.target is torch.ops.aten.sym_size.int or user.target is WAIT:
+                continue
+            position = list(outputs).index(node) if user.op == "output" else -1  # type: ignore[arg-type]
+            if position < 0 or not _is_waited_input(region.placeholder(region.inputs[position].name)):
+                raise GraphVerificationError(
+                    f"{region.name} after {after}: {user} reads {node} before it is waited for"
+                )
+        if not node.users:
+            raise GraphVerificationError(f"{region.name} after {after}: nothing waits for {node}")
+
+
+def _is_waited_input(node: fx.Node) -> bool:
+    return node.op == "placeholder" and any(user.target is WAIT for user in node.users)
 
 
 def _check_aliasing(region: RegionGraph, after: str) -> None:

@@ -32,8 +32,8 @@ def family_config(family: str, **changes: Any) -> DecoderConfig:
     return read_model_config({**options, "architectures": [ARCHITECTURES[family]]})
 
 
-def family_regions(config: DecoderConfig, dtype: torch.dtype) -> list[RegionGraph]:
-    return [_capture(region, dtype) for region in build_regions(config)]
+def family_regions(config: DecoderConfig, dtype: torch.dtype, tensor_parallel_size: int = 1) -> list[RegionGraph]:
+    return [_capture(region, dtype) for region in build_regions(config, tensor_parallel_size)]
 
 
 def embed_graph(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> RegionGraph:
@@ -119,14 +119,17 @@ def run_graph(
     inputs: Mapping[str, Tensor],
     seed: int = 0,
     change: Callable[[WeightSpec, Tensor], Tensor] = lambda spec, weight: weight,
+    *,
+    on_kernels: bool = False,
 ) -> dict[str, Tensor]:
     """Outputs by number and inputs after the run by name. Weights are random and depend on their sources' names and
-    the seed only, so that a rewritten graph gets the same ones; ``change`` may put another in a weight's place."""
+    the seed only, so that a rewritten graph gets the same ones; ``change`` may put another in a weight's place.
+    ``on_kernels``: whatever kernels are loaded run it."""
     given = {name: value.clone() for name, value in inputs.items()}
     arguments = [given[spec.name] for spec in region.inputs]
     arguments += [change(spec, make_weight(spec, seed)) for spec in region.weights.values()]
     with torch.no_grad():
-        outputs = _Plain(region.module).run(*arguments)
+        outputs = region.module(*arguments) if on_kernels else _Plain(region.module).run(*arguments)
     return {**given, **{str(index): output for index, output in enumerate(outputs)}}
 
 
