@@ -11,9 +11,11 @@ from torch import fx
 
 from xllm_compile.graph_passes.add_rms_norm import add_rms_norm
 from xllm_compile.graph_passes.canonicalise import canonicalise
+from xllm_compile.graph_passes.dual_stream import dual_stream
 from xllm_compile.graph_passes.last_token_gather import last_token_gather
 from xllm_compile.graph_passes.lower_npu import lower_npu
 from xllm_compile.graph_passes.merge_linear import merge_linear
+from xllm_compile.graph_passes.micro_batch_split import micro_batch_split
 from xllm_compile.graph_passes.pack_linear import pack_linear
 from xllm_compile.graph_passes.qkv_rope_write import qkv_rope_write
 from xllm_compile.graph_passes.quantisation import Quantisation
@@ -102,6 +104,21 @@ def cpu_pipeline(
     return _without(passes, disabled - {"quantise"}, "the CPU kernels rely on it")
 
 
+def split_pipeline(*, disabled: frozenset[str] = frozenset()) -> list[Pass]:
+    """What runs on copies of all regions, after the target's pipeline, for steps that are run in two halves."""
+    if "micro_batch_split" in disabled:
+        return []
+    # Two passes: what the halves are, and in which order they run.
+    passes = [
+        Pass(name="micro_batch_split", run=micro_batch_split, summary="two halves of a step's tokens"),
+        Pass(name="dual_stream", run=dual_stream, summary="one half computes while the other's sum is on its way"),
+    ]
+    return [step for step in passes if step.name not in disabled]
+
+
+_SPLIT_PASSES = frozenset({"micro_batch_split", "dual_stream"})
+
+
 def npu_pipeline(*, max_model_len: int, max_num_seqs: int = 64, disabled: frozenset[str] = frozenset()) -> list[Pass]:
     """The pipeline of the NPU target; its graphs address the KV of ``max_num_seqs`` sequences of ``max_model_len``.
 
@@ -128,9 +145,10 @@ def npu_pipeline(*, max_model_len: int, max_num_seqs: int = 64, disabled: frozen
 
 
 def _without(passes: list[Pass], disabled: frozenset[str], reason: str) -> list[Pass]:
-    unknown = sorted(disabled - {step.name for step in passes})
+    names = [*(step.name for step in passes), *sorted(_SPLIT_PASSES)]
+    unknown = sorted(disabled - {*names})
     if unknown:
-        raise ValueError(f"no pass is named {unknown[0]!r}; passes: {', '.join(step.name for step in passes)}")
+        raise ValueError(f"no pass is named {unknown[0]!r}; passes: {', '.join(names)}")
     for step in passes:
         if step.name in disabled and step.required_in:
             raise ValueError(f"pass {step.name!r} cannot be left out: {reason}")

@@ -57,6 +57,16 @@ class RegionGraph:
         self.graph.lint()
         self.module.recompile()
 
+    def copy(self, name: str) -> "RegionGraph":
+        """The same region under another name, to be changed by itself."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.graph, copied)
+        graph.output(output)
+        graph.output_node().meta = dict(self.graph.output_node().meta)
+        module = fx.GraphModule(self.module, graph)
+        return RegionGraph(name=name, module=module, inputs=self.inputs, weights=dict(self.weights))
+
     def op_counts(self) -> dict[str, int]:
         """How many of each operator the graph calls; for reports and golden dumps."""
         counts = Counter(str(node.target) for node in self.graph.nodes if node.op == "call_function")

@@ -99,6 +99,10 @@ class Manifest:
     max_num_batched_tokens: int
     tensor_parallel_size: int
     programs: tuple[RegionProgram, ...]
+    split_buckets: tuple[int, ...]
+    """Token buckets whose steps run in two halves, one computing while the other's collective is on its way."""
+    split_programs: tuple[RegionProgram, ...]
+    """What they run, under the region's name with ".split" behind it."""
     graphs: tuple[GraphEntry, ...]
     kernels: FileEntry | None
     """Our own kernels; None on a target whose operators come with its runtime."""
@@ -131,6 +135,8 @@ class Manifest:
                 "token_buckets": tuple(values["token_buckets"]),
                 "logits_buckets": tuple(values["logits_buckets"]),
                 "step_times": {axis: StepTimes.from_json(times) for axis, times in values["step_times"].items()},
+                "split_buckets": tuple(values["split_buckets"]),
+                "split_programs": tuple(RegionProgram.from_json(program) for program in values["split_programs"]),
                 "programs": tuple(RegionProgram.from_json(program) for program in values["programs"]),
                 "graphs": tuple(GraphEntry(**{**g, "file": FileEntry(**g["file"])}) for g in values["graphs"]),
             }

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from xllm_compile.runtime.artifact import Manifest
-from xllm_compile.runtime.graph_cache import build_cache
+from xllm_compile.runtime.graph_cache import GraphChoice, build_cache
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.runtime.promotion import GraphPromoter, PromotionConfig
 from xllm_compile.runtime.step import Int32Array, Step
+
+SPLIT = ".split"
+"""Behind a region's name: the program that runs it on two halves of a step."""
 
 
 class CompiledModelRunner:
@@ -60,25 +63,32 @@ class CompiledModelRunner:
         self._embed_weights = _region_weights(programs["embed"], weights)
         self._head_weights = _region_weights(programs["head"], weights)
         self._layers = _layer_plan(manifest.programs, weights, kv_layers)
+        # Buckets whose steps run in halves take the same weights through other graphs.
+        self._split_graphs = build_cache(
+            root, "T", times["T"], manifest.split_programs, graphs, enforce_eager=enforce_eager
+        )
+        self._split_buckets = frozenset(manifest.split_buckets)
 
     def execute(self, step: Step) -> Tensor:
         """See ModelRunner.execute. Raises RuntimeError when a kernel refuses its arguments."""
         if self._promoter is not None:
             self._promoter.between_steps(self._token_graphs)
         with self.pool:
-            state = self._run_layers(step)
-            return self._run_head(step, state)
+            return self._run_head(step, *self._run_layers(step))
 
-    def _run_layers(self, step: Step) -> list[Tensor]:
-        """The state after the last layer: delta and residual, [T, E] each, padded."""
+    def _run_layers(self, step: Step) -> tuple[list[Tensor], GraphChoice | None]:
+        """The state after the last layer: delta and residual, [T, E] each, padded; with a choice, in halves."""
         num_tokens = len(step.token_ids)
         graphs = self._token_graphs
         choice = graphs.choose(num_tokens)
+        suffix, is_split = "", choice.is_bucket and choice.size in self._split_buckets
+        if is_split:
+            graphs, suffix = self._split_graphs, SPLIT
         # A bucket's graphs fix S to T: there are never more sequences than tokens.
         num_seqs = choice.size if choice.is_bucket and self._has_padded_seqs else len(step.slot)
         positions = _padded(step.positions, choice.size)
         tokens = [_padded(step.token_ids, choice.size), positions, _padded(step.rope_len, choice.size, 1)]
-        *state, cos, sin = graphs.run("embed", choice, [*tokens, *self._embed_weights])
+        *state, cos, sin = graphs.run("embed" + suffix, choice, [*tokens, *self._embed_weights])
         metadata = [
             cos,
             sin,
@@ -89,10 +99,10 @@ class CompiledModelRunner:
             _padded(step.slot, num_seqs),
         ]
         for region, kv_cache, weights in self._layers:
-            state = graphs.run(region, choice, [*state, *metadata, kv_cache, *weights])
-        return state
+            state = graphs.run(region + suffix, choice, [*state, *metadata, kv_cache, *weights])
+        return state, choice if is_split else None
 
-    def _run_head(self, step: Step, state: list[Tensor]) -> Tensor:
+    def _run_head(self, step: Step, state: list[Tensor], split: GraphChoice | None) -> Tensor:
         num_rows = len(step.logits_at)
         if num_rows == 0:
             # A chunk in the middle of a prompt: the head's weights, a good part of the model, need not be read.
@@ -100,6 +110,9 @@ class CompiledModelRunner:
                 for tensor in state:
                     torch.ops._c10d_functional.wait_tensor(tensor)
             return torch.empty(0, self.vocab_size)
+        if split is not None:
+            rows = torch.from_numpy(step.logits_at)
+            return self._split_graphs.run("head" + SPLIT, split, [*state, rows, *self._head_weights])[0]
         head = self._head_graphs.choose(num_rows)
         rows = _padded(step.logits_at, head.size)
         (logits,) = self._head_graphs.run("head", head, [*state, rows, *self._head_weights])

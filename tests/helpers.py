@@ -204,6 +204,8 @@ def _manifest(source: Source, programs: Sequence[RegionProgram], config: BuildCo
         max_num_batched_tokens=config.max_num_batched_tokens,
         tensor_parallel_size=config.tensor_parallel_size,
         programs=tuple(programs),
+        split_buckets=(),
+        split_programs=(),
         graphs=(),
         kernels=nothing,
         weights=(nothing,),

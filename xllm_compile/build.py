@@ -32,6 +32,7 @@ from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
 from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
 from xllm_compile.memory_layout import plan_graphs, pool_bytes
+from xllm_compile.micro_batches import SplitPlan, plan_split
 from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
 from xllm_compile.models.config import DecoderConfig, read_hf_config
 from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, checkpoint_shapes
@@ -101,8 +102,15 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
         return BuildResult(output=config.output, is_up_to_date=True, seconds=time.monotonic() - began)
     programs, reports = make_programs(source, config, progress)
     times, buckets = plan_buckets(config, workload, device, reports)
+    split = plan_split(
+        reports,
+        buckets.tokens if config.graph_mode == "full" else (),
+        source.tensor_parallel_size,
+        CostModel(spec=device.spec),
+        config.disabled_passes,
+    )
     weights = artifact_weights(programs)
-    jobs = list_jobs(programs, buckets.tokens, buckets.logits, lowering)
+    jobs = [*list_jobs(programs, buckets.tokens, buckets.logits, lowering), *split.jobs(lowering)]
     store = open_store(config.output, lowering.graph_suffix)
     num_workers = check_resources(config, weights, len(jobs))
     with atomic_directory(config.output) as root:
@@ -122,7 +130,7 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
             reports,
         )
         manifest = describe(
-            root, key, source, config, buckets, times, device, programs, reports, weights, jobs, compiler
+            root, key, source, config, buckets, times, device, programs, split, reports, weights, jobs, compiler
         )
         artifact.write_manifest(root, manifest)
     store.trim(GRAPH_STORE_BYTES)
@@ -421,6 +429,7 @@ def describe(
     times: dict[str, StepTimes],
     device: ChosenDevice,
     programs: Sequence[RegionProgram],
+    split: SplitPlan,
     reports: Sequence[RegionReport],
     weights: Sequence[WeightSpec],
     jobs: Sequence[GraphJob],
@@ -448,7 +457,7 @@ def describe(
         target=config.target,
         target_features=lowering.features(),
         versions={**artifact.runtime_versions(), "compiler": compiler},
-        passes=tuple(entry for report in reports for entry in report.to_json()),
+        passes=(*(entry for report in reports for entry in report.to_json()), *split.passes_json()),
         graph_mode=config.graph_mode,
         token_buckets=buckets.tokens,
         logits_buckets=buckets.logits,
@@ -458,6 +467,8 @@ def describe(
         max_num_batched_tokens=config.max_num_batched_tokens,
         tensor_parallel_size=ranks,
         programs=tuple(programs),
+        split_buckets=split.buckets,
+        split_programs=split.programs,
         graphs=tuple(
             GraphEntry(region=j.program.name, sizes=j.sizes, key=j.key, file=artifact.file_entry(root, j.file))
             for j in jobs

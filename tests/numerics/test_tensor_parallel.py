@@ -1,16 +1,25 @@
 """Two ranks on this machine, started by rank 0: greedy tokens against transformers, and how the ranks end."""
 
+import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.helpers import COMPILE_OPTIONS, compile_model, greedy
 from tests.numerics.test_parity import NUM_TOKENS, assert_parity, chains_of
-from xllm_compile.runtime.artifact import read_manifest
+from xllm_compile.benchmarks.parity import random_prompts
+from xllm_compile.graph_passes.device_spec import device_spec
+from xllm_compile.runtime.artifact import read_manifest, write_manifest
+from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.follower import opened_instance
 from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.step import Step
 
 pytestmark = pytest.mark.numerics
 
@@ -25,9 +34,16 @@ def model_dir(request, tiny_model_dir) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(model_dir, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("tp") / "tp2.xllm"
-    done = compile_model(model_dir, "-o", output, *COMPILE_OPTIONS, "--tensor-parallel-size", "2")
+    folder = tmp_path_factory.mktemp("tp")
+    # A link so slow and launches so cheap that splitting a step pays even for a model this small.
+    spec = folder / "spec.json"
+    slow = replace(device_spec("cpu-avx2"), link_bytes_per_s=3e8, link_latency_s=0.0, launch_s=0.0)
+    spec.write_text(json.dumps(slow.to_json()))
+    output = folder / "tp2.xllm"
+    options = (*COMPILE_OPTIONS, "--buckets", "4,129", "--device-spec", spec, "--tensor-parallel-size", "2")
+    done = compile_model(model_dir, "-o", output, *options)
     assert done.returncode == 0, done.stderr
+    assert read_manifest(output).split_buckets == (4, 129)
     return output
 
 
@@ -47,6 +63,31 @@ def test_greedy_tokens(model_dir, artifact):
         outcomes = {outcome for _, outcome, _ in instance.engine.stats().graph_cache.choices}
         assert outcomes == {"exact", "padded", "dynamic"}
     assert children() == before
+
+
+def test_steps_in_halves_are_bitwise_those_in_one(artifact, tmp_path):
+    whole = tmp_path / "whole.xllm"
+    shutil.copytree(artifact, whole)
+    write_manifest(whole, replace(read_manifest(whole), split_buckets=()))
+    prompts = random_prompts((1, 3, 4, 33, 129, 127, 70), 4099)
+    logits: dict[Path, list[Tensor]] = {artifact: [], whole: []}
+    for root, seen in logits.items():
+        with opened_instance(root, InstanceConfig(max_num_seqs=8)) as instance:
+            record_logits(instance.engine, seen)
+            for batch in (*([prompt] for prompt in prompts), prompts[:3], prompts):
+                greedy(instance.engine, batch, 4)
+    for split, plain in zip(*logits.values(), strict=True):
+        torch.testing.assert_close(split, plain, rtol=0, atol=0)
+
+
+def record_logits(engine: Engine, seen: list[Tensor]) -> None:
+    execute = engine._runner.execute
+
+    def recorded(step: Step) -> Tensor:
+        seen.append(execute(step).clone())
+        return seen[-1]
+
+    engine._runner.execute = recorded  # type: ignore[method-assign]
 
 
 def test_each_rank_holds_its_part(artifact):

@@ -15,6 +15,10 @@ from xllm_compile.report.charts import Block, Span, histogram_chart, memory_char
 INDEX = "index.html"
 
 
+def manifest_entry(report: PassReport) -> dict[str, Any]:
+    return {key: value for key, value in asdict(report).items() if key not in ("seconds", "program")}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegionReport:
     region: str
@@ -31,10 +35,7 @@ class RegionReport:
 
     def to_json(self) -> list[dict[str, Any]]:
         """For the manifest, which is the same for the same inputs: no times, no programs."""
-        return [
-            {key: value for key, value in asdict(report).items() if key not in ("seconds", "program")}
-            for report in self.passes
-        ]
+        return [manifest_entry(report) for report in self.passes]
 
     @property
     def num_runs(self) -> int:

@@ -1,0 +1,83 @@
+"""The second set of programs of a tensor-parallel artifact: regions on two halves of a step, where that pays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xllm_compile.capture import emit_program
+from xllm_compile.graph_jobs import GraphJob, graph_job
+from xllm_compile.graph_passes.cost_model import CostModel
+from xllm_compile.graph_passes.micro_batch_split import SUFFIX, split_sizes
+from xllm_compile.graph_passes.overlap import predict_overlap
+from xllm_compile.graph_passes.pipeline import run_passes, split_pipeline
+from xllm_compile.graph_passes.region import PassReport
+from xllm_compile.report import RegionReport, manifest_entry
+from xllm_compile.runtime.program import RegionProgram
+from xllm_compile.targets import Lowering
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitPlan:
+    """Buckets whose steps run in halves, and the programs they run; none where nothing is gained."""
+
+    buckets: tuple[int, ...] = ()
+    programs: tuple[RegionProgram, ...] = ()
+    passes: tuple[PassReport, ...] = ()
+
+    def passes_json(self) -> list[dict[str, Any]]:
+        """For the manifest: what was decided for each bucket and what the passes did."""
+        return [manifest_entry(report) for report in self.passes]
+
+    def jobs(self, lowering: Lowering) -> list[GraphJob]:
+        """One graph per region and bucket; the head keeps its rows dynamic."""
+        return [
+            graph_job(program, _sizes(program, bucket), lowering)
+            for program in self.programs
+            for bucket in self.buckets
+        ]
+
+
+def plan_split(
+    reports: Sequence[RegionReport],
+    token_buckets: Sequence[int],
+    tensor_parallel_size: int,
+    model: CostModel,
+    disabled: frozenset[str],
+) -> SplitPlan:
+    """Decide for each bucket, and run the passes on copies of the regions where one bucket gains."""
+    passes = split_pipeline(disabled=disabled)
+    if tensor_parallel_size == 1 or not passes:
+        return SplitPlan()
+    decisions = PassReport(name="micro_batch_split", region="buckets")
+    layers = [report for report in reports if report.layers]
+    buckets = []
+    for bucket in token_buckets:
+        if bucket < 2:
+            decisions.skip(f"bucket {bucket}: one token has no halves")
+            continue
+        predicted = [
+            (report.num_runs, predict_overlap(report.graph, bucket, tensor_parallel_size, model)) for report in layers
+        ]
+        plain_s, split_s = (sum(n * getattr(p, name) for n, p in predicted) for name in ("plain_s", "split_s"))
+        if split_s < plain_s:
+            buckets.append(bucket)
+        else:
+            decisions.skip(
+                f"bucket {bucket}: predicted {split_s * 1e3:.3g} ms in halves, {plain_s * 1e3:.3g} ms as one"
+            )
+    decisions.matches = len(buckets)
+    if not buckets:
+        return SplitPlan(passes=(decisions,))
+    programs, found = [], [decisions]
+    for report in reports:
+        graph = report.graph.copy(report.region + SUFFIX)
+        found += run_passes(graph, passes)
+        programs.append(emit_program(graph, report.layers))
+    return SplitPlan(buckets=tuple(buckets), programs=tuple(programs), passes=tuple(found))
+
+
+def _sizes(program: RegionProgram, bucket: int) -> dict[str, int]:
+    symbols = {symbol for spec in program.inputs for symbol in spec.shape if isinstance(symbol, str)}
+    known = {"T": bucket, "S": bucket, "S1": bucket + 1, **split_sizes(bucket)}
+    # T names the bucket also where no input has that many rows.
+    return {name: size for name, size in known.items() if name in symbols or name == "T"}
