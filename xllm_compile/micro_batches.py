@@ -68,12 +68,15 @@ def plan_split(
     decisions.matches = len(buckets)
     if not buckets:
         return SplitPlan(passes=(decisions,))
-    programs, found = [], [decisions]
+    programs, found = [], []
     for report in reports:
         graph = report.graph.copy(report.region + SUFFIX)
         found += run_passes(graph, passes)
         programs.append(emit_program(graph, report.layers))
-    return SplitPlan(buckets=tuple(buckets), programs=tuple(programs), passes=tuple(found))
+    if any(report.name == "micro_batch_split" and not report.matches for report in found):
+        # All regions of a step run in halves or none: a region the pass declined says why in its report.
+        return SplitPlan(passes=(decisions, *found))
+    return SplitPlan(buckets=tuple(buckets), programs=tuple(programs), passes=(decisions, *found))
 
 
 def _sizes(program: RegionProgram, bucket: int) -> dict[str, int]:
