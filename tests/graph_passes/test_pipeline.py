@@ -19,6 +19,7 @@ from tests.graph_passes.regions import (
 )
 from xllm_compile.capture import emit_program
 from xllm_compile.graph_passes.pipeline import Pass, PassError, RequiredPassError, cpu_pipeline, run_passes
+from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_passes.region import PassReport
 from xllm_compile.graph_passes.verify import GraphVerificationError
 from xllm_compile.models.decoder import EMBED_WEIGHT, build_regions
@@ -40,22 +41,23 @@ def tied(config):
     return frozenset({EMBED_WEIGHT}) if config.tie_word_embeddings else frozenset()
 
 
-def final_programs(config, dtype):
+def final_programs(config, dtype, quantisation=None):
     programs = []
     for graph, region in zip(family_regions(config, dtype), build_regions(config), strict=True):
-        run_passes(graph, cpu_pipeline(tied_weights=tied(config)))
+        run_passes(graph, cpu_pipeline(tied_weights=tied(config), quantisation=quantisation))
         programs.append(emit_program(graph, region.layers))
     return programs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_golden_programs(family, request):
+@pytest.mark.parametrize(("family", "scheme"), [*((family, None) for family in FAMILIES), ("qwen3", "int8")])
+def test_golden_programs(family, scheme, request):
     """A change of a pass, a model or torch's export shows here as a diff to read.
 
     Accept it with: pytest tests/graph_passes/test_pipeline.py --update-golden
     """
     lines = []
-    for program in final_programs(family_config(family), torch.float32):
+    quantisation = Quantisation(scheme=scheme) if scheme else None
+    for program in final_programs(family_config(family), torch.float32, quantisation):
         lines.append(f"== {program.name}, layers {list(program.layers)}")
         lines += [f"input  {spec.name}: {spec.dtype}{list(spec.shape)}" for spec in program.inputs]
         for spec in program.weights:
@@ -63,7 +65,7 @@ def test_golden_programs(family, request):
             lines.append(f"weight {spec.name}: {spec.dtype}{list(spec.shape)}{packed} <- {', '.join(spec.sources)}")
         lines += ["", program.code]
     text = "\n".join(line.rstrip() for line in "\n".join(lines).splitlines()) + "\n"
-    path = GOLDEN / f"{family}.txt"
+    path = GOLDEN / f"{family}{f'-{scheme}' if scheme else ''}.txt"
     if request.config.getoption("--update-golden"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
