@@ -43,10 +43,12 @@ def test_a_mooncake_trace_starts_at_its_first_request(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("t.csv", AZURE.replace("ContextTokens", "Context"), "request 1 cannot be read"),
-        ("t.jsonl", MOONCAKE + "nonsense\n", "request 3 cannot be read"),
+        ("t.csv", AZURE.replace("ContextTokens", "Context"), "row 2: needs ContextTokens"),
+        ("t.jsonl", MOONCAKE + "nonsense\n", "row 3: needs input_length"),
         ("t.jsonl", "", "holds no request"),
         ("t.txt", "", "must be a .csv or .jsonl"),
+        ("t.csv", "ContextTokens,GeneratedTokens\n1,2\n", "no arrival times"),
+        ("t.csv", AZURE.replace("91,16", "9100,16").replace("374", "9999").replace("396", "9999"), "at most 4096"),
     ],
 )
 def test_a_bad_trace_says_what_is_wrong(tmp_path, name, text, message):
