@@ -110,7 +110,7 @@ def _fuse_all_reduce(region: RegionGraph, node: fx.Node, report: PassReport) -> 
     """wait(all_reduce(linear(x, w))) -> npu_mm_all_reduce_base(x, w.t())."""
     product, kind, group = args_of(node)
     (wait,) = node.users
-    if "stream" in node.meta:
+    if node.meta.get("stream"):
         report.skip("all-reduce overlaps computation")
     elif not (isinstance(product, fx.Node) and product.target is aten.linear.default and len(product.users) == 1):
         report.skip("all-reduce of no product")
@@ -275,7 +275,8 @@ def _attributes(node: fx.Node) -> tuple[list[str], list[str]] | None:
     """Keys and values of the scope the node belongs in; the labels are taken off it."""
     stream, share = (node.meta.pop(label, None) for label in _LABELS)
     attributes: dict[str, str] = {}
-    if stream is not None:
+    # Stream 0 is the main one, which has no label.
+    if stream:
         attributes |= {
             "_user_stream_label": str(stream),
             "_user_stream_priority": "0",

@@ -1,7 +1,7 @@
 """The pass list as a whole: order, options, what is required, and the final programs of one model per family."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,14 @@ from tests.graph_passes.regions import (
     region_graph,
 )
 from xllm_compile.capture import emit_program
-from xllm_compile.graph_passes.pipeline import Pass, PassError, RequiredPassError, cpu_pipeline, run_passes
+from xllm_compile.graph_passes.pipeline import (
+    Pass,
+    PassError,
+    RequiredPassError,
+    cpu_pipeline,
+    npu_pipeline,
+    run_passes,
+)
 from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_passes.region import PassReport
 from xllm_compile.graph_passes.verify import GraphVerificationError
@@ -41,23 +48,31 @@ def tied(config):
     return frozenset({EMBED_WEIGHT}) if config.tie_word_embeddings else frozenset()
 
 
-def final_programs(config, dtype, quantisation=None):
+def final_programs(config, dtype, passes=None):
+    passes = cpu_pipeline(tied_weights=tied(config)) if passes is None else passes
     programs = []
     for graph, region in zip(family_regions(config, dtype), build_regions(config), strict=True):
-        run_passes(graph, cpu_pipeline(tied_weights=tied(config), quantisation=quantisation))
+        run_passes(graph, passes)
         programs.append(emit_program(graph, region.layers))
     return programs
 
 
-@pytest.mark.parametrize(("family", "scheme"), [*((family, None) for family in FAMILIES), ("qwen3", "int8")])
-def test_golden_programs(family, scheme, request):
+def golden_passes(config, variant):
+    if variant == "npu":
+        return npu_pipeline(max_model_len=256)
+    quantisation = Quantisation(scheme=variant) if variant else None
+    return cpu_pipeline(tied_weights=tied(config), quantisation=quantisation)
+
+
+@pytest.mark.parametrize(("family", "variant"), [*product(FAMILIES, [None, "npu"]), ("qwen3", "int8")])
+def test_golden_programs(family, variant, request):
     """A change of a pass, a model or torch's export shows here as a diff to read.
 
     Accept it with: pytest tests/graph_passes/test_pipeline.py --update-golden
     """
     lines = []
-    quantisation = Quantisation(scheme=scheme) if scheme else None
-    for program in final_programs(family_config(family), torch.float32, quantisation):
+    config = family_config(family)
+    for program in final_programs(config, torch.float32, golden_passes(config, variant)):
         lines.append(f"== {program.name}, layers {list(program.layers)}")
         lines += [f"input  {spec.name}: {spec.dtype}{list(spec.shape)}" for spec in program.inputs]
         for spec in program.weights:
@@ -65,7 +80,7 @@ def test_golden_programs(family, scheme, request):
             lines.append(f"weight {spec.name}: {spec.dtype}{list(spec.shape)}{packed} <- {', '.join(spec.sources)}")
         lines += ["", program.code]
     text = "\n".join(line.rstrip() for line in "\n".join(lines).splitlines()) + "\n"
-    path = GOLDEN / f"{family}{f'-{scheme}' if scheme else ''}.txt"
+    path = GOLDEN / f"{family}{f'-{variant}' if variant else ''}.txt"
     if request.config.getoption("--update-golden"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
