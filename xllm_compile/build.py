@@ -104,7 +104,7 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
     times, buckets = plan_buckets(config, workload, device, reports)
     split = plan_split(
         reports,
-        buckets.tokens if config.graph_mode == "full" else (),
+        buckets.tokens if config.graph_mode == "full" and lowering.runs_halves else (),
         source.tensor_parallel_size,
         CostModel(spec=device.spec),
         config.disabled_passes,

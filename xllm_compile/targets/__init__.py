@@ -30,6 +30,9 @@ class Lowering(Protocol):
     has_kernels: bool
     """Whether the artifact carries a library of our own kernels, which ``build_kernels`` makes."""
 
+    runs_halves: bool
+    """Whether its regions can be split into the halves of a step (micro_batch_split)."""
+
     def check(self) -> None:
         """Raise a ValueError or RuntimeError that names the next step when this machine cannot compile for the
         target."""

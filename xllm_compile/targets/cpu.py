@@ -40,6 +40,7 @@ class CpuLowering:
 
     graph_suffix = ".so"
     has_kernels = True
+    runs_halves = True
 
     def check(self) -> None:
         compiler_version()

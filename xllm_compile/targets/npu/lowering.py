@@ -31,6 +31,8 @@ class NpuLowering:
 
     graph_suffix = ".air"
     has_kernels = False
+    # The attention of a lowered region cannot be cut in two, and a product sends while it computes.
+    runs_halves = False
 
     def check(self) -> None:
         built_for = torch_npu_version().split(".post")[0]
