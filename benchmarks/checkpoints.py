@@ -88,6 +88,7 @@ QWEN3_0_6B = Shape(
     max_position_embeddings=40960,
     rope_theta=1e6,
 )
+QWEN3_1_7B_SLICE = replace(QWEN3_0_6B, name="qwen3-1.7b-4l", hidden_size=2048, intermediate_size=6144, num_layers=4)
 # For dry runs and tests: every part of the real one, in seconds.
 TINY = Shape(
     name="tiny",
@@ -102,7 +103,7 @@ TINY = Shape(
     max_position_embeddings=8192,
     rope_theta=1e6,
 )
-SHAPES = {shape.name: shape for shape in (QWEN3_0_6B, TINY)}
+SHAPES = {shape.name: shape for shape in (QWEN3_0_6B, QWEN3_1_7B_SLICE, TINY)}
 
 
 def checkpoint(shape: Shape, work_dir: Path, *, seed: int = 1234) -> Path:

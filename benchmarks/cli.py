@@ -12,7 +12,7 @@ from xllm_compile.benchmarks.record import RESULTS
 
 F = TypeVar("F", bound=Callable[..., Any])
 # The shapes of checkpoints.SHAPES, named here so that --help needs no torch.
-_SHAPES = ("qwen3-0.6b", "tiny")
+_SHAPES = ("qwen3-0.6b", "qwen3-1.7b-4l", "tiny")
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 
 
@@ -119,6 +119,28 @@ def memory_command(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
     )
+
+
+@command.command("adaptive")
+@click.option(
+    "--shape",
+    "shapes",
+    type=click.Choice(_SHAPES),
+    multiple=True,
+    default=("qwen3-0.6b", "qwen3-1.7b-4l"),
+    help="May be repeated; the bars are on the last.",
+)
+@click.option("--work-dir", type=click.Path(path_type=Path), default=Path(".cache/bench"), help="Scratch; some GB.")
+@click.option("--seed", type=int, default=1234, help="Of weights and prompts.")
+@results_option
+@click.option("--rounds", type=click.IntRange(1), default=7, help="Rounds of all ways in turns.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128)
+@click.option("--output-tokens", type=click.IntRange(2), default=48)
+def adaptive_command(shapes: tuple[str, ...], work_dir: Path, results: Path, **options: Any) -> None:
+    """Decode with full graphs, partial graphs and eagerly, in turns -> adaptive_graph.json."""
+    from xllm_compile.benchmarks.bench_adaptive import run_adaptive
+
+    run_adaptive([_shape(name) for name in shapes], work_dir, results, _command_line(), **options)
 
 
 @command.command("soak")
