@@ -111,8 +111,9 @@ def inductor_options(*, has_collectives: bool = False) -> dict[str, Any]:
         "aot_inductor.compile_wrapper_opt_level": "O1",
         # Inductor would compile and run a probe per instruction set, ten seconds in all; /proc/cpuinfo says the same.
         "cpp.vec_isa_ok": True,
-        # The number of threads is the server's choice, not the build's.
-        "cpp.dynamic_threads": True,
+        # What runs between our kernels is small: a barrier among threads costs more than it, and on a machine whose
+        # cores are taken it waits for a whole scheduler slice (30 ms for a graph of 5 us).
+        "cpp.threads": 1,
         **(kept_order if has_collectives else {}),
     }
 
