@@ -150,8 +150,10 @@ def fit_kernels(artifact: Path, model: TimedModel, repeats: int) -> tuple[Device
     samples = list(KernelSamples(kernels, config, dtype, repeats).measure())
     one_token = [seconds for what, (_, seconds) in samples if what.endswith(", 1 tokens")]
     spec = replace(spec, launch_s=min(one_token))
+    # What takes hardly longer than a launch says nothing of the work in it.
+    telling = [sample for _, sample in samples if sample[1] > 3 * spec.launch_s]
     for family in FITTED:
-        found = fit_efficiency(spec, family, [sample for _, sample in samples])
+        found = fit_efficiency(spec, family, telling)
         spec = replace(spec, efficiency={**spec.efficiency, family: found})
     return spec, samples
 
