@@ -304,6 +304,40 @@ def balance_command(device: str, traces: Path | None, results: Path) -> None:
     run_balance(results, _command_line(), device=device, traces=traces)
 
 
+@command.command("overlap")
+@model_options
+@click.option("--layers", type=click.IntRange(1), default=6, help="Layers of the shape that are run.")
+@click.option("--tokens", type=click.IntRange(2), default=512, help="Tokens of the prefill step.")
+@click.option("--small-tokens", type=click.IntRange(2), default=8, help="Of one where splitting should not pay.")
+@click.option("--repeats", type=click.IntRange(1), default=15)
+@click.option("--share", type=click.FloatRange(0.05, 0.9), default=0.4, help="Of communication in the unsplit step.")
+def overlap_command(
+    shape: str,
+    work_dir: Path,
+    results: Path,
+    seed: int,
+    layers: int,
+    tokens: int,
+    small_tokens: int,
+    repeats: int,
+    share: float,
+) -> None:
+    """Communication that steps in halves hide, over a link of limited rate (needs root) -> overlap_tp2.json."""
+    from xllm_compile.benchmarks.bench_overlap import run_overlap
+
+    run_overlap(
+        _shape(shape).with_layers(layers),
+        work_dir,
+        results,
+        _command_line(),
+        seed=seed,
+        tokens=tokens,
+        small_tokens=small_tokens,
+        repeats=repeats,
+        share=share,
+    )
+
+
 @command.command("check")
 @results_option
 @click.option("--strict", is_flag=True, help="Exit with 1 when a bar is not met.")

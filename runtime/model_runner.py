@@ -130,6 +130,11 @@ class CompiledModelRunner:
             promoted_bytes=self._promoter.promoted_bytes if self._promoter else 0,
         )
 
+    def run_operator_by_operator(self) -> None:
+        """From now on no compiled graph runs; steps take the sizes and the halves they would have taken."""
+        for cache in (self._token_graphs, self._head_graphs, self._split_graphs):
+            cache.graphs.clear()
+
     def close(self) -> None:
         """End what runs in the background."""
         if self._promoter is not None:
