@@ -153,6 +153,9 @@ def fit_kernels(artifact: Path, model: TimedModel, repeats: int) -> tuple[Device
     # What takes hardly longer than a launch says nothing of the work in it.
     telling = [sample for _, sample in samples if sample[1] > 3 * spec.launch_s]
     for family in FITTED:
+        if not any(cost.family == family for cost, _ in telling):
+            say(f"{family} keeps its built-in efficiency: on this model nothing of it takes longer than a launch")
+            continue
         found = fit_efficiency(spec, family, telling)
         spec = replace(spec, efficiency={**spec.efficiency, family: found})
     return spec, samples
