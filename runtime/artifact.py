@@ -26,6 +26,7 @@ SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 """The weights file of an instance of one rank; see weights_path."""
+KERNELS = "graphs/kernels.so"
 TOKENIZER = "tokenizer"
 REPORT = "report"
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from xllm_compile.benchmarks.parity import save_random_model
-from xllm_compile.build import Source, make_programs, read_source
+from xllm_compile.build import make_programs, read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import compiler_version
+from xllm_compile.build_plan import Source
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.graph_store import GraphStore, graph_key
 from xllm_compile.machine import cache_dir

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,12 @@ from xllm_compile.bucket_plan import (
     step_histogram,
 )
 from xllm_compile.build_config import BuildConfig
-from xllm_compile.build_key import build_key, hash_json, tokenizer_files
+from xllm_compile.build_key import build_key, tokenizer_files
+from xllm_compile.build_plan import BuildPlan, Source
 from xllm_compile.capture import capture_region, emit_program, locate_operator
+from xllm_compile.describe import describe
 from xllm_compile.device import ChosenDevice, choose_device
-from xllm_compile.graph_jobs import GraphJob, list_jobs
+from xllm_compile.graph_jobs import list_jobs
 from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.memory_plan import lifetimes
 from xllm_compile.graph_passes.partition import partition, runs_eagerly
@@ -31,10 +32,9 @@ from xllm_compile.graph_passes.pipeline import run_passes
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
 from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
-from xllm_compile.memory_layout import plan_graphs, pool_bytes
-from xllm_compile.micro_batches import SplitPlan, plan_split
+from xllm_compile.micro_batches import plan_split
 from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
-from xllm_compile.models.config import DecoderConfig, read_hf_config
+from xllm_compile.models.config import read_hf_config
 from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, checkpoint_shapes
 from xllm_compile.models.registry import read_model_config
 from xllm_compile.models.rope import rope_constants
@@ -44,12 +44,11 @@ from xllm_compile.report import BucketReport, RegionReport
 from xllm_compile.report.contents import write_reports
 from xllm_compile.request_trace import TraceRequest
 from xllm_compile.runtime import artifact
-from xllm_compile.runtime.artifact import GraphEntry, Manifest, ModelInfo
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.ops.spec import WeightSpec
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.targets import Lowering, UnsupportedOperatorError, lowering_for
-from xllm_compile.weight_builder import artifact_weights, build_weights, weights_key
+from xllm_compile.weight_builder import artifact_weights, build_weights, num_bytes, weights_key
 from xllm_compile.workers import build_kernels, compile_graph, stop_workers, worker_pool
 
 GRAPH_STORE_BYTES = 2 << 30
@@ -71,19 +70,6 @@ class BuildResult:
     """What a user asked for and did not wholly get."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """What is being compiled, read and checked."""
-
-    hf_config: dict[str, Any]
-    config: DecoderConfig
-    checkpoint: Checkpoint
-    checkpoint_hash: str
-    dtype: str
-    max_model_len: int
-    tensor_parallel_size: int
-
-
 def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
     """Compile ``config.model_dir`` to an artifact at ``config.output``.
 
@@ -100,47 +86,25 @@ def build(config: BuildConfig, progress: BuildProgress) -> BuildResult:
     key = build_key(config, source, workload, device, compiler)
     if is_up_to_date(config.output, key, lowering):
         return BuildResult(output=config.output, is_up_to_date=True, seconds=time.monotonic() - began)
-    programs, reports = make_programs(source, config, progress)
-    times, buckets = plan_buckets(config, workload, device, reports)
-    split = plan_split(
-        reports,
-        buckets.tokens if config.graph_mode == "full" and lowering.runs_halves else (),
-        source.tensor_parallel_size,
-        CostModel(spec=device.spec),
-        config.disabled_passes,
-    )
-    weights = artifact_weights(programs)
-    jobs = [*list_jobs(programs, buckets.tokens, buckets.logits, lowering), *split.jobs(lowering)]
+    plan = make_plan(config, source, device, workload, compiler, key, progress)
     store = open_store(config.output, lowering.graph_suffix)
-    num_workers = check_resources(config, weights, len(jobs))
+    num_workers = check_resources(config, plan.weights, len(plan.jobs))
     with atomic_directory(config.output) as root:
         for folder in ("graphs", "weights", artifact.TOKENIZER, artifact.REPORT):
             (root / folder).mkdir()
-        num_compiled = produce(root, config, source, weights, jobs, store, num_workers, progress)
+        num_compiled = produce(root, plan, store, num_workers, progress)
         for name in tokenizer_files(config.model_dir):
             shutil.copyfile(config.model_dir / name, root / artifact.TOKENIZER / name)
-        write_reports(
-            root / artifact.REPORT,
-            config,
-            source.config,
-            source.dtype,
-            source.max_model_len,
-            buckets,
-            device.spec,
-            reports,
-        )
-        manifest = describe(
-            root, key, source, config, buckets, times, device, programs, split, reports, weights, jobs, compiler
-        )
-        artifact.write_manifest(root, manifest)
+        write_reports(root / artifact.REPORT, plan)
+        artifact.write_manifest(root, describe(root, plan))
     store.trim(GRAPH_STORE_BYTES)
     return BuildResult(
         output=config.output,
         is_up_to_date=False,
         seconds=time.monotonic() - began,
-        num_graphs=len(jobs),
+        num_graphs=len(plan.jobs),
         num_compiled=num_compiled,
-        notes=tuple(_quantisation_notes(config, reports)),
+        notes=tuple(_quantisation_notes(config, plan.reports)),
     )
 
 
@@ -194,6 +158,42 @@ def read_source(config: BuildConfig) -> Source:
         dtype=dtype,
         max_model_len=max_model_len,
         tensor_parallel_size=config.tensor_parallel_size,
+    )
+
+
+def make_plan(
+    config: BuildConfig,
+    source: Source,
+    device: ChosenDevice,
+    workload: Sequence[TraceRequest],
+    compiler: str,
+    key: str,
+    progress: BuildProgress,
+) -> BuildPlan:
+    """Everything that is decided before the first file is written."""
+    lowering = lowering_for(config.target)
+    programs, reports = make_programs(source, config, progress)
+    times, buckets = plan_buckets(config, workload, device, reports)
+    split = plan_split(
+        reports,
+        buckets.tokens if config.graph_mode == "full" and lowering.runs_halves else (),
+        source.tensor_parallel_size,
+        CostModel(spec=device.spec),
+        config.disabled_passes,
+    )
+    return BuildPlan(
+        config=config,
+        source=source,
+        device=device,
+        compiler=compiler,
+        key=key,
+        programs=programs,
+        reports=reports,
+        step_times=times,
+        buckets=buckets,
+        split=split,
+        weights=artifact_weights(programs),
+        jobs=[*list_jobs(programs, buckets.tokens, buckets.logits, lowering), *split.jobs(lowering)],
     )
 
 
@@ -303,7 +303,7 @@ def open_store(output: Path, suffix: str) -> GraphStore:
 
 def check_resources(config: BuildConfig, weights: Sequence[WeightSpec], num_graphs: int) -> int:
     """Number of workers that fit. Raises BuildError when disk or memory cannot hold the build."""
-    sizes = [_bytes_of(spec) for spec in weights]
+    sizes = [num_bytes(spec) for spec in weights]
     disk_needed = config.tensor_parallel_size * sum(sizes) + num_graphs * (2 << 20)
     disk_free = free_disk_bytes(config.output.parent)
     if disk_free < disk_needed:
@@ -324,10 +324,7 @@ def check_resources(config: BuildConfig, weights: Sequence[WeightSpec], num_grap
 
 def produce(
     root: Path,
-    config: BuildConfig,
-    source: Source,
-    weights: Sequence[WeightSpec],
-    jobs: Sequence[GraphJob],
+    plan: BuildPlan,
     store: GraphStore,
     num_workers: int,
     progress: BuildProgress,
@@ -336,6 +333,7 @@ def produce(
 
     Returns how many graphs were compiled.
     """
+    config, source, jobs = plan.config, plan.source, plan.jobs
     lowering = lowering_for(config.target)
     kernels_key = graph_key(["kernels", native.kernel_source_hash(), torch.__version__, lowering.compiler_version()])
     missing = {job.key: job for job in jobs if store.find(job.key) is None}
@@ -354,7 +352,7 @@ def produce(
             futures[future] = job.file
             regions[future] = job.program.name
         try:
-            place_weights(root, config.output, source, weights, progress)
+            place_weights(root, config.output, source, plan.weights, progress)
             for future in as_completed(futures):
                 try:
                     future.result()
@@ -368,14 +366,14 @@ def produce(
     for job in jobs:
         link_or_copy(_found(store, job.key), root / job.file)
     if lowering.has_kernels:
-        link_or_copy(_found(store, kernels_key), root / KERNELS_FILE)
+        link_or_copy(_found(store, kernels_key), root / artifact.KERNELS)
     shutil.rmtree(scratch)
     return len(missing)
 
 
 def _unsupported(target: str, source: Source, region_name: str, error: UnsupportedOperatorError) -> str:
     # The pieces of a partial graph are named after their region.
-    regions = sorted(build_regions(source.config), key=lambda region: len(region.name))
+    regions = sorted(build_regions(source.config, source.tensor_parallel_size), key=lambda region: len(region.name))
     region = next(region for region in reversed(regions) if region_name.startswith(region.name))
     operator = error.operators[0]
     place = locate_operator(region, getattr(torch, source.dtype), operator)
@@ -383,9 +381,6 @@ def _unsupported(target: str, source: Source, region_name: str, error: Unsupport
         f"region {region_name} uses {operator}{f' ({place})' if place else ''}, which the {target} target cannot lower;"
         " write it with operators it has, or add one with a kernel to runtime/ops"
     )
-
-
-KERNELS_FILE = "graphs/kernels.so"
 
 
 def _found(store: GraphStore, key: str) -> Path:
@@ -400,7 +395,7 @@ def place_weights(
 ) -> None:
     """Write each rank's weights file, or link the previous artifact's when they are the same."""
     num_ranks = source.tensor_parallel_size
-    total = num_ranks * sum(_bytes_of(spec) for spec in weights)
+    total = num_ranks * sum(num_bytes(spec) for spec in weights)
     computed = rope_constants(source.config)
     key = weights_key(source.checkpoint_hash, weights, computed)
     progress.start("weights", total)
@@ -420,97 +415,9 @@ def place_weights(
         build_weights(path, source.checkpoint, computed, weights, lambda done: progress.advance("weights", done), rank)
 
 
-def describe(
-    root: Path,
-    key: str,
-    source: Source,
-    config: BuildConfig,
-    buckets: BucketReport,
-    times: dict[str, StepTimes],
-    device: ChosenDevice,
-    programs: Sequence[RegionProgram],
-    split: SplitPlan,
-    reports: Sequence[RegionReport],
-    weights: Sequence[WeightSpec],
-    jobs: Sequence[GraphJob],
-    compiler: str,
-) -> Manifest:
-    lowering = lowering_for(config.target)
-    ranks = source.tensor_parallel_size
-    model = ModelInfo(
-        name=config.model_dir.resolve().name,
-        architecture=source.config.architecture,
-        vocab_size=source.config.vocab_size,
-        hidden_size=source.config.hidden_size,
-        num_layers=source.config.num_layers,
-        num_kv_heads=rank_shape(source.config, ranks).num_kv_heads,
-        head_dim=source.config.head_dim,
-        dtype=source.dtype,
-        max_model_len=source.max_model_len,
-    )
-    return Manifest(
-        schema_version=artifact.SCHEMA_VERSION,
-        build_key=key,
-        model=model,
-        model_config=source.config.to_json(),
-        config_hash=hash_json(source.hf_config),
-        target=config.target,
-        target_features=lowering.features(),
-        versions={**artifact.runtime_versions(), "compiler": compiler},
-        passes=(*(entry for report in reports for entry in report.to_json()), *split.passes_json()),
-        graph_mode=config.graph_mode,
-        token_buckets=buckets.tokens,
-        logits_buckets=buckets.logits,
-        buckets_reason=buckets.reason,
-        step_times=times,
-        device_spec=device.to_json(),
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        tensor_parallel_size=ranks,
-        programs=tuple(programs),
-        split_buckets=split.buckets,
-        split_programs=split.programs,
-        graphs=tuple(
-            GraphEntry(region=j.program.name, sizes=j.sizes, key=j.key, file=artifact.file_entry(root, j.file))
-            for j in jobs
-        ),
-        kernels=artifact.file_entry(root, KERNELS_FILE) if lowering.has_kernels else None,
-        weights=tuple(artifact.file_entry(root, artifact.weights_path(rank, ranks)) for rank in range(ranks)),
-        weights_key=weights_key(source.checkpoint_hash, weights, rope_constants(source.config)),
-        memory_plan={
-            "weights_bytes": sum(_bytes_of(spec) for spec in weights),
-            "kv_bytes_per_token": model.kv_bytes_per_token,
-            "activation_bytes": pool_bytes(
-                [(piece, report.layers) for report in reports for piece in report.lifetimes],
-                buckets.tokens,
-                buckets.logits,
-                config.max_num_batched_tokens,
-            ),
-        },
-        graph_plans=tuple(
-            plan.to_json()
-            for plan in plan_graphs(
-                [piece for report in reports for piece in report.lifetimes],
-                buckets.tokens,
-                buckets.logits,
-                config.max_num_batched_tokens,
-            )
-        ),
-        quantisation=config.quantisation.label if config.quantisation else None,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        pass_seconds=round(sum(entry.seconds for report in reports for entry in report.passes), 4),
-    )
-
-
 def _bytes_while_made(spec: WeightSpec) -> int:
     """A tensor is held as read, converted and packed while it is written; one to be rounded as four float32."""
     if not spec.quantised:
-        return 3 * _bytes_of(spec)
-    elements = _bytes_of(spec) * (2 if spec.quantised == "int4" else 1)
+        return 3 * num_bytes(spec)
+    elements = num_bytes(spec) * (2 if spec.quantised == "int4" else 1)
     return 16 * elements
-
-
-def _bytes_of(spec: WeightSpec) -> int:
-    count = 1
-    for size in spec.shape:
-        count *= size
-    return count * int(getattr(torch, spec.dtype).itemsize)

@@ -17,7 +17,7 @@ from xllm_compile.runtime.ops import native
 from xllm_compile.targets import lowering_for
 
 if TYPE_CHECKING:
-    from xllm_compile.build import Source
+    from xllm_compile.build_plan import Source
     from xllm_compile.device import ChosenDevice
     from xllm_compile.request_trace import TraceRequest
 

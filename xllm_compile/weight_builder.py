@@ -1,5 +1,6 @@
 """From checkpoint tensors to the weights file of an artifact: concatenate, convert, quantise, pack, stream to disk."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,3 +93,8 @@ class _Rounded:
             values, scale = quantised.quantise_packed(whole, kind, spec.group_size)
             self._key, self._parts = key, {kind: values, f"{kind}.scale": scale}
         return self._parts[spec.quantised]
+
+
+def num_bytes(spec: WeightSpec) -> int:
+    """Of the finished tensor of one rank."""
+    return math.prod(spec.shape) * int(getattr(torch, spec.dtype).itemsize)

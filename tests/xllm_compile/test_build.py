@@ -319,8 +319,8 @@ def test_an_interrupted_build(model, tmp_path, own_cache):
 
 
 def test_an_operator_that_cannot_be_lowered_is_named_with_the_model_line(model, tmp_path, monkeypatch):
-    def with_nanmedian(decoder):
-        embed, *others = build_regions(decoder)
+    def with_nanmedian(decoder, ranks=1):
+        embed, *others = build_regions(decoder, ranks)
 
         def function(inputs, weights):
             hidden, *rest = embed.function(inputs, weights)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from xllm_compile.build_config import BuildConfig
+from xllm_compile.build_plan import BuildPlan
 from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.device_spec import DeviceSpec
 from xllm_compile.graph_passes.memory_plan import plan_graph
 from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.graph_passes.timeline import PlannedNode, chrome_trace, plan_timeline
 from xllm_compile.memory_layout import blocks
-from xllm_compile.models.config import DecoderConfig
-from xllm_compile.report import INDEX, BucketReport, RegionReport, ReportPage, write_report
+from xllm_compile.report import INDEX, RegionReport, ReportPage, write_report
 from xllm_compile.report.charts import Span
 
 TIMELINE = "timeline.json"
@@ -21,31 +21,24 @@ TIMELINE = "timeline.json"
 _DECODE_CONTEXT = 1024
 
 
-def write_reports(
-    folder: Path,
-    config: BuildConfig,
-    model: DecoderConfig,
-    dtype: str,
-    max_model_len: int,
-    buckets: BucketReport,
-    device: DeviceSpec,
-    reports: Sequence[RegionReport],
-) -> None:
+def write_reports(folder: Path, plan: BuildPlan) -> None:
     """``index.html`` and ``timeline.json`` in ``folder``."""
-    timelines = list(planned_timelines(config, max_model_len, device, reports))
+    config, source, device, reports = plan.config, plan.source, plan.device.spec, plan.reports
+    model = source.config
+    timelines = list(planned_timelines(config, source.max_model_len, device, reports))
     largest = {"T": config.max_num_batched_tokens, "R": 1}
     page = ReportPage(
         title=f"{model.architecture}: {model.num_layers} layers of {model.hidden_size}",
         facts={
             "target": config.target,
             "device of the cost model": device.name,
-            "dtype": dtype,
-            "longest sequence": f"{max_model_len} tokens",
+            "dtype": source.dtype,
+            "longest sequence": f"{source.max_model_len} tokens",
             "largest step": f"{config.max_num_batched_tokens} tokens",
             "passes left out": ", ".join(sorted(config.disabled_passes)) or "none",
         },
         regions=reports,
-        buckets=buckets,
+        buckets=plan.buckets,
         timelines=[(name, _spans(planned)) for name, planned in timelines],
         memory=[
             (f"{region.region}, {config.max_num_batched_tokens} tokens", blocks(region, plan_graph(region, largest)))

@@ -1,0 +1,47 @@
+"""What a build has decided before it writes the first file: the source it read, and the plan made for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xllm_compile.build_config import BuildConfig
+from xllm_compile.device import ChosenDevice
+from xllm_compile.graph_jobs import GraphJob
+from xllm_compile.graph_passes.step_cost import StepTimes
+from xllm_compile.micro_batches import SplitPlan
+from xllm_compile.models.checkpoint import Checkpoint
+from xllm_compile.models.config import DecoderConfig
+from xllm_compile.report import BucketReport, RegionReport
+from xllm_compile.runtime.ops.spec import WeightSpec
+from xllm_compile.runtime.program import RegionProgram
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What is being compiled, read and checked."""
+
+    hf_config: dict[str, Any]
+    config: DecoderConfig
+    checkpoint: Checkpoint
+    checkpoint_hash: str
+    dtype: str
+    max_model_len: int
+    tensor_parallel_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildPlan:
+    config: BuildConfig
+    source: Source
+    device: ChosenDevice
+    compiler: str
+    """The version of the target's compiler."""
+    key: str
+    """Of the whole build."""
+    programs: Sequence[RegionProgram]
+    reports: Sequence[RegionReport]
+    step_times: dict[str, StepTimes]
+    buckets: BucketReport
+    split: SplitPlan
+    weights: Sequence[WeightSpec]
+    jobs: Sequence[GraphJob]
