@@ -8,6 +8,7 @@ from xllm_compile.build_config import BuildConfig
 from xllm_compile.device import ChosenDevice
 from xllm_compile.graph_jobs import GraphJob
 from xllm_compile.graph_passes.step_cost import StepTimes
+from xllm_compile.memory_layout import pool_bytes
 from xllm_compile.micro_batches import SplitPlan
 from xllm_compile.models.checkpoint import Checkpoint
 from xllm_compile.models.config import DecoderConfig
@@ -45,3 +46,13 @@ class BuildPlan:
     split: SplitPlan
     weights: Sequence[WeightSpec]
     jobs: Sequence[GraphJob]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of the pool that all graphs share, for the largest step."""
+        return pool_bytes(
+            [(piece, report.layers) for report in self.reports for piece in report.lifetimes],
+            self.buckets.tokens,
+            self.buckets.logits,
+            self.config.max_num_batched_tokens,
+        )

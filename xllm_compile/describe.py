@@ -5,7 +5,7 @@ from pathlib import Path
 
 from xllm_compile.build_key import hash_json
 from xllm_compile.build_plan import BuildPlan
-from xllm_compile.memory_layout import plan_graphs, pool_bytes
+from xllm_compile.memory_layout import plan_graphs
 from xllm_compile.models.rope import rope_constants
 from xllm_compile.models.tensor_parallel import rank_shape
 from xllm_compile.runtime import artifact
@@ -61,12 +61,7 @@ def describe(root: Path, plan: BuildPlan) -> Manifest:
         memory_plan={
             "weights_bytes": sum(num_bytes(spec) for spec in plan.weights),
             "kv_bytes_per_token": model.kv_bytes_per_token,
-            "activation_bytes": pool_bytes(
-                [(piece, report.layers) for report in plan.reports for piece in report.lifetimes],
-                buckets.tokens,
-                buckets.logits,
-                config.max_num_batched_tokens,
-            ),
+            "activation_bytes": plan.activation_bytes,
         },
         graph_plans=tuple(
             layout.to_json()

@@ -48,6 +48,7 @@ def page(tmp_path):
             buckets=BucketReport(tokens=(1, 512), logits=(1,), reason="given", histogram={1: 3.0, 300: 1.0}),
             timelines=[("layer", spans)],
             memory=[("layer-T1", blocks)],
+            pool_bytes=1200,
         ),
     )
     return (tmp_path / "index.html").read_text()
@@ -59,7 +60,8 @@ def test_the_page_says_what_happened_and_is_escaped(page):
     assert "odd &lt;size&gt;: 2" in text
     assert "3 &rarr; 1" in text
     assert "Runs 3 times per step" in text
-    assert "one pool of 96 bytes" in text
+    assert "one pool of 1,200 bytes" in text
+    assert "alone needs 96," in text
 
 
 def test_a_pass_shows_the_lines_it_changed_and_others_none(page):

@@ -80,9 +80,13 @@ class ReportPage:
     timelines: Sequence[tuple[str, Sequence[Span]]] = ()
     memory: Sequence[tuple[str, Sequence[Block]]] = ()
 
+    pool_bytes: int = 0
+    """Of the pool that the graphs share, for the largest step."""
+
     @property
-    def memory_peak(self) -> int:
-        return max(block.offset + block.size for _, blocks in self.memory for block in blocks)
+    def graph_bytes(self) -> list[int]:
+        """What each graph of the memory plan needs by itself."""
+        return [max(block.offset + block.size for block in blocks) for _, blocks in self.memory if blocks]
 
 
 def write_report(path: Path, page: ReportPage) -> None:

@@ -45,6 +45,7 @@ def write_reports(folder: Path, plan: BuildPlan) -> None:
             for report in reports
             for region in report.lifetimes
         ],
+        pool_bytes=plan.activation_bytes,
     )
     write_report(folder / INDEX, page)
     trace = json.dumps(merged_trace(timelines), separators=(",", ":"))
