@@ -79,21 +79,27 @@ inline vf tile_softmax(const Block& block, int64_t row, int64_t count, int64_t s
   const int64_t begin = block.keys.begin;
   vi lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  vi low{}, high = vi{} + int32_t(kKeys);
+  const vf earlier = load_n(split.maximum + state, count);
+  vf best = earlier;
+  float* scores = block.b.scores;
   if (rows.low(row + count - 1) > begin || rows.position(row) + 1 < begin + kKeys) {
+    vi low{}, high{};
     for (int64_t r = 0; r < count; ++r) {
       low[r] = int32_t(std::max<int64_t>(rows.low(row + r) - begin, 0));
       high[r] = int32_t(std::min<int64_t>(rows.position(row + r) + 1 - begin, kKeys));
     }
-  }
-  const vf earlier = load_n(split.maximum + state, count);
-  vf best = earlier;
-  float* scores = block.b.scores;
-  for (int32_t k = 0; k < kKeys; ++k) {
-    vf score = load(scores + k * kLanes) * block.p.scale;
-    score = (vi)((vi{} + k < low) | (vi{} + k >= high)) ? splat(kMinusInfinity) : score;
-    best = max(best, score);
-    store(scores + k * kLanes, score);
+    for (int32_t k = 0; k < kKeys; ++k) {
+      const vf score = load(scores + k * kLanes) * block.p.scale;
+      const vf seen = (vi)((vi{} + k < low) | (vi{} + k >= high)) ? splat(kMinusInfinity) : score;
+      best = max(best, seen);
+      store(scores + k * kLanes, seen);
+    }
+  } else {
+    for (int32_t k = 0; k < kKeys; ++k) {
+      const vf score = load(scores + k * kLanes) * block.p.scale;
+      best = max(best, score);
+      store(scores + k * kLanes, score);
+    }
   }
   // A row that has seen no key yet: any finite reference gives weights of zero instead of NaN.
   const vf reference = best == splat(kMinusInfinity) ? vf{} : best;

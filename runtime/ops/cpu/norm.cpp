@@ -44,7 +44,8 @@ void silu_mul(const View& gate_up, T* out) {
     T* to = out + row * width + first;
     for_vectors(width - first < span ? width - first : span, [&](int64_t i, int64_t n) {
       const vf g = load_n(gate + i, n);
-      store_n(to + i, g / (1.0f + exp(-g)) * load_n(gate + width + i, n), n);
+      // exp stays below 2^126 where the sigmoid is not zero already.
+      store_n(to + i, g * reciprocal(1.0f + exp(-g)) * load_n(gate + width + i, n), n);
     });
   });
 }
