@@ -29,8 +29,6 @@ CARRIED = ("delta", "residual")
 HALVES = (0, 1)
 HALF_SIZES = ("TA", "TB")
 """Symbols of the two halves' token counts."""
-SUFFIX = ".split"
-"""Added to the name of a region that runs on halves."""
 
 # Each token's result depends on that token alone, or on what the metadata of its half says.
 _TOKEN_WISE = {

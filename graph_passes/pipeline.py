@@ -48,6 +48,18 @@ class PassError(RuntimeError):
     """A pass raised; names the pass, the region and the node it was at. The cause is chained."""
 
 
+# What every target runs alike.
+_CANONICALISE = Pass(name="canonicalise", run=canonicalise, summary="drop copies, views and casts that change nothing")
+_SILU_MUL = Pass(name="silu_mul", run=silu_mul, summary="SiLU(gate) * up")
+_LAST_TOKEN_GATHER = Pass(
+    name="last_token_gather",
+    run=last_token_gather,
+    summary="norm and head on the rows whose logits are wanted",
+    required_in="head",
+)
+_ADD_RMS_NORM = Pass(name="add_rms_norm", run=add_rms_norm, summary="residual add + RMSNorm")
+
+
 def cpu_pipeline(
     *,
     tied_weights: frozenset[str] = frozenset(),
@@ -67,7 +79,7 @@ def cpu_pipeline(
     if quantisation and "quantise" in disabled:
         raise ValueError(f"--quantize {quantisation.scheme} asks for the pass 'quantise'; leave out one of the two")
     passes = [
-        Pass(name="canonicalise", run=canonicalise, summary="drop copies, views and casts that change nothing"),
+        _CANONICALISE,
         # Before the fusions: they look for the parts of one product.
         Pass(
             name="merge_linear",
@@ -82,15 +94,10 @@ def cpu_pipeline(
             summary="head norm + rotary embedding + KV write",
             required_in="layer",
         ),
-        Pass(name="silu_mul", run=silu_mul, summary="SiLU(gate) * up"),
+        _SILU_MUL,
         # Before the norm is fused: it moves the gather above the single operators.
-        Pass(
-            name="last_token_gather",
-            run=last_token_gather,
-            summary="norm and head on the rows whose logits are wanted",
-            required_in="head",
-        ),
-        Pass(name="add_rms_norm", run=add_rms_norm, summary="residual add + RMSNorm"),
+        _LAST_TOKEN_GATHER,
+        _ADD_RMS_NORM,
         # The last two replace the aten.linear nodes that the patterns above look for; what is quantised is not packed.
         *_quantise(quantisation),
         Pass(
@@ -128,16 +135,11 @@ def npu_pipeline(*, max_model_len: int, max_num_seqs: int = 64, disabled: frozen
     # One block more: rows of no sequence are written to block 0.
     lower = partial(lower_npu, num_blocks=max_num_seqs * blocks_per_seq + 1, blocks_per_seq=blocks_per_seq)
     passes = [
-        Pass(name="canonicalise", run=canonicalise, summary="drop copies, views and casts that change nothing"),
+        _CANONICALISE,
         Pass(name="merge_linear", run=merge_linear, summary="q, k, v and gate, up as one product each"),
-        Pass(name="silu_mul", run=silu_mul, summary="SiLU(gate) * up"),
-        Pass(
-            name="last_token_gather",
-            run=last_token_gather,
-            summary="norm and head on the rows whose logits are wanted",
-            required_in="head",
-        ),
-        Pass(name="add_rms_norm", run=add_rms_norm, summary="residual add + RMSNorm"),
+        _SILU_MUL,
+        _LAST_TOKEN_GATHER,
+        _ADD_RMS_NORM,
         # Last: it replaces every operator that the patterns above look for.
         Pass(name="lower_npu", run=lower, summary="torch_npu operators, streams, core limits", required_in="layer"),
     ]

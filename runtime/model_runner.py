@@ -11,13 +11,11 @@ from torch import Tensor
 from xllm_compile.runtime.artifact import Manifest
 from xllm_compile.runtime.graph_cache import GraphChoice, build_cache
 from xllm_compile.runtime.ops import native
+from xllm_compile.runtime.ops.spec import SPLIT_SUFFIX
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.runtime.promotion import GraphPromoter, PromotionConfig
 from xllm_compile.runtime.step import Int32Array, Step
-
-SPLIT = ".split"
-"""Behind a region's name: the program that runs it on two halves of a step."""
 
 
 class CompiledModelRunner:
@@ -83,7 +81,7 @@ class CompiledModelRunner:
         choice = graphs.choose(num_tokens)
         suffix, is_split = "", choice.is_bucket and choice.size in self._split_buckets
         if is_split:
-            graphs, suffix = self._split_graphs, SPLIT
+            graphs, suffix = self._split_graphs, SPLIT_SUFFIX
         # A bucket's graphs fix S to T: there are never more sequences than tokens.
         num_seqs = choice.size if choice.is_bucket and self._has_padded_seqs else len(step.slot)
         positions = _padded(step.positions, choice.size)
@@ -112,7 +110,7 @@ class CompiledModelRunner:
             return torch.empty(0, self.vocab_size)
         if split is not None:
             rows = torch.from_numpy(step.logits_at)
-            return self._split_graphs.run("head" + SPLIT, split, [*state, rows, *self._head_weights])[0]
+            return self._split_graphs.run("head" + SPLIT_SUFFIX, split, [*state, rows, *self._head_weights])[0]
         head = self._head_graphs.choose(num_rows)
         rows = _padded(step.logits_at, head.size)
         (logits,) = self._head_graphs.run("head", head, [*state, rows, *self._head_weights])

@@ -7,11 +7,12 @@ from typing import Any
 from xllm_compile.capture import emit_program
 from xllm_compile.graph_jobs import GraphJob, graph_job
 from xllm_compile.graph_passes.cost_model import CostModel
-from xllm_compile.graph_passes.micro_batch_split import SUFFIX, split_sizes
+from xllm_compile.graph_passes.micro_batch_split import split_sizes
 from xllm_compile.graph_passes.overlap import predict_overlap
 from xllm_compile.graph_passes.pipeline import run_passes, split_pipeline
 from xllm_compile.graph_passes.region import PassReport
 from xllm_compile.report import RegionReport, manifest_entry
+from xllm_compile.runtime.ops.spec import SPLIT_SUFFIX
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.targets import Lowering
 
@@ -70,7 +71,7 @@ def plan_split(
         return SplitPlan(passes=(decisions,))
     programs, found = [], []
     for report in reports:
-        graph = report.graph.copy(report.region + SUFFIX)
+        graph = report.graph.copy(report.region + SPLIT_SUFFIX)
         found += run_passes(graph, passes)
         programs.append(emit_program(graph, report.layers))
     if any(report.name == "micro_batch_split" and not report.matches for report in found):

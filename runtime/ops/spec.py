@@ -5,6 +5,9 @@ from dataclasses import dataclass
 TP_GROUP = "tp"
 """Name under which the ranks of one instance register their process group; compiled graphs look it up."""
 
+SPLIT_SUFFIX = ".split"
+"""Added to the name of a region that runs on the two halves of a step."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
