@@ -1,12 +1,12 @@
 """Turns the scheduler's decision into the arrays of a Step, and remembers which row of logits answers what."""
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from xllm_compile.runtime.sequence import Sequence
-from xllm_compile.runtime.step import Step
+from xllm_compile.runtime.step import Int32Array, Step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +16,8 @@ class PromptRows:
     sequence: Sequence
     begin: int
     token_ids: list[int]
+    num_top: int
+    """Most probable tokens wanted beside each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +25,14 @@ class Batch:
     step: Step
     sampled: list[Sequence]
     """Sequences that get a token from this step; their rows of logits are the first ones, in this order."""
+    sampled_slots: Int32Array
+    """[len(sampled)] their slots, which they may have lost when the result arrives."""
     prompt_rows: list[PromptRows]
     """Rows for prompt_logprobs; they follow."""
+    pending_rows: Int32Array
+    """[P] rows of the step whose token is the one that the step before samples. Their token_ids hold a 0."""
+    pending_slots: Int32Array
+    """[P] slots of their sequences."""
 
 
 def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
@@ -35,26 +43,35 @@ def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
     seq_start, context_len, slots = [0], [], []
     sampled: list[Sequence] = []
     sampled_at: list[int] = []
+    sampled_slots: list[int] = []
     prompt_rows: list[PromptRows] = []
     prompt_at: list[int] = []
+    pending_rows: list[int] = []
+    pending_slots: list[int] = []
     for sequence, count in chunks:
+        assert sequence.slot is not None
         begin = sequence.num_computed_tokens
         end = begin + count
         first_row = len(token_ids) - begin
         token_ids += sequence.token_ids[begin:end]
+        if end > len(sequence.token_ids):
+            pending_rows.append(len(token_ids))
+            pending_slots.append(sequence.slot)
+            token_ids.append(0)
         positions += range(begin, end)
         # By token, not by chunk: a token computed again after a preemption is rotated as it was the first time.
         rope_len += [max(sequence.num_prompt_tokens, position + 1) for position in range(begin, end)]
         seq_start.append(len(token_ids))
         context_len.append(end)
-        assert sequence.slot is not None
         slots.append(sequence.slot)
         if end == sequence.num_tokens:
             sampled.append(sequence)
             sampled_at.append(first_row + end - 1)
+            sampled_slots.append(sequence.slot)
         if sequence.wants_prompt_logprobs:
             # The row of position p predicts the prompt token at p + 1.
-            next_at = _num_collected(sequence)
+            request = sequence.request
+            next_at = request.num_prompt_logprobs_asked
             last = min(end, sequence.num_prompt_tokens - 1)
             wanted = range(next_at - 1, last)
             if len(wanted):
@@ -63,6 +80,7 @@ def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
                         sequence=sequence,
                         begin=len(prompt_at),
                         token_ids=sequence.token_ids[next_at : last + 1],
+                        num_top=request.params.prompt_logprobs or 0,
                     )
                 )
                 prompt_at += [first_row + position for position in wanted]
@@ -75,13 +93,12 @@ def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
         slot=np.array(slots, dtype=np.int32),
         logits_at=np.array(sampled_at + prompt_at, dtype=np.int32),
     )
-    shifted = [
-        PromptRows(sequence=rows.sequence, begin=rows.begin + len(sampled), token_ids=rows.token_ids)
-        for rows in prompt_rows
-    ]
-    return Batch(step=step, sampled=sampled, prompt_rows=shifted)
-
-
-def _num_collected(sequence: Sequence) -> int:
-    """Prompt positions that are answered; the first never has a prediction and counts from the start."""
-    return max(1, len(sequence.request.prompt_logprobs or ()))
+    shifted = [replace(rows, begin=rows.begin + len(sampled)) for rows in prompt_rows]
+    return Batch(
+        step=step,
+        sampled=sampled,
+        sampled_slots=np.array(sampled_slots, dtype=np.int32),
+        prompt_rows=shifted,
+        pending_rows=np.array(pending_rows, dtype=np.int32),
+        pending_slots=np.array(pending_slots, dtype=np.int32),
+    )

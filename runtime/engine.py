@@ -1,7 +1,8 @@
 """The engine of one instance: requests in, one token-packed step at a time, outputs out.
 
-``step`` is the loop: schedule -> build the step -> execute -> sample -> postprocess. All of it runs in one thread;
-`async_engine` puts a thread and asyncio around it, `llm` a plain loop.
+``step`` is the loop: schedule -> launch -> postprocess. With async scheduling the device runs one step while the host
+plans the next one and reports the last one, in two stages; without, each step ends before the next is planned.
+Either way a request's tokens are the same. `async_engine` puts a thread and asyncio around it, `llm` a plain loop.
 """
 
 import logging
@@ -9,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 from xllm_compile.runtime.batch import Batch, build_batch
 from xllm_compile.runtime.detokenizer import make_detokenizer
@@ -17,15 +19,11 @@ from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.local_scheduler import Limits, Schedule, check_queue, schedule
 from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
 from xllm_compile.runtime.outputs import EngineStats, RequestMetrics, RequestOutput
-from xllm_compile.runtime.sampler import (
-    SampledToken,
-    SamplingFailure,
-    SamplingState,
-    sample,
-)
+from xllm_compile.runtime.sampler import SamplingFailure, SamplingState
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
 from xllm_compile.runtime.step import ModelRunner
+from xllm_compile.runtime.step_executor import StepExecutor, StepResult
 from xllm_compile.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,12 +41,24 @@ class EngineConfig:
     """Most sequences that wait to be scheduled; more are refused with QueueFullError."""
     max_waiting_tokens: int = 4 * 1024 * 1024
     """Most prompt tokens that wait."""
+    async_scheduling: bool = False
+    """Plan a step and report the last one while the device runs the one between."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class _InFlight:
+    """A launched step."""
+
+    batch: Batch
+    wait: Callable[[], StepResult]
+    ended: list[int] = field(default_factory=list)
+    """Slots of sequences that ended after the launch: theirs until the step has run."""
 
 
 class Engine:
@@ -79,13 +89,16 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._executor = StepExecutor(runner, kv_cache.num_slots, is_async=self.config.async_scheduling)
+        self._in_flight: deque[_InFlight] = deque()
+        """Launched steps that are not yet completed, oldest first: two at most, one between calls of step."""
         self._ended: dict[str, Request] = {}
         """Requests that ended between steps; the next step reports them."""
         self._stats = EngineStats(kv_tokens_total=kv_cache.total_tokens)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._ended)
+        return bool(self._requests or self._ended or self._in_flight)
 
     @property
     def num_waiting(self) -> int:
@@ -156,19 +169,21 @@ class Engine:
         self._close(request)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns the outputs of the requests that it changed, in order of arrival."""
-        changed = self._ended
-        self._ended = {}
+        """Launch one step and report the one before, which is the same one without async scheduling.
+
+        Returns the outputs of the requests that changed, in order of arrival. Raises what the model runner raises.
+        """
+        changed, self._ended = self._ended, {}
         plan = self._schedule(changed)
         if plan.chunks:
-            batch = build_batch(plan.chunks)
-            logits = self._runner.execute(batch.step)
-            self._advance(plan)
-            collect_prompt_logprobs(batch.prompt_rows, logits, self.tokenizer)
-            sampled = sample(logits[: len(batch.sampled)], [sequence.sampling for sequence in batch.sampled])
-            self._postprocess(batch, sampled, changed)
+            self._in_flight.append(self._launch(plan))
+        self._complete(changed, num_left=1 if plan.chunks and self._executor.is_async else 0)
         outputs = (make_output(request) for request in changed.values())
         return [output for output in outputs if output is not None]
+
+    def close(self) -> None:
+        """Wait for the device to be idle. No step comes after."""
+        self._executor.close()
 
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""
@@ -187,7 +202,11 @@ class Engine:
 
     def _schedule(self, changed: dict[str, Request]) -> Schedule[Sequence]:
         """Decide the step and bring queues and KV slots in line with it."""
-        plan = schedule(self._waiting, self._running, self._limits)
+        plan = self._plan()
+        if self._in_flight and (plan.preempted or plan.too_large):
+            # Whoever loses its place must have its token first, and memory may come free by itself.
+            self._complete(changed, num_left=0)
+            plan = self._plan()
         for sequence in reversed(plan.preempted):
             self._release(sequence)
             sequence.rewind()
@@ -209,6 +228,13 @@ class Engine:
         self._forget_finished()
         return plan
 
+    def _plan(self) -> Schedule[Sequence]:
+        held = [slot for step in self._in_flight for slot in step.ended]
+        limits = replace(
+            self._limits, held_seqs=len(held), held_tokens=sum(self._kv_cache.length(slot) for slot in held)
+        )
+        return schedule(self._waiting, self._running, limits)
+
     def _start(self, sequence: Sequence, now: float) -> None:
         sequence.slot = self._kv_cache.allocate()
         sequence.status = SequenceStatus.RUNNING
@@ -217,20 +243,54 @@ class Engine:
         if sequence.request.metrics.scheduled_s is None:
             sequence.request.metrics.scheduled_s = now
 
-    def _advance(self, plan: Schedule[Sequence]) -> None:
-        self._stats.num_steps += 1
+    def _launch(self, plan: Schedule[Sequence]) -> _InFlight:
+        """Hand the step to the device. From here on its sequences count as computed, with a token to come."""
+        batch = build_batch(plan.chunks)
         for sequence, count in plan.chunks:
             sequence.num_computed_tokens += count
+        for sequence in batch.sampled:
+            sequence.num_pending_tokens += 1
+        for rows in batch.prompt_rows:
+            rows.sequence.request.num_prompt_logprobs_asked += len(rows.token_ids)
+        return _InFlight(batch=batch, wait=self._executor.launch(batch))
 
-    def _postprocess(
-        self, batch: Batch, sampled: list[SampledToken | SamplingFailure], changed: dict[str, Request]
-    ) -> None:
+    def _complete(self, changed: dict[str, Request], *, num_left: int) -> None:
+        """Wait for launched steps until so many are left, and give their tokens to their sequences."""
+        while len(self._in_flight) > num_left:
+            try:
+                result = self._in_flight[0].wait()
+            except BaseException:
+                self._drop_in_flight()
+                raise
+            step = self._in_flight.popleft()
+            self._stats.num_steps += 1
+            self._free(step.ended)
+            self._postprocess(step.batch, result, changed)
+
+    def _drop_in_flight(self) -> None:
+        """A step failed. Those behind it computed on what it should have brought: nothing of them counts."""
+        steps, self._in_flight = self._in_flight, deque()
+        for step in steps:
+            with suppress(Exception):
+                step.wait()
+            self._free(step.ended)
+
+    def _free(self, slots: Items[int]) -> None:
+        for slot in slots:
+            self._kv_cache.free(slot)
+
+    def _postprocess(self, batch: Batch, result: StepResult, changed: dict[str, Request]) -> None:
         now = self._clock()
-        for sequence, result in zip(batch.sampled, sampled, strict=True):
-            if isinstance(result, SamplingFailure):
-                self._fail(sequence, result.reason)
+        collect_prompt_logprobs(batch.prompt_rows, result.prompt_logprobs, self.tokenizer)
+        for sequence, sampled in zip(batch.sampled, result.sampled, strict=True):
+            sequence.num_pending_tokens -= 1
+            if sequence.is_finished:
+                # It ended while this step was already under way.
+                continue
+            if isinstance(sampled, SamplingFailure):
+                self._fail(sequence, sampled.reason)
             else:
-                append_token(sequence, result, self.tokenizer)
+                append_token(sequence, sampled, self.tokenizer)
                 self._stats.num_generated_tokens += 1
                 if sequence.num_output_tokens == 1:
                     # Once per sequence, however often a preemption has it computed again.
@@ -262,9 +322,13 @@ class Engine:
         self._ended[request.request_id] = request
 
     def _release(self, sequence: Sequence) -> None:
-        if sequence.slot is not None:
+        if sequence.slot is None:
+            return
+        if self._in_flight:
+            self._in_flight[-1].ended.append(sequence.slot)
+        else:
             self._kv_cache.free(sequence.slot)
-            sequence.slot = None
+        sequence.slot = None
 
     def _forget_finished(self) -> None:
         """Drop what left its queue: finished sequences, and preempted ones from the running list."""

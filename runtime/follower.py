@@ -27,12 +27,12 @@ def opened_instance(root: Path, config: InstanceConfig | None = None) -> Iterato
     """
     size = read_manifest(root).tensor_parallel_size
     if size == 1:
-        yield open_instance(root, config)
+        yield from _opened(root, config)
         return
     group = RankGroup(RankConfig(rank=0, world_size=size))
     followers = [_start(root, rank, size, group.address) for rank in range(1, size)]
     try:
-        yield open_instance(root, config, group)
+        yield from _opened(root, config, group)
     finally:
         group.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -41,6 +41,15 @@ def opened_instance(root: Path, config: InstanceConfig | None = None) -> Iterato
         for process in followers:
             process.kill()
             process.wait()
+
+
+def _opened(root: Path, config: InstanceConfig | None, group: RankGroup | None = None) -> Iterator[Instance]:
+    instance = open_instance(root, config, group)
+    try:
+        yield instance
+    finally:
+        # Before the ranks part: a step may still be under way.
+        instance.engine.close()
 
 
 def _start(root: Path, rank: int, size: int, address: str) -> "subprocess.Popen[bytes]":

@@ -34,6 +34,8 @@ class InstanceConfig:
     kv_memory_bytes: int | None = None
     """Budget of the KV cache; None is half of the free memory, or what max_num_seqs full sequences need."""
     max_waiting: int = 1024
+    async_scheduling: bool = True
+    """Plan a step and report the last one while the device runs the one between."""
     enforce_eager: bool = False
     """Run operator by operator instead of the compiled graphs, to tell the two apart."""
     promotion: PromotionConfig | None = None
@@ -82,12 +84,12 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
     if group is not None:
         group.publish({"config": asdict(replace(config, promotion=None)), "kv_cache": _kv_values(kv_cache.config)})
         group.connect()
-        kv_cache.on_release = lambda slot, keep, extent: group.send_release(
-            Release(slot=slot, keep=keep, extent=extent)
-        )
-        runner = LeaderRunner(runner, group)
+        leader = LeaderRunner(runner, group)
+        kv_cache.on_release = leader.release
+        runner = leader
     tokenizer = Tokenizer.from_directory(root / TOKENIZER)
-    engine = Engine(runner, kv_cache, tokenizer, EngineConfig(max_waiting=config.max_waiting))
+    engine_config = EngineConfig(max_waiting=config.max_waiting, async_scheduling=config.async_scheduling)
+    engine = Engine(runner, kv_cache, tokenizer, engine_config)
     return Instance(root=root, manifest=manifest, engine=engine, tokenizer=tokenizer)
 
 

@@ -27,7 +27,7 @@ class Schedulable(Protocol):
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens to compute until the next one can be sampled; at least 1."""
+        """Tokens to compute until the next one can be sampled; 0 where the last one is on its way."""
 
     @property
     def max_chunk_tokens(self) -> int:
@@ -47,6 +47,10 @@ class Limits:
     """Most tokens in one step."""
     kv_total_tokens: int
     """Most tokens in the KV cache."""
+    held_seqs: int = 0
+    """Places of sequences that ended while a step with them runs: free once it has run."""
+    held_tokens: int = 0
+    """KV tokens of those."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
@@ -105,7 +109,8 @@ class _Planner(Generic[S]):
         self.preempted: list[S] = []
         self.too_large: list[S] = []
         self.tokens_left = limits.max_num_batched_tokens
-        self.kv_left = limits.kv_total_tokens - sum(sequence.num_computed_tokens for sequence in running)
+        kv_used = limits.held_tokens + sum(sequence.num_computed_tokens for sequence in running)
+        self.kv_left = limits.kv_total_tokens - kv_used
 
     def plan_running(self, sequences: Iterable[S]) -> None:
         for sequence in sequences:
@@ -136,7 +141,7 @@ class _Planner(Generic[S]):
             if sequence.num_uncomputed_tokens > self.limits.kv_total_tokens:
                 self.too_large.append(sequence)
                 continue
-            if len(self.alive) == self.limits.max_num_seqs or self.tokens_left == 0:
+            if len(self.alive) + self.limits.held_seqs >= self.limits.max_num_seqs or self.tokens_left == 0:
                 return
             if self.alive and sequence.num_uncomputed_tokens + headroom > self.kv_left:
                 return

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence as Items
 
-from torch import Tensor
-
 from xllm_compile.runtime.batch import PromptRows
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestOutput
-from xllm_compile.runtime.sampler import SampledToken, TokenLogprobs, one_thread, token_logprobs
+from xllm_compile.runtime.sampler import SampledToken, TokenLogprobs
 from xllm_compile.runtime.sampling_params import RequestOutputKind
 from xllm_compile.runtime.sequence import Request, Sequence
 from xllm_compile.runtime.tokenizer import Tokenizer
@@ -20,7 +18,6 @@ def append_token(sequence: Sequence, sampled: SampledToken, tokenizer: Tokenizer
     params = sequence.request.params
     token_id = sampled.token_id
     sequence.token_ids.append(token_id)
-    sequence.sampling.record(token_id)
     if sampled.logprobs is not None:
         _append_logprobs(sequence, sampled.logprobs, tokenizer)
 
@@ -49,15 +46,14 @@ def finish_length(sequence: Sequence) -> None:
         sequence.finish("stop", stop)
 
 
-def collect_prompt_logprobs(prompt_rows: Items[PromptRows], logits: Tensor, tokenizer: Tokenizer) -> None:
-    """Append what these rows of logits say of prompt tokens to their requests."""
-    with one_thread():
-        for rows in prompt_rows:
-            request = rows.sequence.request
-            assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
-            for at, token_id in enumerate(rows.token_ids, start=rows.begin):
-                found = token_logprobs(logits[at], token_id, request.params.prompt_logprobs)
-                request.prompt_logprobs.append(_decoded_logprobs(found, tokenizer))
+def collect_prompt_logprobs(
+    prompt_rows: Items[PromptRows], found: Items[Items[TokenLogprobs]], tokenizer: Tokenizer
+) -> None:
+    """Append what a step found out about prompt tokens to their requests."""
+    for rows, of_tokens in zip(prompt_rows, found, strict=True):
+        collected = rows.sequence.request.prompt_logprobs
+        assert collected is not None
+        collected += [_decoded_logprobs(of_token, tokenizer) for of_token in of_tokens]
 
 
 def make_output(request: Request) -> RequestOutput | None:

@@ -32,7 +32,9 @@ class Sequence:
     detokenizer: Detokenizer
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
-    """Tokens whose keys and values are in the slot."""
+    """Tokens whose keys and values are in the slot, or will be once the launched steps have run."""
+    num_pending_tokens: int = 0
+    """Tokens sampled by launched steps whose results have not arrived: part of num_tokens, not yet of token_ids."""
     slot: int | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
@@ -44,7 +46,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -52,6 +54,7 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
+        """Tokens generated and known."""
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
@@ -60,7 +63,10 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        """0 while the last token is pending: there is nothing to compute after it."""
+        if self.num_output_tokens + self.num_pending_tokens >= self.request.max_output_tokens:
+            return 0
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def max_chunk_tokens(self) -> int:
@@ -72,8 +78,9 @@ class Sequence:
     @property
     def wants_prompt_logprobs(self) -> bool:
         """The first of n sequences collects them, once: not again when it is computed again."""
-        collected = self.request.prompt_logprobs
-        return self.index == 0 and collected is not None and len(collected) < self.num_prompt_tokens
+        request = self.request
+        wants_any = request.prompt_logprobs is not None
+        return self.index == 0 and wants_any and request.num_prompt_logprobs_asked < self.num_prompt_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -103,6 +110,8 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """Grows with the chunks; None when not asked for."""
+    num_prompt_logprobs_asked: int = 1
+    """Prompt positions whose log-probabilities launched steps bring; the first position never has any."""
     is_prompt_sent: bool = False
 
     @property

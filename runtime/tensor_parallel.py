@@ -6,6 +6,7 @@ arrays to the others; then all ranks execute it, meeting in the collectives of t
 
 import contextlib
 import json
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -171,9 +172,17 @@ class LeaderRunner:
         self.max_num_batched_tokens = runner.max_num_batched_tokens
         self._runner = runner
         self._group = group
+        self._releases: deque[Release] = deque()
+
+    def release(self, slot: int, keep: int, extent: int) -> None:
+        """Have the followers give back these pages before their next step. From any thread."""
+        # Only the thread that executes sends: messages and the collectives of a step share one connection.
+        self._releases.append(Release(slot=slot, keep=keep, extent=extent))
 
     def execute(self, step: Step) -> Tensor:
         """See ModelRunner.execute. Raises RuntimeError when a follower is gone."""
+        while self._releases:
+            self._group.send_release(self._releases.popleft())
         self._group.send_step(step)
         return self._runner.execute(step)
 

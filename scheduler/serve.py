@@ -39,6 +39,12 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 @click.option("--max-connections", type=click.IntRange(1), default=16384, help="HTTP connections; more get 429.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the engine.")
+@click.option(
+    "--async-scheduling/--no-async-scheduling",
+    default=True,
+    show_default=True,
+    help="Plan the next step and stream the last one while the device runs the one between.",
+)
 @click.option("--enforce-eager", is_flag=True, help="Run operator by operator, without the compiled graphs.")
 @click.option(
     "--graph-promotion/--no-graph-promotion", default=True, help="Compile graphs for hot step sizes while serving."

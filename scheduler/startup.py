@@ -73,7 +73,12 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> Abst
     promotion = None
     if options["graph_promotion"]:
         promotion = PromotionConfig(store=cache_dir() / "graphs", max_bytes=options["graph_cache_bytes"])
-    config = InstanceConfig(**given, enforce_eager=options["enforce_eager"], promotion=promotion)
+    config = InstanceConfig(
+        **given,
+        async_scheduling=options["async_scheduling"],
+        enforce_eager=options["enforce_eager"],
+        promotion=promotion,
+    )
     return opened_instance(artifact, config)
 
 

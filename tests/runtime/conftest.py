@@ -24,6 +24,12 @@ def tokenizer(tokenizer_dir: Path) -> Tokenizer:
     return Tokenizer.from_directory(tokenizer_dir)
 
 
-@pytest.fixture(scope="session")
-def make_engine(tokenizer: Tokenizer) -> EngineFactory:
+@pytest.fixture
+def make_sync_engine(tokenizer: Tokenizer) -> EngineFactory:
+    """Engines that report a step in the call that ran it."""
     return EngineFactory(tokenizer)
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def make_engine(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> EngineFactory:
+    return EngineFactory(tokenizer, is_async=request.param)

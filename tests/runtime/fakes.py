@@ -3,6 +3,7 @@
 import threading
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import tokenizers
@@ -165,8 +166,9 @@ def make_kv_cache(*, max_model_len: int = 64, num_slots: int = 8, total_tokens: 
 
 
 class EngineFactory:
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, is_async: bool = False) -> None:
         self.tokenizer = tokenizer
+        self.is_async = is_async
 
     def __call__(
         self,
@@ -183,5 +185,6 @@ class EngineFactory:
         runner = HistoryRunner(
             kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, poison=poison
         )
+        config = replace(config or EngineConfig(), async_scheduling=self.is_async)
         ticks = iter(range(1, 1_000_000))
         return Engine(runner, kv_cache, self.tokenizer, config, clock=lambda: float(next(ticks))), runner

@@ -113,8 +113,8 @@ def test_preemption_keeps_every_stream_identical(make_engine: EngineFactory) -> 
             assert length == position + 1 or (length in by_length and position < length)
 
 
-def test_several_preempted_in_one_step_keep_their_order(make_engine: EngineFactory) -> None:
-    engine, runner = make_engine(max_model_len=64, total_tokens=64)
+def test_several_preempted_in_one_step_keep_their_order(make_sync_engine: EngineFactory) -> None:
+    engine, runner = make_sync_engine(max_model_len=64, total_tokens=64)
     engine.add_request("a", [50] * 30, SamplingParams(max_tokens=None, **GREEDY))
     while engine.stats().kv_tokens_used < 61:
         engine.step()
@@ -257,8 +257,8 @@ def test_output_kinds_tell_the_same_story(make_engine: EngineFactory) -> None:
     assert [output.prompt_logprobs is not None for output in deltas] == [True] + [False] * 4
 
 
-def test_outputs_already_given_do_not_change(make_engine: EngineFactory) -> None:
-    engine, _ = make_engine()
+def test_outputs_already_given_do_not_change(make_sync_engine: EngineFactory) -> None:
+    engine, _ = make_sync_engine()
     engine.add_request("one", PROMPT, SamplingParams(max_tokens=3, logprobs=0, **GREEDY))
     (first,) = engine.step()
     run(engine)
@@ -339,8 +339,8 @@ def test_ids_in_use_are_refused(make_engine: EngineFactory) -> None:
     engine.add_request("one", PROMPT, SamplingParams())
 
 
-def test_the_waiting_queue_is_bounded(make_engine: EngineFactory) -> None:
-    engine, _ = make_engine(config=EngineConfig(max_waiting=3, max_waiting_tokens=24))
+def test_the_waiting_queue_is_bounded(make_sync_engine: EngineFactory) -> None:
+    engine, _ = make_sync_engine(config=EngineConfig(max_waiting=3, max_waiting_tokens=24))
     engine.add_request("a", PROMPT, SamplingParams(n=2, max_tokens=1))
     with pytest.raises(QueueFullError, match="max_waiting=3"):
         engine.add_request("b", PROMPT, SamplingParams(n=2))
@@ -362,8 +362,8 @@ def test_config_limits_the_runner(make_engine: EngineFactory) -> None:
         EngineConfig(max_num_seqs=0)
 
 
-def test_stats_count(make_engine: EngineFactory) -> None:
-    engine, _ = make_engine(max_num_seqs=1)
+def test_stats_count(make_sync_engine: EngineFactory) -> None:
+    engine, _ = make_sync_engine(max_num_seqs=1)
     engine.add_request("a", PROMPT, SamplingParams(max_tokens=3, **GREEDY))
     engine.add_request("b", PROMPT, SamplingParams(max_tokens=3, **GREEDY))
     engine.step()
@@ -384,11 +384,17 @@ TOKENIZER = Tokenizer(train_byte_level(), eos_token_ids=[2])
     max_num_seqs=st.integers(1, 5),
     extra_tokens=st.integers(0, 20),
     aborted=st.sets(st.integers(0, 7)),
+    is_async=st.booleans(),
 )
 def test_any_mix_of_requests_gives_what_each_gives_alone(
-    shapes: list[tuple[int, int, int]], total_tokens: int, max_num_seqs: int, extra_tokens: int, aborted: set[int]
+    shapes: list[tuple[int, int, int]],
+    total_tokens: int,
+    max_num_seqs: int,
+    extra_tokens: int,
+    aborted: set[int],
+    is_async: bool,
 ) -> None:
-    engine, runner = EngineFactory(TOKENIZER)(
+    engine, runner = EngineFactory(TOKENIZER, is_async=is_async)(
         max_model_len=32,
         total_tokens=total_tokens,
         num_slots=max_num_seqs,
