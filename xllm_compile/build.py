@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.memory_plan import lifetimes
 from xllm_compile.graph_passes.partition import partition, runs_eagerly
 from xllm_compile.graph_passes.pipeline import run_passes
+from xllm_compile.graph_passes.region import RegionGraph
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
 from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
-from xllm_compile.micro_batches import plan_split
+from xllm_compile.micro_batches import SplitPlan, plan_split
 from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
 from xllm_compile.models.config import read_hf_config
 from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, checkpoint_shapes
@@ -174,13 +176,7 @@ def make_plan(
     lowering = lowering_for(config.target)
     programs, reports = make_programs(source, config, progress)
     times, buckets = plan_buckets(config, workload, device, reports)
-    split = plan_split(
-        reports,
-        buckets.tokens if config.graph_mode == "full" and lowering.runs_halves else (),
-        source.tensor_parallel_size,
-        CostModel(spec=device.spec),
-        config.disabled_passes,
-    )
+    split = plan_halves(config, reports, buckets.tokens, device)
     return BuildPlan(
         config=config,
         source=source,
@@ -206,6 +202,20 @@ def plan_buckets(
     key_s = seconds_per_key(regions, model)
     histogram = step_histogram(workload, config.max_num_batched_tokens, times["T"], key_s)
     return times, pick_buckets(config, histogram, times["T"])
+
+
+def plan_halves(
+    config: BuildConfig, reports: Sequence[RegionReport], token_buckets: Sequence[int], device: ChosenDevice
+) -> SplitPlan:
+    """Which buckets run in halves; none where the target or the graph mode has no such graphs."""
+    can_split = config.graph_mode == "full" and lowering_for(config.target).runs_halves
+    return plan_split(
+        reports,
+        token_buckets if can_split else (),
+        config.tensor_parallel_size,
+        CostModel(spec=device.spec),
+        config.disabled_passes,
+    )
 
 
 def is_up_to_date(output: Path, key: str, lowering: Lowering) -> bool:
@@ -252,6 +262,7 @@ def _make_programs(
     pieces = [graph]
     if graph_mode == "partial":
         pieces, partition_report = partition(graph)
+        partition_report.ops_before, partition_report.ops_after = graph.op_counts(), _op_counts(pieces)
         passes_reports.append(partition_report)
         if partition_report.skips:
             raise BuildError(
@@ -259,7 +270,9 @@ def _make_programs(
                 " compile with --graph-mode full"
             )
     plans = [lifetimes(piece) for piece in pieces]
-    passes_reports += [plan_report for _, plan_report in plans]
+    for piece, (_, plan_report) in zip(pieces, plans, strict=True):
+        plan_report.ops_before = plan_report.ops_after = piece.op_counts()
+        passes_reports.append(plan_report)
     programs = [
         emit_program(
             piece,
@@ -280,6 +293,13 @@ def _make_programs(
         graph=graph,
         lifetimes=[plan for plan, _ in plans],
     )
+
+
+def _op_counts(pieces: Sequence[RegionGraph]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for piece in pieces:
+        counts.update(piece.op_counts())
+    return dict(sorted(counts.items()))
 
 
 def open_store(output: Path, suffix: str) -> GraphStore:
