@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.runtime.artifact import GraphEntry
+from xllm_compile.runtime.compiled_graph import CompiledGraph
 from xllm_compile.runtime.program import RegionProgram
-from xllm_compile.runtime.unlocked_graph import UnlockedGraph
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +73,8 @@ class GraphCache:
     _eager: dict[str, GraphFunction] = field(default_factory=dict)
     _has_dynamic: bool = False
     _choice: GraphChoice | None = None
+    generation: int = 0
+    """Counts the changes to ``graphs``."""
 
     def __post_init__(self) -> None:
         self._index()
@@ -107,7 +108,7 @@ class GraphCache:
 
         Raises what the eager program raises: then the tensors are at fault, and no graph is given up.
         """
-        size = choice.size if (region, choice.size) in self.graphs and choice.is_bucket else DYNAMIC
+        size = self._size_of(region, choice)
         graph = self.graphs.get((region, size))
         if graph is None:
             return self._run_eagerly(region, tensors)
@@ -118,6 +119,15 @@ class GraphCache:
                 # Run again on this rank only, its collectives would meet the wrong ones of the others.
                 raise
             return self._fall_back(region, size, tensors, err)
+
+    def compiled(self, regions: Iterable[str], choice: GraphChoice) -> list[CompiledGraph] | None:
+        """The graphs that `run` would call for the regions; None when one of them has none."""
+        found = [self.graphs.get((region, self._size_of(region, choice))) for region in regions]
+        graphs = [graph for graph in found if isinstance(graph, CompiledGraph)]
+        return graphs if len(graphs) == len(found) else None
+
+    def _size_of(self, region: str, choice: GraphChoice) -> int:
+        return choice.size if choice.is_bucket and (region, choice.size) in self.graphs else DYNAMIC
 
     def _fall_back(self, region: str, size: int, tensors: list[Tensor], err: RuntimeError) -> list[Tensor]:
         # Running a region again is safe: its KV writes put the same values in the same places.
@@ -186,6 +196,7 @@ class GraphCache:
         self._index()
 
     def _index(self) -> None:
+        self.generation += 1
         compiled = [name for name, program in self.programs.items() if not program.is_eager]
         sized = {region for region, size in [*self.graphs, *self.failed] if size != DYNAMIC}
         sizes = sorted({size for _, size in self.graphs} - {DYNAMIC})
@@ -195,16 +206,6 @@ class GraphCache:
             for size in sizes
             if all((name, size if name in sized else DYNAMIC) in self.graphs for name in compiled)
         )
-
-
-def load_graph(path: Path, *, has_collectives: bool = False) -> GraphFunction:
-    """The entry of a compiled graph. The kernels it calls must be loaded first. Raises RuntimeError."""
-    if has_collectives:
-        return UnlockedGraph(path)
-    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
-    # The method keeps the runner, and with it the library, alive.
-    run: GraphFunction = runner.run
-    return run
 
 
 def build_cache(
@@ -223,12 +224,13 @@ def build_cache(
         return GraphCache(programs=by_name, times=times, never_compiled="enforce_eager")
     if all(program.is_eager for program in programs):
         return GraphCache(programs=by_name, times=times, never_compiled="graph_mode")
-    graphs, failures = {}, []
+    graphs: dict[tuple[str, int], GraphFunction] = {}
+    failures = []
     for entry in entries:
         if entry.region in by_name:
             key = entry.region, entry.sizes.get(axis, DYNAMIC)
             try:
-                graphs[key] = load_graph(root / entry.file.path, has_collectives=by_name[entry.region].has_collectives)
+                graphs[key] = CompiledGraph(root / entry.file.path)
             except RuntimeError as err:
                 failures.append((key, err))
     cache = GraphCache(programs=by_name, times=times, graphs=graphs)

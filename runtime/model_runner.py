@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from xllm_compile.runtime.artifact import Manifest
-from xllm_compile.runtime.graph_cache import GraphChoice, build_cache
+from xllm_compile.runtime.compiled_graph import GraphChain
+from xllm_compile.runtime.graph_cache import DYNAMIC, GraphCache, GraphChoice, build_cache
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.ops.spec import SPLIT_SUFFIX
 from xllm_compile.runtime.outputs import GraphCacheStats
@@ -61,6 +62,7 @@ class CompiledModelRunner:
         self._embed_weights = _region_weights(programs["embed"], weights)
         self._head_weights = _region_weights(programs["head"], weights)
         self._layers = _layer_plan(manifest.programs, weights, kv_layers)
+        self._chains = _Chains(self._layers)
         # Buckets whose steps run in halves take the same weights through other graphs.
         self._split_graphs = build_cache(
             root, "T", times["T"], manifest.split_programs, graphs, enforce_eager=enforce_eager
@@ -96,9 +98,24 @@ class CompiledModelRunner:
             _padded(step.context_len, num_seqs),
             _padded(step.slot, num_seqs),
         ]
+        return self._run_chain(graphs, suffix, choice, state, metadata), choice if is_split else None
+
+    def _run_chain(
+        self, graphs: GraphCache, suffix: str, choice: GraphChoice, state: list[Tensor], metadata: list[Tensor]
+    ) -> list[Tensor]:
+        """All layers in one call where all are compiled, else one by one."""
+        chain = self._chains.of(graphs, suffix, choice)
+        if chain is not None:
+            try:
+                return chain(state, metadata)
+            except RuntimeError:
+                if self._waits_for_state:
+                    # Run again on this rank only, its collectives would meet the wrong ones of the others.
+                    raise
+                # One by one, the graph that failed is found and given up. Writing the same KV again is safe.
         for region, kv_cache, weights in self._layers:
             state = graphs.run(region + suffix, choice, [*state, *metadata, kv_cache, *weights])
-        return state, choice if is_split else None
+        return state
 
     def _run_head(self, step: Step, state: list[Tensor], split: GraphChoice | None) -> Tensor:
         num_rows = len(step.logits_at)
@@ -137,6 +154,28 @@ class CompiledModelRunner:
         """End what runs in the background."""
         if self._promoter is not None:
             self._promoter.close()
+
+
+class _Chains:
+    """The layers' graphs as chains, one for each size that steps have had, made anew when the graphs change."""
+
+    def __init__(self, layers: Sequence[tuple[str, Tensor, list[Tensor]]]) -> None:
+        self._regions = [region for region, _, _ in layers]
+        self._own = [[kv_cache, *weights] for _, kv_cache, weights in layers]
+        self._chains: dict[tuple[str, int], GraphChain | None] = {}
+        self._generations: dict[str, int] = {}
+
+    def of(self, graphs: GraphCache, suffix: str, choice: GraphChoice) -> GraphChain | None:
+        """None where a layer has no compiled graph for this choice."""
+        if self._generations.get(suffix) != graphs.generation:
+            self._generations[suffix] = graphs.generation
+            self._chains = {key: chain for key, chain in self._chains.items() if key[0] != suffix}
+        # All sizes that are no bucket share the dynamic graph.
+        key = suffix, choice.size if choice.is_bucket else DYNAMIC
+        if key not in self._chains:
+            compiled = graphs.compiled([region + suffix for region in self._regions], choice)
+            self._chains[key] = None if compiled is None else GraphChain(compiled, self._own)
+        return self._chains[key]
 
 
 def _padded(values: Int32Array, size: int, fill: int = 0) -> Tensor:

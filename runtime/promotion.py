@@ -5,8 +5,6 @@ never imports a compiler: `python -m xllm_compile.promote` compiles, checks the 
 and leaves them in the graph store, where the next start finds them. Where that cannot be done, serving goes on.
 """
 
-import _ctypes
-import ctypes
 import json
 import logging
 import os
@@ -20,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xllm_compile.runtime.artifact import file_digest
-from xllm_compile.runtime.graph_cache import GraphCache, GraphFunction, load_graph
+from xllm_compile.runtime.compiled_graph import CompiledGraph
+from xllm_compile.runtime.graph_cache import GraphCache, GraphFunction
 
 logger = logging.getLogger(__name__)
 
@@ -246,17 +245,14 @@ class GraphPromoter:
         """Everything about a library that takes time, off the step's thread."""
         try:
             graphs = read_entry(path)
-            functions = {}
+            functions: dict[str, GraphFunction] = {}
             for region, file in graphs.files.items():
                 if file_digest(file) != graphs.digests[region]:
                     raise ValueError(f"{file} is damaged")
                 # The trimming of the store goes by age.
                 os.utime(file)
-                # Linked here, without the interpreter lock; torch's loader finds the library in place. Closed again,
-                # so that dropping the graph unloads it.
-                library = ctypes.CDLL(str(file), mode=os.RTLD_NOW | os.RTLD_LOCAL)
-                functions[region] = load_graph(file)
-                _ctypes.dlclose(library._handle)
+                # Links without the interpreter lock: steps go on.
+                functions[region] = CompiledGraph(file)
         except (ValueError, OSError, RuntimeError) as err:
             path.unlink(missing_ok=True)
             self._fail_load(path, err)

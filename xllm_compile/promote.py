@@ -83,7 +83,7 @@ def check_graph(program: RegionProgram, sizes: Mapping[str, int], path: Path) ->
     """Run the graph and its program on the same random tensors. Raises ValueError when they differ."""
     import torch
 
-    from xllm_compile.runtime.graph_cache import load_graph
+    from xllm_compile.runtime.compiled_graph import CompiledGraph
 
     known = {"S": 1, "S1": 2, **sizes, "L": 1, "M": sizes["T"]}
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ def check_graph(program: RegionProgram, sizes: Mapping[str, int], path: Path) ->
         elif spec.name == "context_len":
             tensor[0] = sizes["T"]
     given = [[tensor.clone() for tensor in tensors] for _ in range(2)]
-    found, expected = load_graph(path)(given[0]), program.load()(*given[1])
+    found, expected = CompiledGraph(path)(given[0]), program.load()(*given[1])
     try:
         for ours, theirs in zip([*found, *given[0]], [*expected, *given[1]], strict=True):
             torch.testing.assert_close(ours, theirs)

@@ -298,3 +298,17 @@ class ActivationPool:
 def is_loaded() -> bool:
     """Whether load_kernels has run in this process."""
     return _loaded is not None
+
+
+def graph_chain() -> Any:
+    """The C function that runs compiled graphs one after the other, see cpu/graph_chain.cpp."""
+    assert _loaded is not None, "load_kernels comes first"
+    function = _loaded[1]._library.xllm_run_chain
+    function.restype = ctypes.c_int64
+    return function
+
+
+def delete_handle(handle: int) -> None:
+    """Drop a reference to a tensor that came as a handle."""
+    assert _loaded is not None, "load_kernels comes first"
+    _loaded[1]._delete(handle)

@@ -1,7 +1,9 @@
 """Which graph runs a step, and that each of them computes what the eager program does."""
 
 import logging
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.runtime.artifact import read_manifest
+from xllm_compile.runtime.compiled_graph import CompiledGraph
 from xllm_compile.runtime.graph_cache import GraphCache, GraphChoice, build_cache
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.program import RegionProgram
@@ -229,3 +232,51 @@ def test_a_library_that_cannot_be_loaded_is_left_out(family_artifact, kernels, t
     assert "the graph of region layer for bucket 4 is given up" in caplog.text
     assert graphs.buckets == ()
     assert graphs.choose(4) == GraphChoice(outcome="dynamic", size=4, reason="graph_failed")
+
+
+# What a compiled graph's library exports, of a graph that always fails.
+FAILING_GRAPH = """
+#include <cstddef>
+extern "C" {
+int aoti_torch_delete_tensor_object(void*);
+int AOTInductorModelContainerCreateWithDevice(void** c, size_t, const char*, const char*) { *c = new int; return 0; }
+int AOTInductorModelContainerDelete(void* c) { delete static_cast<int*>(c); return 0; }
+int AOTInductorModelContainerGetNumOutputs(void*, size_t* n) { *n = 2; return 0; }
+int AOTInductorModelContainerRun(void*, void** inputs, size_t count, void**, size_t, void*, void*) {
+  for (size_t i = 0; i < count; ++i) aoti_torch_delete_tensor_object(inputs[i]);
+  return 1;
+}
+void AOTInductorGetLastError(const char** text) { *text = "out of luck"; }
+}
+"""
+
+
+def test_a_graph_that_fails_in_the_chain_is_found_and_given_up(family_artifact, kernels, tmp_path, caplog):
+    root = family_artifact("qwen3")
+    manifest = read_manifest(root)
+    source, library = tmp_path / "failing.cpp", tmp_path / "failing.so"
+    source.write_text(FAILING_GRAPH)
+    libraries = Path(torch.__file__).parent / "lib"
+    command = ["g++", "-shared", "-fPIC", str(source), "-o", str(library), f"-L{libraries}", "-ltorch_cpu"]
+    subprocess.run(command, check=True)
+    model = manifest.model
+    layers = [torch.zeros(8, 80, 2, model.num_kv_heads, model.head_dim) for _ in range(model.num_layers)]
+    runner = CompiledModelRunner(
+        root,
+        manifest,
+        map_weights(root / manifest.weights[0].path),
+        layers,
+        max_model_len=80,
+        max_num_seqs=8,
+        max_num_batched_tokens=80,
+    )
+    step = step_of((4,), model.vocab_size, seed=1)
+    expected = runner.execute(step).clone()
+    runner._token_graphs.add(4, {"layer": CompiledGraph(library)})
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(runner.execute(step), expected, rtol=1e-5, atol=1e-4)
+    assert "the graph of region layer for bucket 4 is given up: out of luck" in caplog.text
+    assert runner.graph_cache_stats().by_outcome() == {"exact": 1, "padded": 0, "dynamic": 1, "eager": 0}
+    # From here on the layers are a chain again, of the dynamic graphs.
+    torch.testing.assert_close(runner.execute(step), expected, rtol=1e-5, atol=1e-4)
+    assert runner.graph_cache_stats().by_outcome()["dynamic"] == 2
