@@ -92,6 +92,8 @@ class Engine:
         self._executor = StepExecutor(runner, kv_cache.num_slots, is_async=self.config.async_scheduling)
         self._in_flight: deque[_InFlight] = deque()
         """Launched steps that are not yet completed, oldest first: two at most, one between calls of step."""
+        self._last_ended_s: float | None = None
+        """When the device ended its last step; None where it had nothing to do after."""
         self._ended: dict[str, Request] = {}
         """Requests that ended between steps; the next step reports them."""
         self._stats = EngineStats(kv_tokens_total=kv_cache.total_tokens)
@@ -178,6 +180,8 @@ class Engine:
         if plan.chunks:
             self._in_flight.append(self._launch(plan))
         self._complete(changed, num_left=1 if plan.chunks and self._executor.is_async else 0)
+        if not self.has_work:
+            self._last_ended_s = None
         outputs = (make_output(request) for request in changed.values())
         return [output for output in outputs if output is not None]
 
@@ -193,6 +197,8 @@ class Engine:
             kv_tokens_used=self._kv_cache.used_tokens,
             kv_tokens_total=self._kv_cache.total_tokens,
             num_steps=self._stats.num_steps,
+            busy_s=self._stats.busy_s,
+            gap_s=self._stats.gap_s,
             num_prompt_tokens=self._stats.num_prompt_tokens,
             num_generated_tokens=self._stats.num_generated_tokens,
             num_preemptions=self._stats.num_preemptions,
@@ -263,9 +269,16 @@ class Engine:
                 self._drop_in_flight()
                 raise
             step = self._in_flight.popleft()
-            self._stats.num_steps += 1
+            self._count_step(result)
             self._free(step.ended)
             self._postprocess(step.batch, result, changed)
+
+    def _count_step(self, result: StepResult) -> None:
+        self._stats.num_steps += 1
+        self._stats.busy_s += result.ended_s - result.started_s
+        if self._last_ended_s is not None:
+            self._stats.gap_s += result.started_s - self._last_ended_s
+        self._last_ended_s = result.ended_s
 
     def _drop_in_flight(self) -> None:
         """A step failed. Those behind it computed on what it should have brought: nothing of them counts."""

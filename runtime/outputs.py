@@ -81,6 +81,10 @@ class EngineStats:
     kv_tokens_used: int = 0
     kv_tokens_total: int = 0
     num_steps: int = 0
+    busy_s: float = 0.0
+    """Seconds that steps took on the device: forward and sampling."""
+    gap_s: float = 0.0
+    """Seconds that the device stood still between two steps although there was work."""
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0

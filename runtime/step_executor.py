@@ -6,9 +6,12 @@ rows that wait for one hold a placeholder, and the device, which alone knows the
 """
 
 import time
+import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
+from threading import Lock, Thread
 
 import numpy as np
 from torch import Tensor
@@ -38,32 +41,81 @@ class StepResult:
     ended_s: float
 
 
+class _Launched:
+    """A batch on its way. A bare lock: a future's bookkeeping would show between two steps of a small model."""
+
+    __slots__ = ("_batch", "_done", "_error", "_result")
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._result: StepResult | None = None
+        self._error: BaseException | None = None
+        self._done = Lock()
+        self._done.acquire()
+
+    def run(self, function: Callable[[Batch], StepResult]) -> None:
+        try:
+            self._result = function(self._batch)
+        except BaseException as err:
+            self._error = err
+        self._done.release()
+
+    def wait(self) -> StepResult:
+        with self._done:
+            pass
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+
 class StepExecutor:
     """Runs batches one after the other. Between `launch` and the result, the batch's sampling states are its own."""
 
     def __init__(self, runner: ModelRunner, num_slots: int, *, is_async: bool) -> None:
         """num_slots is of the KV cache; is_async runs steps in a thread of their own."""
-        self._runner = runner
-        self._last_tokens = np.zeros(num_slots, dtype=np.int32)
-        """[num_slots] the newest token of each slot's sequence, known here one step before the host knows it."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="xllm-device") if is_async else None
+        self._device = _Device(runner, num_slots)
+        self._queue: SimpleQueue[_Launched | None] | None = None
+        if is_async:
+            self._queue = SimpleQueue()
+            self._thread = Thread(target=_serve, args=(self._queue, self._device.run), name="xllm-device", daemon=True)
+            self._thread.start()
+            # An executor that nobody closed ends its thread with itself.
+            weakref.finalize(self, self._queue.put, None)
 
     @property
     def is_async(self) -> bool:
-        return self._thread is not None
+        return self._queue is not None
 
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
         """Start the step; the function waits for its result, and raises what the step raised."""
-        if self._thread is None:
-            return lambda: self._run(batch)
-        return self._thread.submit(self._run, batch).result
+        if self._queue is None:
+            return partial(self._device.run, batch)
+        launched = _Launched(batch)
+        self._queue.put(launched)
+        return launched.wait
 
     def close(self) -> None:
         """Wait for what was launched, and end the thread."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        if self._queue is not None:
+            self._queue.put(None)
+            self._thread.join()
 
-    def _run(self, batch: Batch) -> StepResult:
+
+def _serve(queue: "SimpleQueue[_Launched | None]", run: Callable[[Batch], StepResult]) -> None:
+    while (launched := queue.get()) is not None:
+        launched.run(run)
+
+
+class _Device:
+    """What the device's thread owns."""
+
+    def __init__(self, runner: ModelRunner, num_slots: int) -> None:
+        self._runner = runner
+        self._last_tokens = np.zeros(num_slots, dtype=np.int32)
+        """[num_slots] the newest token of each slot's sequence, known here one step before the host knows it."""
+
+    def run(self, batch: Batch) -> StepResult:
         started_s = time.monotonic()
         batch.step.token_ids[batch.pending_rows] = self._last_tokens[batch.pending_slots]
         logits = self._runner.execute(batch.step)

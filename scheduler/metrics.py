@@ -84,6 +84,8 @@ class _Snapshot(Collector):
         yield GaugeMetricFamily("xllm_kv_cache_tokens_used", "Tokens in the KV cache", stats.kv_tokens_used)
         yield GaugeMetricFamily("xllm_kv_cache_tokens_total", "Tokens the KV cache can hold", stats.kv_tokens_total)
         yield CounterMetricFamily("xllm_engine_steps", "Steps the engine ran", stats.num_steps)
+        yield CounterMetricFamily("xllm_step_seconds", "Time of steps on the device", stats.busy_s)
+        yield CounterMetricFamily("xllm_step_gap_seconds", "Time the device waited for its next step", stats.gap_s)
         yield CounterMetricFamily("xllm_prompt_tokens", "Prompt tokens prefilled", stats.num_prompt_tokens)
         yield CounterMetricFamily("xllm_generation_tokens", "Tokens generated", stats.num_generated_tokens)
         yield CounterMetricFamily("xllm_preemptions", "Sequences preempted for memory", stats.num_preemptions)

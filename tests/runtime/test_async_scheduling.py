@@ -1,5 +1,6 @@
 """The two-stage pipeline: the same tokens as step by step, whatever ends, fails or leaves at whatever moment."""
 
+import gc
 import threading
 from typing import Any
 
@@ -131,3 +132,26 @@ def test_close_ends_the_device_thread(make_async_engine: EngineFactory) -> None:
     engine.close()
     engine.close()
     assert not device.is_alive()
+
+
+def test_an_engine_that_is_dropped_ends_its_thread(make_async_engine: EngineFactory) -> None:
+    before = set(threading.enumerate())
+    engine, runner = make_async_engine()
+    _still_works(engine, runner)
+    (device,) = set(threading.enumerate()) - before
+    del engine, runner
+    gc.collect()
+    device.join(timeout=60)
+    assert not device.is_alive()
+
+
+def test_time_between_steps_counts_only_where_there_was_work(make_engine: EngineFactory) -> None:
+    engine, runner = make_engine()
+    engine.add_request("one", [50], SamplingParams(max_tokens=1, **GREEDY))
+    run(engine)
+    engine.add_request("two", [50], SamplingParams(max_tokens=1, **GREEDY))
+    run(engine)
+    # Two steps, and between them nobody wanted anything.
+    assert engine.stats().busy_s > 0 and engine.stats().gap_s == 0
+    _still_works(engine, runner)
+    assert engine.stats().gap_s > 0
