@@ -5,12 +5,9 @@ import gc
 import pytest
 import torch
 
-from tests.runtime.test_graph_cache import step_of
+from tests.runtime.graphs import compiled_runner, step_of
 from xllm_compile.graph_passes.memory_plan import ALIGNMENT
-from xllm_compile.runtime.artifact import read_manifest
-from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops.native import ActivationPool
-from xllm_compile.runtime.weights import map_weights
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -76,19 +73,8 @@ def test_an_error_inside_leaves_the_pool(pool):
 
 @pytest.fixture
 def runner(family_artifact):
-    root = family_artifact("qwen3")
-    manifest = read_manifest(root)
-    model = manifest.model
-    layers = [torch.zeros(8, 300, 2, model.num_kv_heads, model.head_dim) for _ in range(model.num_layers)]
-    return manifest, CompiledModelRunner(
-        root,
-        manifest,
-        map_weights(root / manifest.weights[0].path),
-        layers,
-        max_model_len=300,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-    )
+    runner, manifest, _ = compiled_runner(family_artifact("qwen3"), max_model_len=300)
+    return manifest, runner
 
 
 def peak_of(runner, manifest, lengths):

@@ -5,42 +5,17 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from xllm_compile.graph_passes.step_cost import StepTimes
+from tests.runtime.graphs import TIMES, cache, compiled_runner, graph, program, step_of
 from xllm_compile.runtime.artifact import read_manifest
 from xllm_compile.runtime.compiled_graph import CompiledGraph
 from xllm_compile.runtime.graph_cache import GraphCache, GraphChoice, build_cache
-from xllm_compile.runtime.model_runner import CompiledModelRunner
-from xllm_compile.runtime.program import RegionProgram
-from xllm_compile.runtime.step import Step
-from xllm_compile.runtime.weights import map_weights
-
-# Reading the weights takes as long as computing 20 tokens.
-TIMES = StepTimes(sizes=(1, 2), seconds=(21.0, 22.0), dynamic_overhead=1.1)
-
-
-def program(name, *, is_eager=False):
-    """Its eager run doubles its input."""
-    code = "def forward(self, x):\n    return (x * 2,)\n"
-    return RegionProgram(name=name, code=code, inputs=(), weights=(), layers=(), is_eager=is_eager)
-
-
-def graph(region, size):
-    """Graphs are told apart by what they return."""
-    return lambda tensors: [(region, size)]
 
 
 def broken(tensors):
     raise RuntimeError("out of luck")
-
-
-def cache(*buckets, regions=("layer",)):
-    graphs = {("embed", 0): graph("embed", 0)}
-    graphs |= {(region, size): graph(region, size) for region in regions for size in (0, *buckets)}
-    return GraphCache(programs={name: program(name) for name in ("embed", *regions)}, times=TIMES, graphs=graphs)
 
 
 def outcomes(graphs):
@@ -160,25 +135,6 @@ def test_a_bucket_needs_a_graph_of_every_region():
     assert graphs.buckets == (4,)
 
 
-def step_of(lengths, vocab_size, seed):
-    """A step whose sequences start new: lengths of their prompts."""
-    rng = np.random.default_rng(seed)
-
-    def ints(values):
-        return np.array(list(values), dtype=np.int32)
-
-    total = sum(lengths)
-    return Step(
-        token_ids=rng.integers(vocab_size, size=total).astype(np.int32),
-        positions=ints(i for length in lengths for i in range(length)),
-        rope_len=ints(length for length in lengths for _ in range(length)),
-        seq_start=ints(np.cumsum([0, *lengths])),
-        context_len=ints(lengths),
-        slot=ints(range(len(lengths))),
-        logits_at=ints(np.cumsum(lengths) - 1),
-    )
-
-
 @pytest.mark.numerics
 @pytest.mark.parametrize(
     "lengths", [(1,), (2,), (3,), (1, 2), (4,), (2, 1, 1), (1, 1, 1, 1), (5,), (3, 2), (64,), (65,)]
@@ -187,24 +143,10 @@ def test_compiled_graphs_equal_eager_programs(lengths, family_artifact, kernels)
     """Sizes around the bucket of 4, in tokens, sequences and rows of logits. The kernels are the same and what is
     between them is element-wise, but cos and sin may differ in the last bit. Four rows of so small a model take no
     longer than one."""
-    root = family_artifact("qwen2")
-    manifest = read_manifest(root)
-    weights = map_weights(root / manifest.weights[0].path)
     results, caches = [], []
     for is_eager in (True, False):
-        model = manifest.model
-        layers = [torch.zeros(8, 80, 2, model.num_kv_heads, model.head_dim) for _ in range(model.num_layers)]
-        runner = CompiledModelRunner(
-            root,
-            manifest,
-            weights,
-            layers,
-            max_model_len=80,
-            max_num_seqs=8,
-            max_num_batched_tokens=80,
-            enforce_eager=is_eager,
-        )
-        results.append(runner.execute(step_of(lengths, model.vocab_size, seed=len(lengths))).clone())
+        runner, manifest, layers = compiled_runner(family_artifact("qwen2"), enforce_eager=is_eager)
+        results.append(runner.execute(step_of(lengths, manifest.model.vocab_size, seed=len(lengths))).clone())
         caches.append(layers)
         stats = runner.graph_cache_stats()
         expected = {1: "padded", 2: "padded", 3: "padded", 4: "exact"}.get(sum(lengths), "dynamic")

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runtime.test_graph_cache import cache, graph, step_of
+from tests.runtime.graphs import cache, compiled_runner, graph, step_of
 from xllm_compile.machine import cache_dir
 from xllm_compile.runtime.artifact import read_manifest
-from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.promotion import (
     COMMAND,
     NO_COMPILER,
@@ -23,7 +22,6 @@ from xllm_compile.runtime.promotion import (
     hottest,
     write_entry,
 )
-from xllm_compile.runtime.weights import map_weights
 
 LIMIT_S = 300.0
 
@@ -199,24 +197,12 @@ def test_the_budget_keeps_the_sizes_in_use(tmp_path, library):
 def test_a_hot_size_is_compiled_and_computes_the_same(family_artifact, kernels):
     """The real command, at this process's priority; the store keeps the graph for the next session."""
     root, store = family_artifact("qwen3"), cache_dir() / "graphs"
-    manifest = read_manifest(root)
     command = [*COMMAND, str(root), "--tokens", "6", "--store", str(store)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    weights, model = map_weights(root / manifest.weights[0].path), manifest.model
-    step, results = step_of((4, 2), model.vocab_size, seed=1), {}
+    step, results = step_of((4, 2), read_manifest(root).model.vocab_size, seed=1), {}
     for promotion in (None, PromotionConfig(store=store)):
-        layers = [torch.zeros(8, 80, 2, model.num_kv_heads, model.head_dim) for _ in range(model.num_layers)]
-        runner = CompiledModelRunner(
-            root,
-            manifest,
-            weights,
-            layers,
-            max_model_len=80,
-            max_num_seqs=8,
-            max_num_batched_tokens=80,
-            promotion=promotion,
-        )
+        runner, _, _ = compiled_runner(root, promotion=promotion)
         ends = time.monotonic() + LIMIT_S
         while promotion is not None and not runner.graph_cache_stats().promotions.get("loaded"):
             runner.execute(step)
