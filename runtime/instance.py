@@ -40,6 +40,8 @@ class InstanceConfig:
     """Run operator by operator instead of the compiled graphs, to tell the two apart."""
     promotion: PromotionConfig | None = None
     """Compile graphs for hot sizes while serving; None does not."""
+    warm_up: bool = False
+    """Run every graph once before the first request, which brings the weights in from disk."""
     verify_weights: bool = False
     """Check the weights file byte for byte before serving."""
 
@@ -80,13 +82,16 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
     native.load_kernels(root / kernels.path)
     _check_group(root, manifest, group)
     kv_cache = KVCache(_kv_config(manifest, config))
-    runner: ModelRunner = _runner(root, manifest, kv_cache, config)
+    own_runner = _runner(root, manifest, kv_cache, config)
+    runner: ModelRunner = own_runner
     if group is not None:
         group.publish({"config": asdict(replace(config, promotion=None)), "kv_cache": _kv_values(kv_cache.config)})
         group.connect()
         leader = LeaderRunner(runner, group)
         kv_cache.on_release = leader.release
         runner = leader
+    if config.warm_up:
+        own_runner.warm_up()
     tokenizer = Tokenizer.from_directory(root / TOKENIZER)
     engine_config = EngineConfig(max_waiting=config.max_waiting, async_scheduling=config.async_scheduling)
     engine = Engine(runner, kv_cache, tokenizer, engine_config)
@@ -108,6 +113,8 @@ def follow(root: Path, group: RankGroup) -> None:
     kv_cache = KVCache(KVCacheConfig(**{**values, "dtype": getattr(torch, values["dtype"])}))
     runner = _runner(root, manifest, kv_cache, config, group.config.rank)
     group.connect()
+    if config.warm_up:
+        runner.warm_up()
     while (message := group.receive()) is not None:
         if isinstance(message, Release):
             kv_cache.release_pages(message.slot, message.keep, message.extent)

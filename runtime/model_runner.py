@@ -17,6 +17,7 @@ from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.runtime.promotion import GraphPromoter, PromotionConfig
 from xllm_compile.runtime.step import Int32Array, Step
+from xllm_compile.runtime.warmup import warm_up
 
 
 class CompiledModelRunner:
@@ -144,6 +145,18 @@ class CompiledModelRunner:
             promotions=self._promoter.stats() if self._promoter else {},
             promoted_bytes=self._promoter.promoted_bytes if self._promoter else 0,
         )
+
+    def warm_up(self) -> None:
+        """Run every graph once, before the first step (see warmup). Ranks do it together. Raises RuntimeError where a
+        graph with collectives fails."""
+        layers = [(region, [kv_cache, *weights]) for region, kv_cache, weights in self._layers]
+        head = ("head", self._head_weights)
+        with self.pool:
+            warm_up(self._token_graphs, [("embed", self._embed_weights), *layers])
+            warm_up(self._head_graphs, [head])
+            one_of_a_kind = [("embed", self._embed_weights), *dict(layers).items(), head]
+            if self._split_graphs.programs:
+                warm_up(self._split_graphs, [(region + SPLIT_SUFFIX, tensors) for region, tensors in one_of_a_kind])
 
     def run_operator_by_operator(self) -> None:
         """From now on no compiled graph runs; steps take the sizes and the halves they would have taken."""

@@ -45,6 +45,11 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
     show_default=True,
     help="Plan the next step and stream the last one while the device runs the one between.",
 )
+@click.option(
+    "--warm-up/--no-warm-up",
+    default=True,
+    help="Read the weights and run every graph once before READY, instead of in the first request.",
+)
 @click.option("--enforce-eager", is_flag=True, help="Run operator by operator, without the compiled graphs.")
 @click.option(
     "--graph-promotion/--no-graph-promotion", default=True, help="Compile graphs for hot step sizes while serving."

@@ -78,6 +78,7 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> Abst
         async_scheduling=options["async_scheduling"],
         enforce_eager=options["enforce_eager"],
         promotion=promotion,
+        warm_up=options["warm_up"],
     )
     return opened_instance(artifact, config)
 

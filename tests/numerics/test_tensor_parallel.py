@@ -72,7 +72,7 @@ def test_steps_in_halves_are_bitwise_those_in_one(artifact, tmp_path):
     prompts = random_prompts((1, 3, 4, 33, 129, 127, 70), 4099)
     logits: dict[Path, list[Tensor]] = {artifact: [], whole: []}
     for root, seen in logits.items():
-        with opened_instance(root, InstanceConfig(max_num_seqs=8)) as instance:
+        with opened_instance(root, InstanceConfig(max_num_seqs=8, warm_up=True)) as instance:
             record_logits(instance.engine, seen)
             for batch in (*([prompt] for prompt in prompts), prompts[:3], prompts):
                 greedy(instance.engine, batch, 4)
