@@ -195,24 +195,13 @@ void AOTInductorGetLastError(const char** text) { *text = "out of luck"; }
 
 def test_a_graph_that_fails_in_the_chain_is_found_and_given_up(family_artifact, kernels, tmp_path, caplog):
     root = family_artifact("qwen3")
-    manifest = read_manifest(root)
     source, library = tmp_path / "failing.cpp", tmp_path / "failing.so"
     source.write_text(FAILING_GRAPH)
     libraries = Path(torch.__file__).parent / "lib"
     command = ["g++", "-shared", "-fPIC", str(source), "-o", str(library), f"-L{libraries}", "-ltorch_cpu"]
     subprocess.run(command, check=True)
-    model = manifest.model
-    layers = [torch.zeros(8, 80, 2, model.num_kv_heads, model.head_dim) for _ in range(model.num_layers)]
-    runner = CompiledModelRunner(
-        root,
-        manifest,
-        map_weights(root / manifest.weights[0].path),
-        layers,
-        max_model_len=80,
-        max_num_seqs=8,
-        max_num_batched_tokens=80,
-    )
-    step = step_of((4,), model.vocab_size, seed=1)
+    runner, manifest, _ = compiled_runner(root)
+    step = step_of((4,), manifest.model.vocab_size, seed=1)
     expected = runner.execute(step).clone()
     runner._token_graphs.add(4, {"layer": CompiledGraph(library)})
     with caplog.at_level(logging.WARNING):

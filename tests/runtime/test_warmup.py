@@ -1,5 +1,7 @@
 """Warm-up: in which order graphs run before the first request, and that nothing of it stays."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,8 +42,14 @@ def recording_cache(ran, *buckets, regions=("embed", "layer", "layer.window8")):
 
 
 def test_the_largest_bucket_is_first_and_all_layers_are_last():
-    ran = []
-    calls = [("embed", ["e"]), ("layer", ["0"]), ("layer.window8", ["1"]), ("eager", ["x"]), ("layer", ["2"])]
+    ran: list[Any] = []
+    calls: list[tuple[str, list[Any]]] = [
+        ("embed", ["e"]),
+        ("layer", ["0"]),
+        ("layer.window8", ["1"]),
+        ("eager", ["x"]),
+        ("layer", ["2"]),
+    ]
     graphs = recording_cache(ran, 1, 64)
     warm_up(graphs, calls)
     assert ran == [
@@ -62,10 +70,11 @@ def test_a_graph_that_fails_is_given_up(caplog):
     def broken(tensors):
         raise RuntimeError("out of luck")
 
-    ran = []
+    ran: list[Any] = []
     graphs = recording_cache(ran, 4)
     graphs.graphs["layer", 4] = broken
-    warm_up(graphs, [("embed", ["e"]), ("layer", ["0"]), ("layer.window8", ["1"])])
+    calls: list[tuple[str, list[Any]]] = [("embed", ["e"]), ("layer", ["0"]), ("layer.window8", ["1"])]
+    warm_up(graphs, calls)
     assert "the graph of region layer for bucket 4 is given up: out of luck" in caplog.text
     assert graphs.buckets == () and graphs.choose(4).outcome == "dynamic"
     assert [entry[:2] for entry in ran] == [("layer.window8", 4), ("embed", 0), ("layer", 0), ("layer.window8", 0)]
@@ -91,10 +100,11 @@ def test_nothing_of_it_stays(family_artifact, kernels, is_eager):
 def test_the_pool_has_been_as_large_as_the_largest_step_makes_it(family_artifact, kernels):
     runner, manifest, _ = compiled_runner(family_artifact("qwen3"))
     (bucket,) = manifest.token_buckets
-    runner.pool.reset_peak()
+    pool: Any = runner.pool
+    pool.reset_peak()
     runner.warm_up()
-    warmed = runner.pool.stats().peak
-    runner.pool.reset_peak()
+    warmed = pool.stats().peak
+    pool.reset_peak()
     runner.execute(step_of((bucket,), manifest.model.vocab_size, seed=1))
     # State that one layer hands to the next leaves holes, a third of a layer's own at most.
-    assert 0 < runner.pool.stats().peak <= warmed * 4 / 3 and runner.pool.stats().in_use == 0
+    assert 0 < pool.stats().peak <= warmed * 4 / 3 and pool.stats().in_use == 0
