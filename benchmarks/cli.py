@@ -143,6 +143,18 @@ def adaptive_command(shapes: tuple[str, ...], work_dir: Path, results: Path, **o
     run_adaptive([_shape(name) for name in shapes], work_dir, results, _command_line(), **options)
 
 
+@command.command("async")
+@model_options
+@click.option("--rounds", type=click.IntRange(1), default=7, help="Rounds of on and off in turns.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128)
+@click.option("--output-tokens", type=click.IntRange(2), default=64)
+def async_command(shape: str, work_dir: Path, seed: int, results: Path, **options: Any) -> None:
+    """Decode with async scheduling on and off, in turns: gap between steps -> async_scheduling.json."""
+    from xllm_compile.benchmarks.bench_async import run_async
+
+    run_async(_shape(shape), work_dir, results, _command_line(), seed=seed, **options)
+
+
 @command.command("soak")
 @model_options
 @click.option("--steps", "num_steps", type=click.IntRange(1), default=10000, help="Steps that count.")

@@ -8,7 +8,8 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Literal
 
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Tokenising this much text takes about a millisecond; more goes to a thread, so that the event loop stays responsive.
 MAX_INLINE_CHARS = 4096
+
+PauseMode = Literal["keep", "wait", "abort"]
 
 
 class EngineDeadError(RuntimeError):
@@ -118,9 +121,14 @@ class AsyncEngine:
         self._num_waiting_tokens = 0
         self._is_draining = False
         self._is_stopping = False
+        self._is_paused = False
+        self._holds_new = False
+        """New requests stay in the inbox, until what the engine has is finished and it pauses."""
         self._error: BaseException | None = None
         self._idle = threading.Event()
         self._idle.set()
+        self._at_rest = threading.Event()
+        """Paused, and nothing is on its way."""
         self._thread = threading.Thread(target=self._run, name="xllm-engine", daemon=True)
         self._thread.start()
 
@@ -196,9 +204,13 @@ class AsyncEngine:
         return self.engine.stats()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, finish what runs, abort what is left after timeout_s. True when all finished in time."""
+        """Take nothing new, finish what runs, abort what is left after timeout_s. True when all finished in time.
+
+        Ends a pause.
+        """
         with self._wake:
             self._is_draining = True
+        self.resume()
         if await asyncio.to_thread(self._idle.wait, timeout_s):
             return True
         with self._wake:
@@ -206,6 +218,38 @@ class AsyncEngine:
             self._wake.notify()
         await asyncio.to_thread(self._idle.wait)
         return False
+
+    @property
+    def is_paused(self) -> bool:
+        return self._is_paused or self._holds_new
+
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """Stop computing; returns when the device is idle and every token that was made has been sent.
+
+        Requests stay, and new ones are taken and wait, until `resume`: with "keep" those that run stop where they are,
+        with "wait" they finish first, with "abort" they are aborted. Raises EngineDeadError.
+        """
+        with self._wake:
+            self._check_alive()
+            self._at_rest.clear()
+            if mode == "wait":
+                self._holds_new = True
+            else:
+                self._is_paused = True
+            if mode == "abort":
+                self._inbox += list(self._streams)
+            self._wake.notify()
+        await asyncio.to_thread(self._at_rest.wait)
+        with self._wake:
+            self._check_alive()
+
+    def resume(self) -> None:
+        """Go on where `pause` stopped."""
+        with self._wake:
+            self._is_paused = self._holds_new = False
+            # Whoever still waits for the pause need not.
+            self._at_rest.set()
+            self._wake.notify()
 
     def shutdown(self) -> None:
         """End the thread after its current step. Requests that still run fail with EngineDeadError."""
@@ -215,9 +259,12 @@ class AsyncEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _check_admission(self, request: Request) -> None:
+    def _check_alive(self) -> None:
         if self._error is not None or self._is_stopping:
             raise self._dead_error()
+
+    def _check_admission(self, request: Request) -> None:
+        self._check_alive()
         if self._is_draining:
             raise EngineDrainingError("the engine is draining; send the request to another instance")
         if request.request_id in self._streams:
@@ -246,30 +293,47 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            while self._receive():
-                self._send(self.engine.step())
+            while (work := self._receive()) is not None:
+                self._send(work())
         except BaseException as err:
             logger.exception("the engine thread failed; all its requests fail with it")
             self._error = err
         finally:
             self._fail_all()
 
-    def _receive(self) -> bool:
-        """Apply what came in; sleep while there is nothing to do. False when it is time to stop."""
+    def _receive(self) -> Callable[[], list[RequestOutput]] | None:
+        """Apply what came in and say what is to be done; sleep while that is nothing. None when it is time to stop."""
         with self._wake:
-            while not (self._inbox or self.engine.has_work or self._is_stopping):
+            while not self._is_stopping:
+                self._apply_inbox()
+                if self._holds_new and not self.engine.has_work:
+                    self._is_paused, self._holds_new = True, False
+                if self._is_paused:
+                    if not self.engine.is_settled:
+                        return self.engine.settle
+                    self._at_rest.set()
+                elif self.engine.has_work:
+                    return self.engine.step
                 if not self._streams:
                     self._idle.set()
                 self._wake.wait()
-            inbox, self._inbox = self._inbox, []
-            for item in inbox:
-                if isinstance(item, Request):
-                    self.engine.add(item)
-                else:
-                    self.engine.abort(item)
-            self._num_waiting = self.engine.num_waiting
-            self._num_waiting_tokens = self.engine.num_waiting_tokens
-            return not self._is_stopping
+            return None
+
+    def _apply_inbox(self) -> None:
+        inbox, self._inbox = self._inbox, []
+        aborted = {item for item in inbox if isinstance(item, str)}
+        for item in inbox:
+            if isinstance(item, str):
+                self.engine.abort(item)
+            elif self._holds_new and item.request_id not in aborted:
+                self._inbox.append(item)
+            else:
+                self.engine.add(item)
+        held = [item for item in self._inbox if isinstance(item, Request)]
+        self._num_waiting = self.engine.num_waiting + sum(len(request.sequences) for request in held)
+        self._num_waiting_tokens = self.engine.num_waiting_tokens + sum(
+            num_queued_tokens(request.sequences) for request in held
+        )
 
     def _send(self, outputs: list[RequestOutput]) -> None:
         by_mailbox: dict[_Mailbox, list[tuple[RequestStream, RequestOutput | BaseException]]] = {}
@@ -292,5 +356,6 @@ class AsyncEngine:
             self._is_stopping = True
             streams, self._streams = list(self._streams.values()), {}
             self._idle.set()
+            self._at_rest.set()
         for stream in streams:
             stream._mailbox.post([(stream, self._dead_error())])

@@ -103,6 +103,16 @@ class Engine:
         return bool(self._requests or self._ended or self._in_flight)
 
     @property
+    def is_settled(self) -> bool:
+        """Whether the device is idle and everything was reported."""
+        return not (self._in_flight or self._ended)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are not finished."""
+        return len(self._requests)
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -182,8 +192,14 @@ class Engine:
         self._complete(changed, num_left=1 if plan.chunks and self._executor.is_async else 0)
         if not self.has_work:
             self._last_ended_s = None
-        outputs = (make_output(request) for request in changed.values())
-        return [output for output in outputs if output is not None]
+        return _outputs(changed)
+
+    def settle(self) -> list[RequestOutput]:
+        """Launch nothing and report what is on its way. Afterwards the device is idle until the next `step`."""
+        changed, self._ended = self._ended, {}
+        self._complete(changed, num_left=0)
+        self._last_ended_s = None
+        return _outputs(changed)
 
     def close(self) -> None:
         """Wait for the device to be idle. No step comes after."""
@@ -388,3 +404,8 @@ class Engine:
                 f"{what} {token_id} is outside the vocabulary of {self.vocab_size} tokens; "
                 "use the tokenizer that belongs to the model"
             )
+
+
+def _outputs(changed: dict[str, Request]) -> list[RequestOutput]:
+    outputs = (make_output(request) for request in changed.values())
+    return [output for output in outputs if output is not None]

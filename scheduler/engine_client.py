@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from xllm_compile.runtime.async_engine import PauseMode
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 
@@ -22,6 +23,15 @@ class EngineClient(Protocol):
     async def abort(self, request_id: str) -> None: ...
 
     def stats(self) -> EngineStats: ...
+
+    @property
+    def is_paused(self) -> bool: ...
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Returns when nothing is computed any more; requests stay or end, by the mode."""
+        ...
+
+    def resume(self) -> None: ...
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new, wait, then abort what is left. True when all finished in time."""

@@ -9,6 +9,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.control_api import ControlApi
 from xllm_compile.scheduler.engine_errors import to_api_error
 from xllm_compile.scheduler.http_io import read_body, run_while_connected, send_error
 from xllm_compile.scheduler.info_api import InfoApi
@@ -28,6 +29,7 @@ OPEN_PATHS = frozenset({"/health"})
 def build_app(service: Service) -> ASGIApp:
     """The whole application; all state is the service's."""
     info = InfoApi(service)
+    control = ControlApi(service)
     router = Router(
         [
             Route("/v1/completions", _Generation(service, handle_completion), methods=["POST"]),
@@ -36,6 +38,9 @@ def build_app(service: Service) -> ASGIApp:
             Route("/v1/models/{name:path}", info.model),
             Route("/tokenize", _Call(service, handle_tokenize), methods=["POST"]),
             Route("/detokenize", _Call(service, handle_detokenize), methods=["POST"]),
+            Route("/pause", control.pause, methods=["POST"]),
+            Route("/resume", control.resume, methods=["POST"]),
+            Route("/is_paused", control.is_paused),
             Route("/health", info.health),
             Route("/version", info.version),
             Route("/metrics", info.metrics),

@@ -300,6 +300,12 @@ def is_loaded() -> bool:
     return _loaded is not None
 
 
+def set_num_threads(num_threads: int) -> None:
+    """Threads that the loaded kernels use from now on; 0 is every CPU this process may use."""
+    assert _loaded is not None, "load_kernels comes first"
+    _loaded[1].set_num_threads(num_threads)
+
+
 def graph_chain() -> Any:
     """The C function that runs compiled graphs one after the other, see cpu/graph_chain.cpp."""
     assert _loaded is not None, "load_kernels comes first"

@@ -238,3 +238,79 @@ def test_a_closed_event_loop_does_not_hurt_the_others(start: Start) -> None:
     assert asyncio.run(collect(engine, "here", PROMPT, greedy(5))) == runner.greedy(PROMPT, 5)
     assert asyncio.run(engine.drain(timeout_s=60))
     assert engine.stats().num_aborted == 1
+
+
+@pytest.mark.parametrize("num_tokens_before", [0, 1, 2, 5])
+async def test_pause_and_resume_lose_and_repeat_nothing(start: Start, num_tokens_before: int) -> None:
+    engine, runner = start()
+    stream = await engine.submit("one", PROMPT, greedy(12))
+    tokens: list[int] = []
+    while len(tokens) < num_tokens_before:
+        tokens += (await anext(stream)).outputs[0].token_ids
+    await engine.pause()
+    num_steps = len(runner.steps)
+    # Taken, and not computed.
+    other = asyncio.create_task(collect(engine, "two", PROMPT, greedy(3)))
+    while engine.stats().num_running + engine.stats().num_waiting < 2:
+        await asyncio.sleep(0)
+    assert engine.is_paused and len(runner.steps) == num_steps
+    engine.resume()
+    tokens += [token async for output in stream for token in output.outputs[0].token_ids]
+    assert tokens == runner.greedy(PROMPT, 12) and await other == runner.greedy(PROMPT, 3)
+    assert not engine.is_paused
+
+
+async def test_pause_by_waiting_lets_what_runs_finish_and_holds_the_rest(start: Start) -> None:
+    engine, runner = start()
+    runner.gate.clear()
+    first = await engine.submit("one", PROMPT, greedy(9))
+    while engine.stats().num_running == 0:
+        await asyncio.sleep(0)
+    pausing = asyncio.create_task(engine.pause("wait"))
+    while not engine.is_paused:
+        await asyncio.sleep(0)
+    held, left = await engine.submit("two", PROMPT, greedy(4)), await engine.submit("three", PROMPT, greedy(4))
+    await left.aclose()
+    runner.gate.set()
+    await pausing
+    assert [token async for output in first for token in output.outputs[0].token_ids] == runner.greedy(PROMPT, 9)
+    assert engine.stats().num_running == 0
+    engine.resume()
+    assert [token async for output in held for token in output.outputs[0].token_ids] == runner.greedy(PROMPT, 4)
+    assert await engine.drain(timeout_s=60) and engine.stats().kv_tokens_used == 0
+
+
+async def test_pause_by_aborting_ends_what_runs(start: Start) -> None:
+    engine, runner = start(max_model_len=4096, total_tokens=8192)
+    stream = await engine.submit("one", PROMPT, LONG)
+    await anext(stream)
+    await engine.pause("abort")
+    outputs = [output async for output in stream]
+    assert outputs[-1].outputs[0].finish_reason == "abort" and engine.stats().kv_tokens_used == 0
+    engine.resume()
+    assert await collect(engine, "two", PROMPT, greedy(3)) == runner.greedy(PROMPT, 3)
+
+
+async def test_requests_are_aborted_while_the_engine_pauses(start: Start) -> None:
+    engine, _ = start(max_model_len=4096, total_tokens=8192)
+    stream = await engine.submit("one", PROMPT, LONG)
+    await engine.pause()
+    await engine.abort("one")
+    assert [output async for output in stream][-1].outputs[0].finish_reason == "abort"
+    assert await engine.drain(timeout_s=60) and not engine.is_paused
+
+
+async def test_an_engine_that_dies_while_it_pauses_says_so(start: Start) -> None:
+    engine, runner = start()
+    runner.gate.clear()
+    stream = await engine.submit("one", PROMPT, LONG)
+    while engine.stats().num_running == 0:
+        await asyncio.sleep(0)
+    pausing = asyncio.create_task(engine.pause())
+    runner.fails = True
+    runner.gate.set()
+    with pytest.raises(EngineDeadError, match="the device is gone"):
+        await pausing
+    with pytest.raises(EngineDeadError):
+        async for _ in stream:
+            pass
