@@ -56,6 +56,8 @@ class _InFlight:
     """A launched step."""
 
     batch: Batch
+    requests: list[Request]
+    """Those with tokens in it, each once."""
     wait: Callable[[], StepResult]
     ended: list[int] = field(default_factory=list)
     """Slots of sequences that ended after the launch: theirs until the step has run."""
@@ -274,7 +276,8 @@ class Engine:
             sequence.num_pending_tokens += 1
         for rows in batch.prompt_rows:
             rows.sequence.request.num_prompt_logprobs_asked += len(rows.token_ids)
-        return _InFlight(batch=batch, wait=self._executor.launch(batch))
+        requests = {id(sequence.request): sequence.request for sequence, _ in plan.chunks}
+        return _InFlight(batch=batch, requests=list(requests.values()), wait=self._executor.launch(batch))
 
     def _complete(self, changed: dict[str, Request], *, num_left: int) -> None:
         """Wait for launched steps until so many are left, and give their tokens to their sequences."""
@@ -285,11 +288,14 @@ class Engine:
                 self._drop_in_flight()
                 raise
             step = self._in_flight.popleft()
-            self._count_step(result)
+            self._count_step(step, result)
             self._free(step.ended)
             self._postprocess(step.batch, result, changed)
 
-    def _count_step(self, result: StepResult) -> None:
+    def _count_step(self, step: _InFlight, result: StepResult) -> None:
+        for request in step.requests:
+            if not request.is_finished:
+                request.metrics.graph_steps[result.outcome] += 1
         self._stats.num_steps += 1
         self._stats.busy_s += result.ended_s - result.started_s
         if self._last_ended_s is not None:

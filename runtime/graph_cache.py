@@ -87,6 +87,11 @@ class GraphCache:
         self._choice = choice
         return choice
 
+    @property
+    def last_outcome(self) -> str:
+        """Of the last choice, or of what ran in its place; empty before the first."""
+        return self._choice.outcome if self._choice else ""
+
     def _choose(self, size: int) -> GraphChoice:
         if self.never_compiled is not None:
             return GraphChoice(outcome="eager", size=size, reason=self.never_compiled)

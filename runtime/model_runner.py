@@ -134,6 +134,10 @@ class CompiledModelRunner:
         (logits,) = self._head_graphs.run("head", head, [*state, rows, *self._head_weights])
         return logits[:num_rows]
 
+    def last_outcome(self) -> str:
+        """See ModelRunner.last_outcome."""
+        return self._token_graphs.last_outcome
+
     def graph_cache_stats(self) -> GraphCacheStats:
         """Steps by how their graphs were found, for the layers (with embed) and for the head."""
         # Copied first: the engine's thread goes on counting.

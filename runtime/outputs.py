@@ -1,5 +1,6 @@
 """What a request gives back. Names follow vLLM's RequestOutput."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,13 +32,15 @@ class CompletionOutput:
 
 @dataclass(kw_only=True, slots=True)
 class RequestMetrics:
-    """Times of one request on the monotonic clock, in seconds; None until it happened."""
+    """Of one request: times on the monotonic clock in seconds, None until it happened, and counts."""
 
     arrival_s: float
     scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
     num_preemptions: int = 0
+    graph_steps: Counter[str] = field(default_factory=Counter)
+    """Steps that the request was part of, by how the graphs of their layers were found (graph_cache.Outcome)."""
 
 
 @dataclass(kw_only=True, slots=True)

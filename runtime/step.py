@@ -47,6 +47,10 @@ class ModelRunner(Protocol):
         """Run one step, writing the KV cache. Returns float32 logits [R, vocab_size], valid until the next call."""
         ...
 
+    def last_outcome(self) -> str:
+        """How the graphs of the last step's layers were found (graph_cache.Outcome)."""
+        ...
+
     def graph_cache_stats(self) -> GraphCacheStats:
         """How steps found their graphs so far."""
         ...

@@ -36,6 +36,8 @@ class StepResult:
     """For each of the batch's sampled sequences."""
     prompt_logprobs: list[list[TokenLogprobs]]
     """For each of the batch's prompt rows."""
+    outcome: str
+    """How its graphs were found: exact, padded, dynamic or eager."""
     started_s: float
     """Of the monotonic clock."""
     ended_s: float
@@ -128,7 +130,11 @@ class _Device:
         for state, token_id in zip(states, tokens, strict=True):
             state.record(token_id)
         return StepResult(
-            sampled=sampled, prompt_logprobs=prompt_logprobs, started_s=started_s, ended_s=time.monotonic()
+            sampled=sampled,
+            prompt_logprobs=prompt_logprobs,
+            outcome=self._runner.last_outcome(),
+            started_s=started_s,
+            ended_s=time.monotonic(),
         )
 
 

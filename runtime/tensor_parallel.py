@@ -186,5 +186,8 @@ class LeaderRunner:
         self._group.send_step(step)
         return self._runner.execute(step)
 
+    def last_outcome(self) -> str:
+        return self._runner.last_outcome()
+
     def graph_cache_stats(self) -> GraphCacheStats:
         return self._runner.graph_cache_stats()

@@ -11,7 +11,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from xllm_compile.scheduler.engine_errors import to_api_error
-from xllm_compile.scheduler.grpc_convert import choice_message, prompt_of, sampling_params_of, usage_message
+from xllm_compile.scheduler.grpc_convert import (
+    choice_message,
+    metrics_message,
+    prompt_of,
+    sampling_params_of,
+    usage_message,
+)
 from xllm_compile.scheduler.output_stream import OutputStream
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 from xllm_compile.scheduler.service import Service
@@ -49,13 +55,12 @@ class InferenceServicer:
         async with OutputStream([iterator], params.n, abort_is_error=False) as outputs:
             if request.final_only:
                 choices = [choice_message(choice) for choice in await outputs.collect()]
-                usage = usage_message(len(prompt), outputs)
-                yield xllm_pb2.GenerateResponse(request_id=request_id, choices=choices, usage=usage)
+                yield _last_response(request, request_id, len(prompt), outputs, choices)
                 return
             async for moved in outputs:
                 choices = [choice_message(choice) for choice in moved]
                 yield xllm_pb2.GenerateResponse(request_id=request_id, choices=choices)
-            yield xllm_pb2.GenerateResponse(request_id=request_id, usage=usage_message(len(prompt), outputs))
+            yield _last_response(request, request_id, len(prompt), outputs, [])
 
     async def Abort(self, request: Any, context: Any) -> Any:
         return xllm_pb2.AbortResponse(was_open=await self._service.abort(request.request_id))
@@ -73,6 +78,15 @@ class InferenceServicer:
             kv_tokens_used=stats.kv_tokens_used,
             kv_tokens_total=stats.kv_tokens_total,
         )
+
+
+def _last_response(request: Any, request_id: str, num_prompt: int, outputs: OutputStream, choices: list[Any]) -> Any:
+    return xllm_pb2.GenerateResponse(
+        request_id=request_id,
+        choices=choices,
+        usage=usage_message(num_prompt, outputs),
+        metrics=metrics_message(outputs) if request.include_metrics else None,
+    )
 
 
 async def _abort(context: Any, err: Exception) -> None:

@@ -115,3 +115,8 @@ def usage_message(num_prompt: int, outputs: OutputStream) -> Any:
         completion_tokens=outputs.num_completion_tokens,
         cached_tokens=outputs.num_cached_tokens,
     )
+
+
+def metrics_message(outputs: OutputStream) -> Any:
+    values = outputs.metrics
+    return xllm_pb2.RequestMetrics(**values | {"graph_steps": xllm_pb2.GraphSteps(**values["graph_steps"])})

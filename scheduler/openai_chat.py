@@ -40,6 +40,11 @@ class _Chat:
     def usage(self, outputs: OutputStream) -> dict[str, Any]:
         return usage(len(self.prompt.token_ids), outputs.num_completion_tokens, outputs.num_cached_tokens)
 
+    def totals(self, outputs: OutputStream, *, has_usage: bool = True) -> dict[str, Any]:
+        """What ends an answer: usage, and metrics where they were asked for."""
+        totals = {"usage": self.usage(outputs)} if has_usage else {}
+        return totals | ({"metrics": outputs.metrics} if self.request.include_metrics else {})
+
 
 async def handle_chat(service: Service, body: bytes, send: Send) -> None:
     """Raises ApiError for anything the client should hear as an error."""
@@ -50,7 +55,7 @@ async def handle_chat(service: Service, body: bytes, send: Send) -> None:
     async with chat.open(service) as outputs:
         finished = await outputs.collect()
     choices = [_choice(service, chat, output) for output in finished]
-    answer = chat.head(service, "chat.completion") | {"choices": choices, "usage": chat.usage(outputs)}
+    answer = chat.head(service, "chat.completion") | {"choices": choices, **chat.totals(outputs)}
     if chat.request.return_token_ids:
         answer["prompt_token_ids"] = chat.prompt.token_ids
     await send_json(send, answer)
@@ -126,8 +131,8 @@ async def _stream(service: Service, chat: _Chat) -> AsyncGenerator[bytes, None]:
                     chunks.append(encoder.chunk(dumps(_delta_choice(service, chat, output)), so_far))
             if chunks:
                 yield "".join(chunks).encode()
-        if encoder.include_usage:
-            yield encoder.usage_chunk(chat.usage(outputs)).encode()
+        if last := chat.totals(outputs, has_usage=encoder.include_usage):
+            yield encoder.last_chunk(last).encode()
 
 
 def _role_choice(chat: _Chat, index: int) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class _Completion:
         num_completion = 0 if self.drops_output else outputs.num_completion_tokens
         return usage(self.num_prompt_tokens, num_completion, outputs.num_cached_tokens)
 
+    def totals(self, outputs: OutputStream, *, has_usage: bool = True) -> dict[str, Any]:
+        """What ends an answer: usage, and metrics where they were asked for."""
+        totals = {"usage": self.usage(outputs)} if has_usage else {}
+        return totals | ({"metrics": outputs.metrics} if self.request.include_metrics else {})
+
 
 async def handle_completion(service: Service, body: bytes, send: Send) -> None:
     """Raises ApiError for anything the client should hear as an error."""
@@ -72,7 +77,7 @@ async def handle_completion(service: Service, body: bytes, send: Send) -> None:
     async with completion.open(service) as outputs:
         finished = await outputs.collect()
         choices = [_choice(service, completion, output, outputs) for output in finished]
-    await send_json(send, completion.head(service) | {"choices": choices, "usage": completion.usage(outputs)})
+    await send_json(send, completion.head(service) | {"choices": choices, **completion.totals(outputs)})
 
 
 async def _prepare(service: Service, request: CompletionRequest) -> _Completion:
@@ -127,8 +132,8 @@ async def _stream(service: Service, completion: _Completion) -> AsyncGenerator[b
                     chunks.append(encoder.chunk(dumps(_choice(service, completion, output, outputs)), so_far))
             if chunks:
                 yield "".join(chunks).encode()
-        if encoder.include_usage:
-            yield encoder.usage_chunk(completion.usage(outputs)).encode()
+        if last := completion.totals(outputs, has_usage=encoder.include_usage):
+            yield encoder.last_chunk(last).encode()
 
 
 def _choice(

@@ -36,6 +36,6 @@ class ChunkEncoder:
             return f'{self._head}{choice}],"usage":{dumps(usage_so_far)}}}\n\n'
         return f"{self._head}{choice}{self._tail}"
 
-    def usage_chunk(self, final_usage: dict[str, Any]) -> str:
-        """The last chunk: no choice, only the totals."""
-        return f'{self._head}],"usage":{dumps(final_usage)}}}\n\n'
+    def last_chunk(self, totals: dict[str, Any]) -> str:
+        """No choice, only the fields of ``totals``: usage, metrics."""
+        return f"{self._head}],{dumps(totals)[1:]}\n\n"

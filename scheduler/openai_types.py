@@ -52,6 +52,8 @@ class SamplingFields(_Strict):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    include_metrics: bool | None = None
+    """Answer with times and counts of this request (response_metrics.py)."""
     # Known, and refused unless they ask for nothing.
     response_format: ResponseFormat | None = None
 

@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestOutput
+from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.response_metrics import response_metrics
 
 
 class OutputStream:
@@ -31,6 +32,7 @@ class OutputStream:
         self._tasks: list[asyncio.Task[None]] = []
         self.num_completion_tokens = 0
         self.num_cached_tokens = 0
+        self._metrics: list[RequestMetrics | None] = [None] * len(iterators)
         self.prompt_logprobs: list[list[dict[int, Logprob] | None] | None] = [None] * len(iterators)
         """Per prompt, known before its first choice is read."""
 
@@ -62,6 +64,7 @@ class OutputStream:
             self.prompt_logprobs[prompt_index] = output.prompt_logprobs
         if output.finished:
             self.num_cached_tokens += output.num_cached_tokens
+            self._metrics[prompt_index] = output.metrics
         for choice in output.outputs:
             self.num_completion_tokens += len(choice.token_ids)
             index = prompt_index * self._n + choice.index
@@ -71,6 +74,13 @@ class OutputStream:
                 self._pending[index] = choice
             else:
                 _join(held, choice)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """See response_metrics; once all are finished."""
+        found = [metrics for metrics in self._metrics if metrics is not None]
+        num_choices = len(self._iterators) * self._n
+        return response_metrics(found, num_choices=num_choices, num_tokens=self.num_completion_tokens)
 
     def __aiter__(self) -> Self:
         return self

@@ -83,6 +83,10 @@ class HistoryRunner:
         """Make these tokens the greedy continuation of the prompt."""
         self.scripts[tuple(prompt)] = output
 
+    def last_outcome(self) -> str:
+        """As if single tokens had the only graph of their own."""
+        return "exact" if len(self.steps[-1].token_ids) == 1 else "dynamic"
+
     def graph_cache_stats(self) -> GraphCacheStats:
         return GraphCacheStats(choices={("layers", "exact", "bucket"): len(self.steps)})
 

@@ -275,6 +275,17 @@ def test_metrics_come_from_the_clock_in_order(make_engine: EngineFactory) -> Non
     assert metrics.arrival_s < metrics.scheduled_s < metrics.first_token_s < metrics.last_token_s
 
 
+def test_steps_of_a_request_are_counted_by_their_graphs(make_engine: EngineFactory) -> None:
+    engine, runner = make_engine(max_num_batched_tokens=8, max_num_seqs=2)
+    prompt = list(range(100, 119))
+    engine.add_request("one", prompt, SamplingParams(max_tokens=4, **GREEDY))
+    assert run(engine)["one"].metrics.graph_steps == {"dynamic": 3, "exact": 3}
+    # What is under way when a request ends is no step of its.
+    runner.script(prompt, [70, 71, 72])
+    engine.add_request("two", prompt, SamplingParams(max_tokens=9, stop_token_ids=[71], **GREEDY))
+    assert run(engine)["two"].metrics.graph_steps == {"dynamic": 3, "exact": 1}
+
+
 @pytest.mark.parametrize("num_steps_before", range(12))
 def test_abort_at_every_moment(make_engine: EngineFactory, num_steps_before: int) -> None:
     engine, runner = make_engine(total_tokens=70, max_num_batched_tokens=6, max_num_seqs=3)

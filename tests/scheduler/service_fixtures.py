@@ -68,6 +68,9 @@ class CountingRunner:
         logits[rows, (last + 1) % 256] = 10.0
         return logits
 
+    def last_outcome(self) -> str:
+        return "exact"
+
     def graph_cache_stats(self) -> GraphCacheStats:
         return GraphCacheStats(choices={("layers", "exact", "bucket"): self.num_steps})
 
