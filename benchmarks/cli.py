@@ -165,6 +165,19 @@ def soak_command(shape: str, work_dir: Path, seed: int, results: Path, num_steps
     run_soak(_shape(shape), work_dir, results, _command_line(), seed=seed, num_steps=num_steps)
 
 
+@command.command("soak-requests")
+@click.option("--work-dir", type=click.Path(path_type=Path), default=Path(".cache/bench"), help="Scratch; some GB.")
+@click.option("--seed", type=int, default=1234, help="Of the requests.")
+@results_option
+@click.option("--requests", "num_requests", type=click.IntRange(1), default=20000)
+@click.option("--compare-every", type=click.IntRange(1), default=20, help="One in so many is sent to a clean server.")
+def request_soak_command(work_dir: Path, results: Path, **options: Any) -> None:
+    """Mixed requests, some of whose clients leave, against xllm-serve on demo-code -> soak_requests.json."""
+    from xllm_compile.benchmarks.bench_request_soak import run_request_soak
+
+    run_request_soak(work_dir, results, _command_line(), **options)
+
+
 @command.command("serve")
 @click.argument("target")
 @results_option

@@ -57,6 +57,10 @@ class ServerProcess:
         self.port = int(port)
         self.startup_s = float(fields["startup_s"])
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def memory(self) -> dict[str, int]:
         """Bytes of the server and its children: rss, pss, and of rss the parts rss_anon, rss_file and rss_shmem."""
         total = dict.fromkeys(("rss", "pss", "rss_anon", "rss_file", "rss_shmem"), 0)
