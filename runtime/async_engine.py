@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from xllm_compile.runtime.engine import Engine
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 # Tokenising this much text takes about a millisecond; more goes to a thread, so that the event loop stays responsive.
 MAX_INLINE_CHARS = 4096
+
+# More of them would only take turns with the model's own threads.
+NUM_GRAMMAR_COMPILERS = 2
 
 PauseMode = Literal["keep", "wait", "abort"]
 
@@ -111,6 +115,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._compilers = ThreadPoolExecutor(NUM_GRAMMAR_COMPILERS, thread_name_prefix="xllm-grammar")
         self._wake = threading.Condition()
         # Guarded by _wake:
         self._inbox: list[Request | str] = []
@@ -158,7 +163,13 @@ class AsyncEngine:
         Raises ValueError on a bad prompt, option or an id in use; QueueFullError, EngineDrainingError,
         EngineDeadError. prompt_text is shown in the outputs beside a prompt of token ids.
         """
-        if isinstance(prompt, str) and len(prompt) > MAX_INLINE_CHARS:
+        if params.structured is not None:
+            # Here the request waits for its grammar, and nobody else does.
+            loop = asyncio.get_running_loop()
+            request = await loop.run_in_executor(
+                self._compilers, self.engine.make_request, request_id, prompt, params, prompt_text
+            )
+        elif isinstance(prompt, str) and len(prompt) > MAX_INLINE_CHARS:
             request = await asyncio.to_thread(self.engine.make_request, request_id, prompt, params, prompt_text)
         else:
             request = self.engine.make_request(request_id, prompt, params, prompt_text)
@@ -256,6 +267,7 @@ class AsyncEngine:
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
+        self._compilers.shutdown(wait=False)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 

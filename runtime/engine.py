@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from xllm_compile.runtime.batch import Batch, build_batch
 from xllm_compile.runtime.detokenizer import make_detokenizer
+from xllm_compile.runtime.grammar import Grammar, GrammarCompiler
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.local_scheduler import Limits, Schedule, check_queue, schedule
 from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
@@ -79,6 +80,7 @@ class Engine:
         self.max_model_len = min(runner.max_model_len, kv_cache.config.max_model_len)
         self.vocab_size = runner.vocab_size
         self._runner = runner
+        self._grammars = GrammarCompiler(tokenizer, runner.vocab_size)
         self._kv_cache = kv_cache
         self._clock = clock
         self._limits = Limits(
@@ -131,11 +133,15 @@ class Engine:
     def make_request(
         self, request_id: str, prompt: str | Items[int], params: SamplingParams, prompt_text: str | None = None
     ) -> Request:
-        """Tokenise and validate. May be called from any thread. prompt_text is shown with a prompt of token ids."""
+        """Tokenise, validate, compile a structured output. May be called from any thread.
+
+        prompt_text is shown with a prompt of token ids.
+        """
         text = prompt if isinstance(prompt, str) else prompt_text
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         self._check_prompt(token_ids)
         self._check_params(params)
+        grammar = None if params.structured is None else self._grammars.compile(params.structured)
         room = self.max_model_len - len(token_ids)
         request = Request(
             request_id=request_id,
@@ -146,7 +152,7 @@ class Engine:
             max_output_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
-        request.sequences = [self._make_sequence(request, index) for index in range(params.n)]
+        request.sequences = [self._make_sequence(request, index, grammar) for index in range(params.n)]
         return request
 
     def check_queue(self, request: Request, *, num_waiting: int, num_waiting_tokens: int) -> None:
@@ -371,7 +377,7 @@ class Engine:
         if any(sequence.is_finished for sequence in self._waiting):
             self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_finished)
 
-    def _make_sequence(self, request: Request, index: int) -> Sequence:
+    def _make_sequence(self, request: Request, index: int, grammar: Grammar | None) -> Sequence:
         params = request.params
         eos_token_ids = () if params.ignore_eos else self.tokenizer.eos_token_ids
         return Sequence(
@@ -379,7 +385,11 @@ class Engine:
             index=index,
             token_ids=list(request.prompt_token_ids),
             sampling=SamplingState(
-                params, request.prompt_token_ids, stop_ids=(*eos_token_ids, *params.stop_token_ids), index=index
+                params,
+                request.prompt_token_ids,
+                stop_ids=(*eos_token_ids, *params.stop_token_ids),
+                index=index,
+                matcher=None if grammar is None else grammar.matcher(),
             ),
             detokenizer=make_detokenizer(
                 self.tokenizer,

@@ -2,7 +2,7 @@
 
 A row is drawn by inverting its cumulative distribution at one uniform number from its own generator. Top-k, top-p and
 min-p all keep a prefix of the tokens sorted by probability; `candidates` finds that prefix without sorting the
-vocabulary. Order of the steps: penalties, logit_bias, min_tokens; temperature; min-p, top-k, top-p.
+vocabulary. Order of the steps: penalties, logit_bias, min_tokens, grammar; temperature; min-p, top-k, top-p.
 
 Log-probabilities are those of the model: before penalties, biases and temperature.
 
@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from xllm_compile.runtime.candidates import keep_candidates
 from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.runtime.token_matcher import GrammarError, TokenMatcher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +51,18 @@ class SamplingState:
     """What sampling has to remember of one sequence."""
 
     def __init__(
-        self, params: SamplingParams, prompt_token_ids: Sequence[int], *, stop_ids: Sequence[int] = (), index: int = 0
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        *,
+        stop_ids: Sequence[int] = (),
+        index: int = 0,
+        matcher: TokenMatcher | None = None,
     ) -> None:
-        """stop_ids may not be chosen before min_tokens. index tells the n sequences of a seeded request apart."""
+        """stop_ids may not be chosen before min_tokens. index tells the n sequences of a seeded request apart. matcher
+        follows a structured output."""
         self.params = params
+        self.matcher = matcher
         self.output_counts: dict[int, int] = {}
         self.num_output_tokens = 0
         self._prompt_token_ids = prompt_token_ids
@@ -68,6 +78,8 @@ class SamplingState:
     def record(self, token_id: int) -> None:
         """Count a token that became part of the output."""
         self.num_output_tokens += 1
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
         if self._is_penalised or self._is_repetition_penalised:
             self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
         if self._seen.numel():
@@ -81,6 +93,7 @@ class SamplingState:
 
     @property
     def edits_logits(self) -> bool:
+        """Whether the model's logits change; a grammar only forbids some of them."""
         return (
             self._is_penalised
             or self._is_repetition_penalised
@@ -89,7 +102,7 @@ class SamplingState:
         )
 
     def edited(self, row: Tensor) -> Tensor:
-        """A copy of the row [V] with penalties, biases and min_tokens applied."""
+        """A copy of the row [V] with penalties, biases, min_tokens and grammar applied. Raises GrammarError."""
         row = row.clone()
         params = self.params
         if self._is_repetition_penalised:
@@ -104,6 +117,8 @@ class SamplingState:
             row[self._bias_ids] += self._bias
         if self.num_output_tokens < params.min_tokens:
             row[self._stop_ids[self._stop_ids < len(row)]] = -math.inf
+        if self.matcher is not None:
+            self.matcher.mask().forbid(row)
         return row
 
     def _seen_tokens(self, vocab_size: int) -> Tensor:
@@ -117,7 +132,7 @@ class SamplingState:
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken | SamplingFailure]:
     """Choose one token per row of logits [R, V], float32 on the host, which are not changed."""
     if all(state.params.is_greedy and state.params.logprobs is None and not state.edits_logits for state in states):
-        return _all_greedy(logits)
+        return _all_greedy(logits, [state.matcher for state in states])
     with one_thread():
         return [_sample_row(row, state) for row, state in zip(logits, states, strict=True)]
 
@@ -147,24 +162,47 @@ def token_logprobs(row: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
     return TokenLogprobs(token_ids=ids, logprobs=values, ranks=ranks)
 
 
-def _all_greedy(logits: Tensor) -> list[SampledToken | SamplingFailure]:
+def _all_greedy(logits: Tensor, matchers: Sequence[TokenMatcher | None]) -> list[SampledToken | SamplingFailure]:
     rows = logits.numpy()
     # numpy's argmax is vectorised and torch's is not: 0.15 against 2 ms for 16 rows of 151936.
     chosen = rows.argmax(axis=1)
     # It points at a NaN wherever the row has one, so looking at the chosen value is enough.
     usable = np.isfinite(rows[np.arange(len(rows)), chosen])
-    return [
-        SampledToken(token_id=token_id) if is_usable else _failure(logits[row])
-        for row, (token_id, is_usable) in enumerate(zip(chosen.tolist(), usable.tolist(), strict=True))
-    ]
+    found: list[SampledToken | SamplingFailure] = []
+    for at, (token_id, is_usable, matcher) in enumerate(zip(chosen.tolist(), usable.tolist(), matchers, strict=True)):
+        if not is_usable:
+            found.append(_failure(logits[at]))
+        elif matcher is None:
+            found.append(SampledToken(token_id=token_id))
+        else:
+            found.append(_greedy_in_grammar(rows[at], token_id, matcher))
+    return found
+
+
+def _greedy_in_grammar(
+    row: npt.NDArray[np.float32], best: int, matcher: TokenMatcher
+) -> SampledToken | SamplingFailure:
+    try:
+        mask = matcher.mask()
+    except GrammarError as err:
+        return _grammar_failure(err)
+    # A model that was asked for JSON mostly writes JSON by itself.
+    token_id = best if mask.allowed[best] else mask.argmax(row)
+    if not np.isfinite(row[token_id]):
+        return SamplingFailure(reason="the model gives no probability to anything that the structured output allows")
+    return SampledToken(token_id=token_id)
 
 
 def _sample_row(row: Tensor, state: SamplingState) -> SampledToken | SamplingFailure:
     if not row.amax().isfinite():
         return _failure(row)
-    edited = state.edited(row) if state.edits_logits else row
+    try:
+        edited = state.edited(row) if state.edits_logits or state.matcher is not None else row
+    except GrammarError as err:
+        return _grammar_failure(err)
     if not edited.amax().isfinite():
-        return SamplingFailure(reason="min_tokens and logit_bias leave no token to choose; relax them")
+        what = "min_tokens and logit_bias" + (" and the structured output" if state.matcher is not None else "")
+        return SamplingFailure(reason=f"{what} leave no token to choose; relax them")
     token_id = int(edited.numpy().argmax()) if state.params.is_greedy else _draw(edited, state)
     num_top = state.params.logprobs
     logprobs = None if num_top is None else token_logprobs(row, token_id, num_top)
@@ -183,6 +221,10 @@ def _draw(row: Tensor, state: SamplingState) -> int:
     # right=True passes over tokens of weight zero.
     at = int(torch.searchsorted(cumulative, target, right=True))
     return at if kept.token_ids is None else int(kept.token_ids[at])
+
+
+def _grammar_failure(err: GrammarError) -> SamplingFailure:
+    return SamplingFailure(reason=f"the structured output cannot go on: {err}; simplify it")
 
 
 def _failure(row: Tensor) -> SamplingFailure:

@@ -4,8 +4,12 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from xllm_compile.runtime.structured_output import StructuredOutput
+
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
 
 
 class RequestOutputKind(enum.Enum):
@@ -57,6 +61,8 @@ class SamplingParams:
     """Added to the logits of these token ids, each in [-100, 100]."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    structured: StructuredOutput | None = None
+    """What the completion must look like; None leaves it free."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
@@ -85,8 +91,25 @@ class SamplingParams:
                 0 <= (self.prompt_logprobs or 0) <= MAX_LOGPROBS,
                 f"in [0, {MAX_LOGPROBS}]",
             ),
-            ("stop", self.stop, len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings"),
+            (
+                "stop",
+                f"<{len(self.stop)} strings>",
+                len(self.stop) <= MAX_STOP_STRINGS,
+                f"at most {MAX_STOP_STRINGS} strings",
+            ),
             ("stop", self.stop, all(self.stop), "without empty strings"),
+            (
+                "stop",
+                f"<{max(map(len, self.stop), default=0)} characters>",
+                all(len(text) <= MAX_STOP_CHARS for text in self.stop),
+                f"strings of at most {MAX_STOP_CHARS} characters",
+            ),
+            (
+                "stop_token_ids",
+                f"<{len(self.stop_token_ids)} ids>",
+                len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+                f"at most {MAX_STOP_TOKEN_IDS} ids",
+            ),
             (
                 "logit_bias",
                 self.logit_bias,

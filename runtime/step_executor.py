@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from xllm_compile.runtime.batch import Batch
+from xllm_compile.runtime.mask_worker import MaskWorker
 from xllm_compile.runtime.sampler import (
     SampledToken,
     SamplingFailure,
@@ -102,6 +103,7 @@ class StepExecutor:
         if self._queue is not None:
             self._queue.put(None)
             self._thread.join()
+        self._device.close()
 
 
 def _serve(queue: "SimpleQueue[_Launched | None]", run: Callable[[Batch], StepResult]) -> None:
@@ -114,6 +116,7 @@ class _Device:
 
     def __init__(self, runner: ModelRunner, num_slots: int) -> None:
         self._runner = runner
+        self._masks = MaskWorker()
         self._last_tokens = np.zeros(num_slots, dtype=np.int32)
         """[num_slots] the newest token of each slot's sequence, known here one step before the host knows it."""
 
@@ -129,6 +132,7 @@ class _Device:
         self._last_tokens[batch.sampled_slots] = tokens
         for state, token_id in zip(states, tokens, strict=True):
             state.record(token_id)
+        self._masks.prepare(state.matcher for state in states)
         return StepResult(
             sampled=sampled,
             prompt_logprobs=prompt_logprobs,
@@ -136,6 +140,9 @@ class _Device:
             started_s=started_s,
             ended_s=time.monotonic(),
         )
+
+    def close(self) -> None:
+        self._masks.close()
 
 
 def _prompt_logprobs(batch: Batch, logits: Tensor) -> list[list[TokenLogprobs]]:

@@ -78,6 +78,16 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_id(self, text: str) -> int | None:
+        """The token that stands for exactly this text; None where there is none."""
+        found: int | None = self._tokenizer.token_to_id(text)
+        return found
+
+    def to_json(self) -> str:
+        """The content of tokenizer.json."""
+        content: str = self._tokenizer.to_str()
+        return content
+
     def apply_chat_template(
         self,
         messages: Sequence[Message],

@@ -1,0 +1,45 @@
+"""A thread that computes the masks of structured outputs beside the forward pass before which they are not needed."""
+
+import logging
+import weakref
+from collections.abc import Iterable
+from queue import SimpleQueue
+from threading import Thread
+
+from xllm_compile.runtime.token_matcher import TokenMatcher
+
+logger = logging.getLogger(__name__)
+
+
+class MaskWorker:
+    """The thread starts with the first matcher, and ends with the worker or `close`."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[list[TokenMatcher] | None] = SimpleQueue()
+        self._thread: Thread | None = None
+
+    def prepare(self, matchers: Iterable[TokenMatcher | None]) -> None:
+        """Have the masks of their present states computed. Returns at once; whoever needs one waits for it."""
+        wanted = [matcher for matcher in matchers if matcher is not None]
+        if not wanted:
+            return
+        if self._thread is None:
+            self._thread = Thread(target=_serve, args=(self._queue,), name="xllm-masks", daemon=True)
+            self._thread.start()
+            weakref.finalize(self, self._queue.put, None)
+        self._queue.put(wanted)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+
+
+def _serve(queue: "SimpleQueue[list[TokenMatcher] | None]") -> None:
+    while (matchers := queue.get()) is not None:
+        for matcher in matchers:
+            try:
+                matcher.prepare()
+            except Exception:
+                # Whoever asks for the mask meets the same error, and fails with it.
+                logger.exception("the mask of a structured output cannot be computed")

@@ -1,0 +1,154 @@
+"""Follows one sequence through its grammar: which tokens may come next, which came, and back again for drafts.
+
+The mask of the next token is known as soon as the last one is, a whole forward pass before it is needed: `prepare`
+computes it beside the forward pass, in another thread and with the interpreter released. `mask` waits for it.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+# Below this share of the vocabulary a row is looked up at the allowed tokens instead of compared everywhere.
+FEW_TOKENS_SHARE = 1 / 16
+
+
+class TokenMask:
+    """The tokens [V] that may come next; at least one."""
+
+    def __init__(self, bits: npt.NDArray[np.uint8], vocab_size: int) -> None:
+        """bits [ceil(V / 8)], lowest bit first."""
+        self.allowed: npt.NDArray[np.bool_] = np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)
+        is_few = np.count_nonzero(self.allowed) < vocab_size * FEW_TOKENS_SHARE
+        self._few = np.flatnonzero(self.allowed) if is_few else None
+
+    def argmax(self, row: npt.NDArray[np.float32]) -> int:
+        """The best allowed token of a row [V]."""
+        if self._few is not None:
+            return int(self._few[row[self._few].argmax()])
+        return int(np.where(self.allowed, row, -np.inf).argmax())
+
+    def forbid(self, row: Tensor) -> None:
+        """Set the others of a row [V] to minus infinity, in place."""
+        row[torch.from_numpy(~self.allowed)] = -torch.inf
+
+
+class GrammarError(RuntimeError):
+    """The grammar cannot go on: it became too complex for its limits, or was given a token it does not allow."""
+
+
+class TokenMatcher:
+    """The state of one sequence. Thread-safe."""
+
+    def __init__(self, matcher: "LLMatcher", vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._lock = threading.Lock()
+        self._mask: TokenMask | None = None
+        """For the present state; None until it is computed."""
+        self._num_after_end = 0
+        """Tokens since the end-of-sequence token, itself included; the grammar does not see them."""
+        self._error: str | None = None
+
+    def copy(self) -> "TokenMatcher":
+        """An independent matcher in the same state, for another sequence."""
+        with self._lock:
+            other = TokenMatcher(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids)
+            other._mask = self._mask
+            other._num_after_end = self._num_after_end
+            other._error = self._error
+        return other
+
+    def prepare(self) -> None:
+        """Compute the mask of the present state, unless it is known. Errors wait for `mask`."""
+        with self._lock:
+            self._prepare()
+
+    def mask(self) -> TokenMask:
+        """Raises GrammarError."""
+        with self._lock:
+            return self._known_mask()
+
+    def accept(self, token_id: int) -> None:
+        """The sequence goes on with this token. One that the mask forbids makes every later mask an error."""
+        with self._lock:
+            self._accept(token_id)
+
+    def rollback(self, num_tokens: int) -> None:
+        """Forget the last tokens. Raises ValueError when there were fewer."""
+        with self._lock:
+            self._rollback(num_tokens)
+
+    def masks_after(self, draft_token_ids: Sequence[int]) -> list[TokenMask]:
+        """Masks for the next token and for the one after each draft, up to the first draft that is forbidden.
+
+        The state stays where it is. Between 1 and len(draft_token_ids) + 1 masks. Raises GrammarError.
+        """
+        with self._lock:
+            masks, here = [self._known_mask()], self._mask
+            num_accepted = 0
+            try:
+                for token_id in draft_token_ids:
+                    if not masks[-1].allowed[token_id]:
+                        break
+                    self._accept(token_id)
+                    num_accepted += 1
+                    masks.append(self._known_mask())
+            finally:
+                if self._error is None:
+                    self._rollback(num_accepted)
+                    self._mask = here
+            return masks
+
+    @property
+    def is_terminated(self) -> bool:
+        """Nothing but the end-of-sequence token may come."""
+        with self._lock:
+            return self._num_after_end > 0 or self._matcher.is_stopped()
+
+    def _accept(self, token_id: int) -> None:
+        if self._error is not None:
+            return
+        if self._num_after_end or (token_id in self._eos_token_ids and self._matcher.is_accepting()):
+            # What a step that was already under way samples behind the end is thrown away.
+            self._num_after_end += 1
+            self._mask = None
+            return
+        self._mask = None
+        if not self._matcher.consume_token(token_id):
+            self._error = f"token {token_id} is not allowed here"
+
+    def _rollback(self, num_tokens: int) -> None:
+        after_end = min(num_tokens, self._num_after_end)
+        self._num_after_end -= after_end
+        self._mask = None
+        if num_tokens > after_end and not self._matcher.rollback(num_tokens - after_end):
+            raise ValueError(f"rollback={num_tokens} is more than the tokens that were accepted")
+
+    def _known_mask(self) -> TokenMask:
+        self._prepare()
+        if self._mask is None:
+            raise GrammarError(self._error)
+        return self._mask
+
+    def _prepare(self) -> None:
+        if self._mask is not None or self._error is not None:
+            return
+        bits = np.zeros((self._vocab_size + 31) // 32, dtype=np.int32)
+        if self._num_after_end:
+            for token_id in self._eos_token_ids:
+                bits[token_id // 32] |= np.int32(np.uint32(1 << token_id % 32).view(np.int32))
+        else:
+            self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+            if self._matcher.is_error():
+                self._error = self._matcher.get_error().replace("<non-verbose/>", "").strip()
+                return
+        self._mask = TokenMask(bits.view(np.uint8), self._vocab_size)

@@ -1,0 +1,252 @@
+"""Structured outputs compiled to masks over tokens, and a sequence's way through them."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xllm_compile.runtime import grammar
+from xllm_compile.runtime.grammar import GrammarCompiler
+from xllm_compile.runtime.mask_worker import MaskWorker
+from xllm_compile.runtime.structured_output import MAX_SOURCE_CHARS, ReasoningText, StructuredOutput
+from xllm_compile.runtime.token_matcher import GrammarError, TokenMatcher
+from xllm_compile.runtime.tokenizer import Tokenizer
+
+OPTIONAL_THOUGHTS = ReasoningText(start="<think>", end="</think>")
+OPEN_THOUGHTS = ReasoningText(start="<think>", end="</think>", is_open=True)
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}},
+    "required": ["x", "y"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    # Models pad their vocabulary beyond the tokenizer's.
+    return GrammarCompiler(tokenizer, tokenizer.vocab_size + 5)
+
+
+def follow(compiler: GrammarCompiler, tokenizer: Tokenizer, structured: StructuredOutput, text: str) -> str:
+    """The part of the text that the grammar allows, and "." where it may end there."""
+    matcher = compiler.compile(structured).matcher()
+    seen: list[int] = []
+    for token_id in tokenizer.encode(text):
+        if not matcher.mask().allowed[token_id]:
+            return tokenizer.decode(seen, skip_special_tokens=False)
+        matcher.accept(token_id)
+        seen.append(token_id)
+    may_end = all(matcher.mask().allowed[token_id] for token_id in tokenizer.eos_token_ids)
+    return tokenizer.decode(seen, skip_special_tokens=False) + "." * may_end
+
+
+@pytest.mark.parametrize(
+    ("structured", "text"),
+    [
+        (StructuredOutput.json_schema(POINT), '{"x": -1, "y":\n 20}'),
+        (StructuredOutput.json_schema(json.dumps(POINT)), '{"x":1,"y":2}'),
+        (StructuredOutput.json_schema(True), '[1, {"a": null}]'),
+        (StructuredOutput(kind="json_object"), '{"any": [1, {}]}'),
+        (StructuredOutput(kind="regex", source=r"a/b\d{2,}|\w+é"), "a/b123"),
+        (StructuredOutput.choice(["yes", 'no\n"really"']), 'no\n"really"'),
+        (StructuredOutput(kind="grammar", source='start: "a" | b\nb: /[0-9]/ "x"'), "3x"),
+        (StructuredOutput(kind="grammar", source='root ::= "a" | b\nb ::= [0-9] "x"'), "3x"),
+        (StructuredOutput.choice(["12"], OPTIONAL_THOUGHTS), "12"),
+        (StructuredOutput.choice(["12"], OPTIONAL_THOUGHTS), "<think>\n1 </b> \u4f60 12?</think>\n\n12"),
+        (StructuredOutput.choice(["12"], OPTIONAL_THOUGHTS), "\n<think></think>12"),
+        (StructuredOutput.choice(["12"], OPEN_THOUGHTS), "hm <think> so</think>\n\n12"),
+    ],
+)
+def test_text_that_fits_is_allowed_to_its_end(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, structured: StructuredOutput, text: str
+) -> None:
+    assert follow(compiler, tokenizer, structured, text) == text + "."
+
+
+@pytest.mark.parametrize(
+    ("structured", "text", "allowed"),
+    [
+        (StructuredOutput.json_schema(POINT), '{"x": 1, "z": 2}', '{"x": 1, "'),
+        (StructuredOutput.json_schema(POINT), '{"x": "1"}', '{"x": '),
+        (StructuredOutput.choice(["yes", "no"]), "yea", "ye"),
+        (StructuredOutput.choice(["12"], OPEN_THOUGHTS), "12", "12"),
+        (StructuredOutput.choice(["12"], OPEN_THOUGHTS), "x</think>no", "x</think>"),
+        (StructuredOutput.choice(["12"], OPTIONAL_THOUGHTS), "so</think>12", ""),
+    ],
+)
+def test_text_that_does_not_fit_is_forbidden_where_it_goes_wrong(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, structured: StructuredOutput, text: str, allowed: str
+) -> None:
+    assert follow(compiler, tokenizer, structured, text) == allowed
+
+
+@pytest.mark.parametrize(
+    ("structured", "message"),
+    [
+        (StructuredOutput(kind="regex", source="["), "unclosed character class"),
+        (StructuredOutput(kind="regex", source="(?=a)b"), "look-around"),
+        (StructuredOutput(kind="regex", source=r"[^\s\S]"), "no text matches"),
+        (StructuredOutput(kind="regex", source="((a{0,100}){0,100}){0,100}"), "too many expressions"),
+        (StructuredOutput(kind="grammar", source="start: nothing"), 'unknown name: "nothing"'),
+        (StructuredOutput(kind="grammar", source="root ::= ["), "the grammar cannot be used"),
+        (StructuredOutput.json_schema({"type": "strin"}), "Invalid type: strin"),
+        (StructuredOutput.json_schema({"not": {}}), 'Unimplemented keys: ["not"]'),
+        (StructuredOutput.json_schema({"$ref": "#/$defs/x"}), "does not exist"),
+        (StructuredOutput.json_schema({"type": "string", "minLength": 3, "maxLength": 2}), "Unsatisfiable"),
+        (StructuredOutput.json_schema({"type": "string", "allOf": [{"pattern": f"a{i}.*b"} for i in range(20)]}), ""),
+    ],
+)
+def test_what_cannot_be_compiled_is_an_error_that_names_the_reason(
+    compiler: GrammarCompiler, structured: StructuredOutput, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^the {structured.kind} cannot be used: ") as raised:
+        compiler.compile(structured)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StructuredOutput.json_schema("{"),
+        lambda: StructuredOutput.json_schema("[" * 100_000),
+        lambda: StructuredOutput.json_schema(None),
+        lambda: StructuredOutput.choice([]),
+        lambda: StructuredOutput.choice("yes"),
+        lambda: StructuredOutput.choice(["yes", ""]),
+        lambda: StructuredOutput(kind="regex", source="a" * (MAX_SOURCE_CHARS + 1)),
+    ],
+)
+def test_malformed_sources_are_refused_before_any_work(make) -> None:
+    with pytest.raises(ValueError):
+        make()
+
+
+@pytest.mark.parametrize("regex", ["(a+)+b", "(a|a)*b", "(.*a){200}b", "(a|b)*a(a|b){20}", "(x+x+)+y"])
+def test_a_regex_that_would_backtrack_for_ages_compiles_and_matches(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, regex: str
+) -> None:
+    text = {"y": "x" * 60 + "y", "b": "a" * 220 + "b", "}": "a" * 60}[regex[-1]]
+    assert follow(compiler, tokenizer, StructuredOutput(kind="regex", source=regex), text) == text + "."
+
+
+def test_a_special_token_that_opens_reasoning_is_matched_by_its_id(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    thoughts = ReasoningText(start="<|im_start|>", end="<|im_start|>")
+    text = "<|im_start|>hm<|im_start|>12"
+    assert follow(compiler, tokenizer, StructuredOutput.choice(["12"], thoughts), text) == text + "."
+
+
+def test_grammars_are_kept_by_content_and_the_oldest_go(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "MAX_CACHED_GRAMMARS", 2)
+    first = compiler.compile(StructuredOutput.choice(["a"]))
+    second = compiler.compile(StructuredOutput.choice(["b"]))
+    assert compiler.compile(StructuredOutput.choice(["a"])) is first
+    compiler.compile(StructuredOutput.choice(["c"]))
+    assert compiler.compile(StructuredOutput.choice(["a"])) is first
+    assert compiler.compile(StructuredOutput.choice(["b"])) is not second
+
+
+def test_matchers_of_one_grammar_are_independent(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    compiled = compiler.compile(StructuredOutput.choice(["ab", "cd"]))
+    one, other = compiled.matcher(), compiled.matcher()
+    (a,) = tokenizer.encode("a")
+    one.accept(a)
+    assert not one.mask().allowed[a]
+    assert other.mask().allowed[a]
+
+
+def random_walk(matcher: TokenMatcher, rng: np.random.Generator, count: int) -> list[int]:
+    walked = []
+    for _ in range(count):
+        token_id = int(rng.choice(np.flatnonzero(matcher.mask().allowed)))
+        matcher.accept(token_id)
+        walked.append(token_id)
+    return walked
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), num_before=st.integers(0, 12), num_after=st.integers(0, 30))
+def test_rollback_leads_back_to_the_same_mask(
+    compiler: GrammarCompiler, seed: int, num_before: int, num_after: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    matcher = compiler.compile(StructuredOutput.json_schema(POINT, OPTIONAL_THOUGHTS)).matcher()
+    before = random_walk(matcher, rng, num_before)
+    here = matcher.mask().allowed.copy()
+    # Long walks pass the end of the document.
+    random_walk(matcher, rng, num_after)
+    matcher.rollback(num_after)
+    assert np.array_equal(matcher.mask().allowed, here)
+    matcher.rollback(len(before))
+    with pytest.raises(ValueError):
+        matcher.rollback(1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), num_good=st.integers(0, 6))
+def test_masks_after_drafts_are_those_of_accepting_them(compiler: GrammarCompiler, seed: int, num_good: int) -> None:
+    rng = np.random.default_rng(seed)
+    compiled = compiler.compile(StructuredOutput.json_schema(POINT))
+    drafts = random_walk(compiled.matcher(), rng, num_good)
+    matcher, reference = compiled.matcher(), compiled.matcher()
+    wrong = int(rng.choice(np.flatnonzero(~reference.copy().mask().allowed)))
+    masks = matcher.masks_after([*drafts, wrong, wrong])
+    for at, token_id in enumerate(drafts):
+        assert np.array_equal(masks[at].allowed, reference.mask().allowed)
+        reference.accept(token_id)
+    assert np.array_equal(masks[num_good].allowed, reference.mask().allowed)
+    assert num_good + 1 <= len(masks) <= num_good + 3
+    # It is where it was.
+    assert np.array_equal(matcher.mask().allowed, masks[0].allowed)
+
+
+def test_after_the_end_only_the_end_of_sequence_may_come(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    matcher = compiler.compile(StructuredOutput.choice(["a"])).matcher()
+    assert not matcher.is_terminated
+    matcher.accept(*tokenizer.encode("a"))
+    assert matcher.is_terminated
+    for _ in range(3):
+        assert set(np.flatnonzero(matcher.mask().allowed)) == tokenizer.eos_token_ids
+        matcher.accept(min(tokenizer.eos_token_ids))
+
+
+def test_a_forbidden_token_is_an_error_from_then_on(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    matcher = compiler.compile(StructuredOutput.choice(["a"])).matcher()
+    matcher.accept(*tokenizer.encode("b"))
+    matcher.prepare()
+    for _ in range(2):
+        with pytest.raises(GrammarError, match="not allowed"):
+            matcher.mask()
+
+
+def test_a_padded_token_is_never_allowed(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    mask = compiler.compile(StructuredOutput(kind="regex", source=r"(?s:.*)")).matcher().mask()
+    assert len(mask.allowed) == tokenizer.vocab_size + 5
+    assert not mask.allowed[tokenizer.vocab_size :].any()
+    # Other special tokens are no text either.
+    assert set(tokenizer.special_token_ids) & set(np.flatnonzero(mask.allowed)) == tokenizer.eos_token_ids
+
+
+def test_masks_are_prepared_in_another_thread(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    worker = MaskWorker()
+    matchers = [compiler.compile(StructuredOutput.json_schema(POINT)).matcher() for _ in range(4)]
+    for matcher in matchers:
+        matcher.accept(*tokenizer.encode("{"))
+    worker.prepare([None, *matchers])
+    num_threads = threading.active_count()
+    worker.close()
+    assert threading.active_count() == num_threads - 1
+    assert all(matcher._mask is not None for matcher in matchers)
+
+
+def test_without_an_end_of_sequence_token_there_is_no_structured_output(tokenizer: Tokenizer) -> None:
+    endless = Tokenizer(tokenizer._tokenizer)
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        GrammarCompiler(endless, endless.vocab_size).compile(StructuredOutput(kind="json_object"))
