@@ -19,6 +19,11 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._compiled: dict[str, Template] = {}
 
+    @property
+    def text(self) -> str:
+        """All sources, for those who want to know what the model writes."""
+        return "\n".join(self._sources.values())
+
     def render(
         self,
         messages: Sequence[Message],

@@ -8,7 +8,8 @@ llguidance's own view of the tokenizer is made when the first request asks: 0.2 
 import json
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,7 +25,15 @@ MAX_CACHED_GRAMMARS = 256
 NUM_PROBE_TOKENS = 64
 
 # Without a bound a model that is undecided writes blanks between two tokens of JSON until its length limit.
-_JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+
+
+class SpecialTokens(Protocol):
+    """What of a tokenizer says which texts are special tokens."""
+
+    special_token_ids: frozenset[int]
+
+    def token_id(self, text: str) -> int | None: ...
 
 
 class Grammar:
@@ -67,6 +76,9 @@ class GrammarCompiler:
 
         if not self._tokenizer.eos_token_ids:
             raise ValueError("structured output needs an end-of-sequence token, and the model's tokenizer names none")
+        if structured.reasoning is not None:
+            # The probe below would walk through the reasoning alone.
+            self.compile(replace(structured, reasoning=None))
         source = json.dumps({"grammars": _grammars(structured, self._tokenizer)})
         matcher = LLMatcher(self._guidance(), source, log_level=0, limits=_limits())
         self._check(structured, matcher)
@@ -74,7 +86,7 @@ class GrammarCompiler:
         # The first mask is needed anyway, and some errors show only with it.
         prototype.prepare()
         self._check(structured, matcher)
-        if structured.kind in ("regex", "grammar"):
+        if structured.kind in ("regex", "grammar") and structured.reasoning is None:
             _probe(structured, prototype.copy(), sorted(self._tokenizer.eos_token_ids))
         return Grammar(prototype)
 
@@ -176,7 +188,7 @@ def _answer(structured: StructuredOutput) -> dict[str, Any]:
 def _with_options(schema: dict[str, Any] | bool) -> dict[str, Any]:
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    return {**schema, "x-guidance": _JSON_OPTIONS}
+    return {**schema, "x-guidance": JSON_OPTIONS}
 
 
 def _lark(source: str) -> str:
@@ -193,7 +205,7 @@ def _lark(source: str) -> str:
 
 def _reasoning_grammar(reasoning: ReasoningText, tokenizer: "Tokenizer") -> str:
     """Thoughts end where their end first appears; a few blanks may follow, as the models write them."""
-    begin = "" if reasoning.is_open else f"(BLANK? {_marker(reasoning.start, tokenizer)} "
+    begin = "" if reasoning.is_open else f"(BLANK? {literal(reasoning.start, tokenizer)} "
     close = "" if reasoning.is_open else ")?"
     end_id = _special_id(reasoning.end, tokenizer)
     if end_id is None:
@@ -203,12 +215,12 @@ def _reasoning_grammar(reasoning: ReasoningText, tokenizer: "Tokenizer") -> str:
     return f"start: {begin}thoughts BLANK?{close} @answer\nBLANK: /[\\n ]{{1,4}}/\n{thoughts}\n"
 
 
-def _marker(text: str, tokenizer: "Tokenizer") -> str:
+def literal(text: str, tokenizer: "SpecialTokens") -> str:
+    """The text in a Lark grammar, which names special tokens by their id."""
     special_id = _special_id(text, tokenizer)
     return json.dumps(text) if special_id is None else f"<[{special_id}]>"
 
 
-def _special_id(text: str, tokenizer: "Tokenizer") -> int | None:
-    """A special token is no text to a grammar: it is named by its id."""
+def _special_id(text: str, tokenizer: "SpecialTokens") -> int | None:
     token_id = tokenizer.token_id(text)
     return token_id if token_id in tokenizer.special_token_ids else None

@@ -78,6 +78,11 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    @property
+    def chat_template_text(self) -> str:
+        """The source of the chat template, or of all where it has several; empty where there is none."""
+        return self._chat_template.text
+
     def token_id(self, text: str) -> int | None:
         """The token that stands for exactly this text; None where there is none."""
         found: int | None = self._tokenizer.token_to_id(text)

@@ -43,6 +43,14 @@ class ServiceTokenizer(Protocol):
 
     is_byte_level: bool
     generation_defaults: dict[str, float]
+    special_token_ids: frozenset[int]
+
+    @property
+    def chat_template_text(self) -> str:
+        """The source of the chat template; empty where there is none."""
+        ...
+
+    def token_id(self, text: str) -> int | None: ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 

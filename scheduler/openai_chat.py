@@ -11,9 +11,12 @@ from starlette.types import Send
 from xllm_compile.runtime.outputs import CompletionOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import openai_params
+from xllm_compile.scheduler.chat_formats import constraint, has_special_markers
+from xllm_compile.scheduler.chat_parser import ChatParser, MessageFormat, message_of, parse_message
 from xllm_compile.scheduler.http_io import send_events, send_json
 from xllm_compile.scheduler.openai_logprobs import chat_logprobs
 from xllm_compile.scheduler.openai_stream import ChunkEncoder, dumps, quote, usage
+from xllm_compile.scheduler.openai_tools import check_format, tool_request
 from xllm_compile.scheduler.openai_types import ChatCompletionRequest
 from xllm_compile.scheduler.openai_validation import parse_body
 from xllm_compile.scheduler.output_stream import OutputStream
@@ -28,6 +31,7 @@ class _Chat:
     request: ChatCompletionRequest
     prompt: Prompt
     params: SamplingParams
+    expected: MessageFormat
     request_id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -65,12 +69,18 @@ async def _prepare(service: Service, request: ChatCompletionRequest) -> _Chat:
     service.check_model(request.model)
     openai_params.refuse_unavailable(request)
     logprobs = openai_params.chat_logprobs(request)
+    formats = service.chat_formats
+    tools = tool_request(request)
+    check_format(tools, formats.tools)
     prompt = await chat_prompt(
         service.tokenizer,
         request.messages,
         add_generation_prompt=request.add_generation_prompt is not False,
         template_kwargs=request.chat_template_kwargs,
+        tools=tools.tools,
+        calls_as_text=formats.tools is not None and formats.tools.is_text_in_template,
     )
+    expected = formats.expect(request, tools, prompt)
     asked, asked_param = openai_params.chat_max_tokens(request)
     max_tokens = openai_params.fit_max_tokens(asked, len(prompt.token_ids), service.max_model_len, "messages")
     params = openai_params.sampling_params(
@@ -79,21 +89,28 @@ async def _prepare(service: Service, request: ChatCompletionRequest) -> _Chat:
         max_tokens=max_tokens,
         max_tokens_param=asked_param,
         logprobs=logprobs,
+        structured=constraint(request, tools, expected, service.tokenizer),
+        keep_special_tokens=has_special_markers(expected, service.tokenizer),
     )
-    return _Chat(request=request, prompt=prompt, params=params)
+    return _Chat(request=request, prompt=prompt, params=params, expected=expected)
 
 
 def _choice(service: Service, chat: _Chat, output: CompletionOutput) -> dict[str, Any]:
+    parsed = parse_message(output.text, chat.expected)
     choice: dict[str, Any] = {
         "index": output.index,
-        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "message": message_of(parsed),
         "logprobs": _logprobs(service, chat, output),
-        "finish_reason": output.finish_reason,
+        "finish_reason": _finish_reason(output, has_calls=bool(parsed.tool_calls)),
         "stop_reason": output.stop_reason,
     }
     if chat.request.return_token_ids:
         choice["token_ids"] = output.token_ids
     return choice
+
+
+def _finish_reason(output: CompletionOutput, *, has_calls: bool) -> str | None:
+    return "tool_calls" if has_calls and output.finish_reason == "stop" else output.finish_reason
 
 
 def _logprobs(service: Service, chat: _Chat, output: CompletionOutput) -> dict[str, Any] | None:
@@ -109,15 +126,15 @@ async def _stream(service: Service, chat: _Chat) -> AsyncGenerator[bytes, None]:
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
     )
-    is_plain = not chat.request.logprobs and not chat.request.return_token_ids
-    started: set[int] = set()
+    is_plain = chat.expected.is_plain and not chat.request.logprobs and not chat.request.return_token_ids
+    parsers: dict[int, ChatParser] = {}
     async with chat.open(service) as outputs:
         async for moved in outputs:
             so_far = chat.usage(outputs) if encoder.continuous_usage else None
             chunks = []
             for output in moved:
-                if output.index not in started:
-                    started.add(output.index)
+                if output.index not in parsers:
+                    parsers[output.index] = ChatParser(chat.expected)
                     chunks.append(encoder.chunk(dumps(_role_choice(chat, output.index)), so_far))
                 if is_plain and output.finish_reason is None:
                     # A token may end in an unfinished character or a possible stop string: nothing to show yet.
@@ -127,8 +144,8 @@ async def _stream(service: Service, chat: _Chat) -> AsyncGenerator[bytes, None]:
                             '"logprobs":null,"finish_reason":null}'
                         )
                         chunks.append(encoder.chunk(choice, so_far))
-                else:
-                    chunks.append(encoder.chunk(dumps(_delta_choice(service, chat, output)), so_far))
+                elif choice_delta := _delta_choice(service, chat, output, parsers[output.index]):
+                    chunks.append(encoder.chunk(dumps(choice_delta), so_far))
             if chunks:
                 yield "".join(chunks).encode()
         if last := chat.totals(outputs, has_usage=encoder.include_usage):
@@ -148,12 +165,17 @@ def _role_choice(chat: _Chat, index: int) -> dict[str, Any]:
     return choice
 
 
-def _delta_choice(service: Service, chat: _Chat, output: CompletionOutput) -> dict[str, Any]:
+def _delta_choice(service: Service, chat: _Chat, output: CompletionOutput, parser: ChatParser) -> dict[str, Any] | None:
+    """None where the parser keeps the text back and there is nothing else to tell."""
+    delta = parser.push(output.text, is_last=output.finish_reason is not None)
+    tells_tokens = chat.request.logprobs or chat.request.return_token_ids
+    if not delta and not tells_tokens and output.finish_reason is None:
+        return None
     choice: dict[str, Any] = {
         "index": output.index,
-        "delta": {"content": output.text} if output.text else {},
+        "delta": delta.to_dict(),
         "logprobs": _logprobs(service, chat, output),
-        "finish_reason": output.finish_reason,
+        "finish_reason": _finish_reason(output, has_calls=parser.has_calls),
     }
     if output.finish_reason is not None:
         choice["stop_reason"] = output.stop_reason

@@ -14,6 +14,7 @@ from xllm_compile.scheduler import openai_params
 from xllm_compile.scheduler.http_io import send_events, send_json
 from xllm_compile.scheduler.openai_logprobs import TokenLogprobs, completion_logprobs
 from xllm_compile.scheduler.openai_stream import ChunkEncoder, dumps, quote, usage
+from xllm_compile.scheduler.openai_structured import structured_output
 from xllm_compile.scheduler.openai_types import CompletionRequest
 from xllm_compile.scheduler.openai_validation import parse_body
 from xllm_compile.scheduler.output_stream import OutputStream
@@ -88,6 +89,7 @@ async def _prepare(service: Service, request: CompletionRequest) -> _Completion:
     )
     max_tokens = openai_params.DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     drops_output = max_tokens == 0 and bool(request.echo)
+    structured = structured_output(request)
     logprobs, prompt_logprobs = openai_params.completion_logprobs(request)
     params = []
     for prompt in prompts:
@@ -101,6 +103,7 @@ async def _prepare(service: Service, request: CompletionRequest) -> _Completion:
                 max_tokens=room,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
+                structured=structured,
             )
         )
     return _Completion(request=request, prompts=prompts, params=params, drops_output=drops_output)

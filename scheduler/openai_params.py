@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
+from xllm_compile.runtime.structured_output import StructuredOutput
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.openai_types import ChatCompletionRequest, CompletionRequest, SamplingFields
 
@@ -36,9 +37,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "audio": (),
@@ -55,8 +53,6 @@ def refuse_unavailable(request: SamplingFields) -> None:
         value = getattr(request, name, None)
         if value is not None and value not in harmless:
             raise errors.not_available(name)
-    if request.response_format is not None and request.response_format.type != "text":
-        raise errors.not_available("response_format")
     if request.stream_options is not None and not request.stream:
         message = "'stream_options' is only allowed when 'stream' is true."
         raise errors.invalid(message, param="stream_options")
@@ -104,10 +100,14 @@ def sampling_params(
     max_tokens_param: str = "max_tokens",
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    structured: StructuredOutput | None = None,
+    keep_special_tokens: bool = False,
 ) -> SamplingParams:
     """The request's options over the model's own (generation_config.json), as in vLLM. Raises ApiError (400)."""
     options: dict[str, Any] = dict(model_defaults)
     options.update({name: value for name in _PASSED_ON if (value := getattr(request, name)) is not None})
+    if keep_special_tokens:
+        options["skip_special_tokens"] = False
     kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
     return build_sampling_params(
         options
@@ -115,6 +115,7 @@ def sampling_params(
             "max_tokens": max_tokens,
             "logprobs": logprobs,
             "prompt_logprobs": prompt_logprobs,
+            "structured": structured,
             "output_kind": kind,
         },
         {"max_tokens": max_tokens_param},

@@ -54,8 +54,13 @@ class SamplingFields(_Strict):
     return_token_ids: bool | None = None
     include_metrics: bool | None = None
     """Answer with times and counts of this request (response_metrics.py)."""
-    # Known, and refused unless they ask for nothing.
+    # What the answer must look like: OpenAI's, and vLLM's newer and older words.
     response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
 
 class CompletionRequest(SamplingFields):
@@ -75,6 +80,8 @@ class ChatMessage(_Strict):
     """str, or a list of content parts."""
     name: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    """What an earlier answer thought; the template decides whether the model sees it."""
     tool_calls: Any = None
     tool_call_id: str | None = None
     function_call: Any = None
@@ -88,6 +95,11 @@ class ChatCompletionRequest(SamplingFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    """Show the reasoning (default true), as vLLM."""
     # Bookkeeping for the caller; they change nothing in the answer.
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -96,9 +108,6 @@ class ChatCompletionRequest(SamplingFields):
     store: bool | None = None
     service_tier: str | None = None
     modalities: list[str] | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None

@@ -1,12 +1,13 @@
 """Prompts of the OpenAI API as token ids: text, ids, lists of both, and chat messages."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.engine_client import ServiceTokenizer
+from xllm_compile.scheduler.openai_tools import message_calls
 from xllm_compile.scheduler.openai_types import ChatMessage
 
 MAX_PROMPTS = 2048
@@ -78,18 +79,26 @@ async def chat_prompt(
     *,
     add_generation_prompt: bool = True,
     template_kwargs: dict[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+    calls_as_text: bool = False,
 ) -> Prompt:
-    """Messages rendered with the model's chat template. Raises ApiError (400) for content it cannot show the model."""
+    """Messages rendered with the model's chat template. Raises ApiError (400) for content it cannot show the model.
+
+    calls_as_text: the template takes the arguments of earlier calls as JSON text.
+    """
     if not messages:
         raise errors.invalid("'messages' must not be empty.", param="messages")
     if template_kwargs and (owned := _OWN_TEMPLATE_ARGUMENTS & template_kwargs.keys()):
         # A template sent by a client is a program sent by a client.
         message = f"'chat_template_kwargs' must not hold '{min(owned)}'."
         raise errors.invalid(message, param="chat_template_kwargs")
-    plain = [_plain_message(message, index) for index, message in enumerate(messages)]
+    plain = [_plain_message(message, index, calls_as_text=calls_as_text) for index, message in enumerate(messages)]
     try:
         text = tokenizer.apply_chat_template(
-            plain, add_generation_prompt=add_generation_prompt, **(template_kwargs or {})
+            plain,
+            add_generation_prompt=add_generation_prompt,
+            tools=list(tools) or None,
+            **(template_kwargs or {}),
         )
     except ValueError as err:
         raise errors.invalid(str(err), param="messages") from err
@@ -97,17 +106,27 @@ async def chat_prompt(
     return Prompt(token_ids=await encode(tokenizer, text, add_special_tokens=False), text=text)
 
 
-def _plain_message(message: ChatMessage, index: int) -> dict[str, str]:
+def _plain_message(message: ChatMessage, index: int, *, calls_as_text: bool) -> dict[str, Any]:
     where = f"messages[{index}]"
-    if message.role in ("tool", "function") or message.tool_calls or message.function_call or message.tool_call_id:
-        raise errors.not_available("tools")
+    if message.role == "function" or message.function_call:
+        raise errors.not_available("functions")
+    if message.tool_calls and message.role != "assistant":
+        raise errors.invalid(f"'{where}.tool_calls' needs role 'assistant'.", param=f"{where}.tool_calls")
     if message.audio is not None:
         raise errors.invalid("Audio is not supported by this model.", param=f"{where}.audio")
     # `developer` is OpenAI's newer word for `system`; most templates know only the older and would drop the other.
     role = "system" if message.role == "developer" else message.role
-    plain = {"role": role, "content": _content_text(message.content, f"{where}.content")}
-    if message.name is not None:
-        plain["name"] = message.name
+    plain: dict[str, Any] = {"role": role}
+    if message.content is None and message.tool_calls:
+        # Templates that join text ask whether there is none; the others expect a text.
+        plain["content"] = None if calls_as_text else ""
+    else:
+        plain["content"] = _content_text(message.content, f"{where}.content")
+    if message.tool_calls:
+        plain["tool_calls"] = message_calls(message, where, as_text=calls_as_text)
+    for name in ("name", "reasoning_content", "tool_call_id"):
+        if (value := getattr(message, name)) is not None:
+            plain[name] = value
     return plain
 
 

@@ -14,6 +14,10 @@ from xllm_compile.scheduler.sizes import parse_size
 EXIT_CUT = 1
 EXIT_USAGE = 2
 
+# The keys of tool_formats.FORMATS and reasoning.FORMATS, whose modules --help has no time for.
+TOOL_CALL_PARSERS = ("hermes", "qwen25", "qwen3", "qwen3_coder", "llama3_json", "deepseek_v3", "deepseek_v31")
+REASONING_PARSERS = ("qwen3", "deepseek_r1", "deepseek_v3")
+
 
 def parse_size_option(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
     try:
@@ -60,6 +64,18 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
     default="128MiB",
     metavar="SIZE",
     help="Most that promoted graphs may take.",
+)
+@click.option(
+    "--tool-call-parser",
+    type=click.Choice(["auto", "none", *TOOL_CALL_PARSERS]),
+    default="auto",
+    help="How the model writes tool calls; auto asks its chat template.",
+)
+@click.option(
+    "--reasoning-parser",
+    type=click.Choice(["auto", "none", *REASONING_PARSERS]),
+    default="auto",
+    help="How the model marks its reasoning; auto asks its chat template.",
 )
 @click.option("--compile", "use_compile", is_flag=True, help="Compile a model directory first, into the user's cache.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")

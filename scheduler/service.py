@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.chat_formats import ChatFormats
 from xllm_compile.scheduler.engine_client import EngineClient, ServiceTokenizer
 from xllm_compile.scheduler.engine_errors import to_api_error
 from xllm_compile.scheduler.limits import StreamLimiter
@@ -35,6 +36,7 @@ class Service:
         api_key: str | None = None,
         max_streams: int = 1024,
         max_body_bytes: int = 8 << 20,
+        chat_formats: ChatFormats | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -42,6 +44,7 @@ class Service:
         self.max_model_len = max_model_len
         self.version = version
         self.max_body_bytes = max_body_bytes
+        self.chat_formats = chat_formats or ChatFormats.choose(tokenizer.chat_template_text)
         self.limiter = StreamLimiter(max_streams)
         self.metrics = ServiceMetrics(engine.stats, self.limiter)
         self.is_draining = False

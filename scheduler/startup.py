@@ -91,6 +91,7 @@ def _run(instance: "Instance", options: Mapping[str, Any], http_socket: socket.s
     import prometheus_client
 
     from xllm_compile.runtime.async_engine import AsyncEngine
+    from xllm_compile.scheduler.chat_formats import ChatFormats
     from xllm_compile.scheduler.server import ServerConfig, run_server
     from xllm_compile.scheduler.service import Service
 
@@ -107,6 +108,11 @@ def _run(instance: "Instance", options: Mapping[str, Any], http_socket: socket.s
             version=__version__,
             api_key=options["api_key"],
             max_streams=options["max_streams"],
+            chat_formats=ChatFormats.choose(
+                instance.tokenizer.chat_template_text,
+                tool_call_parser=options["tool_call_parser"],
+                reasoning_parser=options["reasoning_parser"],
+            ),
         )
         config = ServerConfig(
             host=host,

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(generation_defaults: dict[str, float] | None = None) -> Tokenizer:
+def byte_tokenizer(generation_defaults: dict[str, float] | None = None, template: str = CHAT_TEMPLATE) -> Tokenizer:
     """Token id = byte value; 256 is end-of-sequence."""
     vocab = dict(BYTE_OF_CHAR.items())
     raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -36,7 +36,7 @@ def byte_tokenizer(generation_defaults: dict[str, float] | None = None) -> Token
     return Tokenizer(
         raw,
         eos_token_ids=(EOS_ID,),
-        chat_template=ChatTemplate({"default": CHAT_TEMPLATE}, {}),
+        chat_template=ChatTemplate({"default": template}, {}),
         generation_defaults=generation_defaults or {"temperature": 0.0},
     )
 
@@ -75,16 +75,43 @@ class CountingRunner:
         return GraphCacheStats(choices={("layers", "exact", "bucket"): self.num_steps})
 
 
-def counting_engine(runner: CountingRunner, config: EngineConfig | None = None) -> Engine:
+class ScriptedRunner(CountingRunner):
+    """Answers every prompt with `text`, then ends."""
+
+    max_model_len = 2048
+    max_num_batched_tokens = 2048
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__()
+        self.text = text
+        self._prompt_len: dict[int, int] = {}
+
+    def execute(self, step: Step) -> Tensor:
+        self.num_steps += 1
+        logits = torch.zeros(len(step.logits_at), VOCAB_SIZE)
+        script = [*self.text.encode(), EOS_ID]
+        for row, at in enumerate(step.logits_at.tolist()):
+            sequence = int(step.seq_start.searchsorted(at, side="right")) - 1
+            slot, length = int(step.slot[sequence]), int(step.positions[at]) + 1
+            if step.positions[step.seq_start[sequence]] == 0:
+                self._prompt_len[slot] = length
+            done = length - self._prompt_len[slot]
+            logits[row, script[min(done, len(script) - 1)]] = 10.0
+        return logits
+
+
+def counting_engine(
+    runner: CountingRunner, config: EngineConfig | None = None, tokenizer: Tokenizer | None = None
+) -> Engine:
     cache = KVCache(
         KVCacheConfig(
             num_layers=1,
             num_kv_heads=1,
             head_dim=1,
             dtype=torch.float32,
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=runner.max_model_len,
             num_slots=8,
             kv_memory_bytes=1 << 20,
         )
     )
-    return Engine(runner, cache, byte_tokenizer(), config)
+    return Engine(runner, cache, tokenizer or byte_tokenizer(), config)

@@ -85,8 +85,11 @@ async def test_images_are_refused_by_name(client, kind):
         {"role": "user", "content": [{"type": "text", "text": 1}]},
         {"role": "user", "content": [{"type": "text", "text": "x", "more": 1}]},
         {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
-        {"role": "tool", "content": "4", "tool_call_id": "a"},
+        {"role": "tool", "content": None, "tool_call_id": "a"},
         {"role": "assistant", "content": "", "tool_calls": [{}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]},
+        {"role": "user", "content": "hi", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
     ],
 )
 async def test_content_that_cannot_be_shown_to_the_model_is_refused(client, message):
@@ -97,9 +100,10 @@ async def test_no_messages_are_refused(client):
     assert (await refused(client, []))["param"] == "messages"
 
 
-async def test_tools_are_refused_and_not_ignored(client):
+async def test_tools_are_refused_where_the_template_knows_none(client):
     error = await refused(client, tools=[{"type": "function", "function": {"name": "f"}}])
     assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
+    assert "--tool-call-parser" in error["message"]
 
 
 async def test_logprobs(client):

@@ -40,6 +40,9 @@ def test_streams_ask_for_deltas():
         ("presence_penalty", 3.0),
         ("logit_bias", {1: 200.0}),
         ("stop", [""]),
+        ("stop", ["x"] * 17),
+        ("stop", ["x" * 1025]),
+        ("stop_token_ids", list(range(129))),
         ("min_tokens", -1),
         ("seed", 2**70),
         ("top_k", -2),
@@ -64,10 +67,7 @@ def test_the_field_is_called_what_the_client_called_it():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "required"},
         {"functions": [{}]},
-        {"response_format": {"type": "json_object"}},
         {"modalities": ["text", "audio"]},
         {"reasoning_effort": "high"},
         {"store": True},
