@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import jsonschema
@@ -25,7 +26,7 @@ TEMPLATE = (
     "{% endfor %}{% endfor %}<assistant>"
     "{% if enable_thinking is defined %}<think>{% if not enable_thinking %}</think>{% endif %}{% endif %}"
 )
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -67,7 +68,7 @@ class Chat:
     async def stream(self, text: str, **body):
         """The deltas joined to a message, and the reason of the end."""
         chunks = events_of(await self.post(text, stream=True, **body))
-        message = {"content": "", "reasoning_content": "", "tool_calls": []}
+        message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
         for chunk in chunks:
             (choice,) = chunk["choices"]
             delta = choice["delta"]
