@@ -32,6 +32,7 @@ Weights = dict[str, Tensor]
 RegionFunction = Callable[[dict[str, Tensor], Weights], tuple[Tensor, ...]]
 
 EMBED_WEIGHT = "model.embed_tokens.weight"
+FINAL_NORM_WEIGHT = "model.norm.weight"
 LAYER = "model.layers.{layer}."
 
 
@@ -176,7 +177,7 @@ def _head_region(config: DecoderConfig) -> Region:
 
     def head(inputs: dict[str, Tensor], weights: Weights) -> tuple[Tensor, ...]:
         hidden = inputs["residual"] + inputs["delta"]
-        x = torch.ops.xllm.rms_norm(hidden, weights["model.norm.weight"], config.rms_norm_eps)
+        x = torch.ops.xllm.rms_norm(hidden, weights[FINAL_NORM_WEIGHT], config.rms_norm_eps)
         logits = F.linear(x, weights[lm_head]).float()
         return (logits.index_select(0, inputs["logits_at"]),)
 
@@ -187,6 +188,26 @@ def _head_region(config: DecoderConfig) -> Region:
             TensorSpec(name="residual", shape=("T", config.hidden_size), dtype=MODEL_DTYPE),
             TensorSpec(name="logits_at", shape=("R",), dtype="int32"),
         ),
-        weights={"model.norm.weight": (config.hidden_size,), lm_head: (config.vocab_size, config.hidden_size)},
+        weights={FINAL_NORM_WEIGHT: (config.hidden_size,), lm_head: (config.vocab_size, config.hidden_size)},
         function=head,
+    )
+
+
+def pool_region(config: DecoderConfig) -> Region:
+    """In place of the head, for embeddings: the final hidden states of chosen rows."""
+
+    def pool(inputs: dict[str, Tensor], weights: Weights) -> tuple[Tensor, ...]:
+        hidden = inputs["residual"] + inputs["delta"]
+        x = torch.ops.xllm.rms_norm(hidden, weights[FINAL_NORM_WEIGHT], config.rms_norm_eps)
+        return (x.float().index_select(0, inputs["pool_at"]),)
+
+    return Region(
+        name="pool",
+        inputs=(
+            TensorSpec(name="delta", shape=("T", config.hidden_size), dtype=MODEL_DTYPE),
+            TensorSpec(name="residual", shape=("T", config.hidden_size), dtype=MODEL_DTYPE),
+            TensorSpec(name="pool_at", shape=("R",), dtype="int32"),
+        ),
+        weights={FINAL_NORM_WEIGHT: (config.hidden_size,)},
+        function=pool,
     )

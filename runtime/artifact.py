@@ -22,7 +22,7 @@ from xllm_compile import __version__
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.runtime.program import RegionProgram
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 """The weights file of an instance of one rank; see weights_path."""

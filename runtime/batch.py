@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sequence import Sequence
 from xllm_compile.runtime.step import Int32Array, Step
 
@@ -21,6 +22,18 @@ class PromptRows:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PoolRows:
+    """Rows begin, ..., begin + count - 1 of the hidden states are what this chunk adds to an embedding."""
+
+    sequence: Sequence
+    params: PoolingParams
+    begin: int
+    count: int
+    is_last: bool
+    """The prompt ends with this chunk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     step: Step
     sampled: list[Sequence]
@@ -29,6 +42,7 @@ class Batch:
     """[len(sampled)] their slots, which they may have lost when the result arrives."""
     prompt_rows: list[PromptRows]
     """Rows for prompt_logprobs; they follow."""
+    pool_rows: list[PoolRows]
     pending_rows: Int32Array
     """[P] rows of the step whose token is the one that the step before samples. Their token_ids hold a 0."""
     pending_slots: Int32Array
@@ -46,6 +60,8 @@ def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
     sampled_slots: list[int] = []
     prompt_rows: list[PromptRows] = []
     prompt_at: list[int] = []
+    pool_rows: list[PoolRows] = []
+    pool_at: list[int] = []
     pending_rows: list[int] = []
     pending_slots: list[int] = []
     for sequence, count in chunks:
@@ -64,7 +80,16 @@ def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
         seq_start.append(len(token_ids))
         context_len.append(end)
         slots.append(sequence.slot)
-        if end == sequence.num_tokens:
+        pooling = sequence.request.params.pooling
+        if pooling is not None:
+            is_last = end == sequence.num_tokens
+            wanted = range(begin, end) if pooling.pooling == "mean" else range(end - 1, end) if is_last else range(0)
+            if wanted:
+                pool_rows.append(
+                    PoolRows(sequence=sequence, params=pooling, begin=len(pool_at), count=len(wanted), is_last=is_last)
+                )
+                pool_at += [first_row + position for position in wanted]
+        elif end == sequence.num_tokens:
             sampled.append(sequence)
             sampled_at.append(first_row + end - 1)
             sampled_slots.append(sequence.slot)
@@ -92,6 +117,7 @@ def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
         context_len=np.array(context_len, dtype=np.int32),
         slot=np.array(slots, dtype=np.int32),
         logits_at=np.array(sampled_at + prompt_at, dtype=np.int32),
+        pool_at=np.array(pool_at, dtype=np.int32),
     )
     shifted = [replace(rows, begin=rows.begin + len(sampled)) for rows in prompt_rows]
     return Batch(
@@ -99,6 +125,7 @@ def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
         sampled=sampled,
         sampled_slots=np.array(sampled_slots, dtype=np.int32),
         prompt_rows=shifted,
+        pool_rows=pool_rows,
         pending_rows=np.array(pending_rows, dtype=np.int32),
         pending_slots=np.array(pending_slots, dtype=np.int32),
     )

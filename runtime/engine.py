@@ -13,13 +13,16 @@ from collections.abc import Sequence as Items
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from xllm_compile.runtime.batch import Batch, build_batch
+from torch import Tensor
+
+from xllm_compile.runtime.batch import Batch, PoolRows, build_batch
 from xllm_compile.runtime.detokenizer import make_detokenizer
 from xllm_compile.runtime.grammar import Grammar, GrammarCompiler
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.local_scheduler import Limits, Schedule, check_queue, schedule
 from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
 from xllm_compile.runtime.outputs import EngineStats, RequestMetrics, RequestOutput
+from xllm_compile.runtime.pooling import make_embedding
 from xllm_compile.runtime.sampler import SamplingFailure, SamplingState
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
@@ -139,10 +142,11 @@ class Engine:
         """
         text = prompt if isinstance(prompt, str) else prompt_text
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        self._check_prompt(token_ids)
+        self._check_prompt(token_ids, num_new=0 if params.pooling else 1)
         self._check_params(params)
         grammar = None if params.structured is None else self._grammars.compile(params.structured)
-        room = self.max_model_len - len(token_ids)
+        # An embedding comes of the prompt alone, which may fill the context.
+        room = self.max_model_len - len(token_ids) if params.pooling is None else 1
         request = Request(
             request_id=request_id,
             prompt=text,
@@ -343,7 +347,21 @@ class Engine:
             if sequence.is_finished:
                 self._release(sequence)
             self._report(sequence, changed)
+        for rows, pooled in zip(batch.pool_rows, result.pooled, strict=True):
+            if not rows.sequence.is_finished:
+                self._take_pooled(rows, pooled, now, changed)
         self._forget_finished()
+
+    def _take_pooled(self, rows: PoolRows, pooled: Tensor, now: float, changed: dict[str, Request]) -> None:
+        sequence = rows.sequence
+        sequence.pooled = pooled if sequence.pooled is None else sequence.pooled + pooled
+        if rows.is_last:
+            sequence.embedding = make_embedding(sequence.pooled, sequence.num_tokens, rows.params)
+            sequence.request.metrics.last_token_s = now
+            self._stats.num_prompt_tokens += sequence.num_prompt_tokens
+            sequence.finish("stop")
+            self._release(sequence)
+            self._report(sequence, changed)
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
         request_id = sequence.request.request_id
@@ -399,18 +417,24 @@ class Engine:
             ),
         )
 
-    def _check_prompt(self, token_ids: Items[int]) -> None:
+    def _check_prompt(self, token_ids: Items[int], num_new: int) -> None:
         if not token_ids:
             raise ValueError("the prompt has 0 tokens, at least 1 is needed; send a non-empty prompt")
-        if len(token_ids) >= self.max_model_len:
+        if len(token_ids) + num_new > self.max_model_len:
+            more = " and one generated token" if num_new else ""
             raise ValueError(
-                f"the prompt has {len(token_ids)} tokens and max_model_len={self.max_model_len} must hold it and one "
-                "generated token; shorten the prompt or build the artifact with a larger max_model_len"
+                f"the prompt has {len(token_ids)} tokens and max_model_len={self.max_model_len} must hold it{more}; "
+                "shorten the prompt or build the artifact with a larger max_model_len"
             )
         for token_id in (min(token_ids), max(token_ids)):
             self._check_token_id("prompt token id", token_id)
 
     def _check_params(self, params: SamplingParams) -> None:
+        if params.pooling is not None and (params.pooling.dimensions or 0) > self._runner.embedding_size:
+            raise ValueError(
+                f"dimensions={params.pooling.dimensions} is above the {self._runner.embedding_size} of the model's"
+                " hidden states; lower it"
+            )
         for token_id in params.logit_bias:
             self._check_token_id("logit_bias token id", token_id)
 

@@ -12,7 +12,8 @@ from xllm_compile.runtime.chat_template import Message
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.local_scheduler import QueueFullError
 from xllm_compile.runtime.outputs import RequestOutput
-from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
+from xllm_compile.runtime.pooling import PoolingParams
+from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams, embedding_params
 from xllm_compile.runtime.sequence import Request
 from xllm_compile.runtime.tokenizer import Tokenizer
 
@@ -50,6 +51,16 @@ class LLMBase:
         requests = [
             self.engine.make_request(str(next(self._ids)), _content(prompt), _final_only(param))
             for prompt, param in zip(listed, params, strict=True)
+        ]
+        return self._run(requests, use_tqdm=use_tqdm)
+
+    def embed(
+        self, prompts: Prompts, pooling_params: PoolingParams | None = None, *, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
+        """An embedding of each prompt, in ``embedding`` of its output; prompts are those of `generate`."""
+        params = embedding_params(pooling_params)
+        requests = [
+            self.engine.make_request(str(next(self._ids)), _content(prompt), params) for prompt in _listed(prompts)
         ]
         return self._run(requests, use_tqdm=use_tqdm)
 

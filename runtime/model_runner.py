@@ -44,11 +44,11 @@ class CompiledModelRunner:
         self.max_model_len = max_model_len
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        by_tokens = [program for program in manifest.programs if program.name != "head"]
-        by_rows = [program for program in manifest.programs if program.name == "head"]
+        programs = {program.name: program for program in manifest.programs}
+        by_tokens = [program for program in manifest.programs if program.name not in ("head", "pool")]
         graphs, times = manifest.graphs, manifest.step_times
         self._token_graphs = build_cache(root, "T", times["T"], by_tokens, graphs, enforce_eager=enforce_eager)
-        self._head_graphs = build_cache(root, "R", times["R"], by_rows, graphs, enforce_eager=enforce_eager)
+        self._head_graphs = build_cache(root, "R", times["R"], [programs["head"]], graphs, enforce_eager=enforce_eager)
         # Ranks must pad alike: a graph that only one of them has would make their collectives differ in size.
         is_alone = manifest.tensor_parallel_size == 1
         can_promote = promotion is not None and self._token_graphs.never_compiled is None and is_alone
@@ -59,9 +59,12 @@ class CompiledModelRunner:
         self._has_padded_seqs = any("S" in entry.sizes for entry in graphs)
         # Tensor-parallel regions may return a sum that is still on its way; the head would wait for it.
         self._waits_for_state = manifest.tensor_parallel_size > 1
-        programs = {program.name: program for program in manifest.programs}
         self._embed_weights = _region_weights(programs["embed"], weights)
         self._head_weights = _region_weights(programs["head"], weights)
+        self.embedding_size = manifest.model.hidden_size
+        self._pool_graphs = build_cache(root, "R", times["R"], [programs["pool"]], graphs, enforce_eager=enforce_eager)
+        self._pool_weights = _region_weights(programs["pool"], weights)
+        self._pooled = torch.empty(0, self.embedding_size)
         self._layers = _layer_plan(manifest.programs, weights, kv_layers)
         self._chains = _Chains(self._layers)
         # Buckets whose steps run in halves take the same weights through other graphs.
@@ -74,8 +77,14 @@ class CompiledModelRunner:
         """See ModelRunner.execute. Raises RuntimeError when a kernel refuses its arguments."""
         if self._promoter is not None:
             self._promoter.between_steps(self._token_graphs)
+        # Let go before the step, so that the pool is empty.
+        self._pooled = torch.empty(0, self.embedding_size)
         with self.pool:
-            return self._run_head(step, *self._run_layers(step))
+            state, split = self._run_layers(step)
+            logits = self._run_head(step, state, split)
+            if len(step.pool_at):
+                self._pooled = self._run_pool(step, state)
+            return logits
 
     def _run_layers(self, step: Step) -> tuple[list[Tensor], GraphChoice | None]:
         """The state after the last layer: delta and residual, [T, E] each, padded; with a choice, in halves."""
@@ -134,14 +143,30 @@ class CompiledModelRunner:
         (logits,) = self._head_graphs.run("head", head, [*state, rows, *self._head_weights])
         return logits[:num_rows]
 
+    def _run_pool(self, step: Step, state: list[Tensor]) -> Tensor:
+        if self._waits_for_state:
+            for tensor in state:
+                torch.ops._c10d_functional.wait_tensor(tensor)
+        if len(state) == 4:
+            # In halves: those of delta, then those of residual.
+            state = [torch.cat(state[:2]), torch.cat(state[2:])]
+        choice = self._pool_graphs.choose(len(step.pool_at))
+        rows = torch.from_numpy(step.pool_at)
+        return self._pool_graphs.run("pool", choice, [*state, rows, *self._pool_weights])[0]
+
+    def pooled(self) -> Tensor:
+        """See ModelRunner.pooled."""
+        return self._pooled
+
     def last_outcome(self) -> str:
         """See ModelRunner.last_outcome."""
         return self._token_graphs.last_outcome
 
     def graph_cache_stats(self) -> GraphCacheStats:
-        """Steps by how their graphs were found, for the layers (with embed) and for the head."""
+        """Steps by how their graphs were found, for the layers (with embed), the head and what pools embeddings."""
         # Copied first: the engine's thread goes on counting.
-        parts = {"layers": dict(self._token_graphs.counts), "head": dict(self._head_graphs.counts)}
+        caches = {"layers": self._token_graphs, "head": self._head_graphs, "pool": self._pool_graphs}
+        parts = {part: dict(cache.counts) for part, cache in caches.items()}
         return GraphCacheStats(
             choices={
                 (part, *found): count for part, counts in parts.items() for found, count in counts.items() if count
@@ -158,13 +183,14 @@ class CompiledModelRunner:
         with self.pool:
             warm_up(self._token_graphs, [("embed", self._embed_weights), *layers])
             warm_up(self._head_graphs, [head])
+            warm_up(self._pool_graphs, [("pool", self._pool_weights)])
             one_of_a_kind = [("embed", self._embed_weights), *dict(layers).items(), head]
             if self._split_graphs.programs:
                 warm_up(self._split_graphs, [(region + SPLIT_SUFFIX, tensors) for region, tensors in one_of_a_kind])
 
     def run_operator_by_operator(self) -> None:
         """From now on no compiled graph runs; steps take the sizes and the halves they would have taken."""
-        for cache in (self._token_graphs, self._head_graphs, self._split_graphs):
+        for cache in (self._token_graphs, self._head_graphs, self._pool_graphs, self._split_graphs):
             cache.graphs.clear()
 
     def close(self) -> None:

@@ -78,6 +78,7 @@ def make_output(request: Request) -> RequestOutput | None:
         finished=request.is_finished,
         metrics=request.metrics,
         prompt_logprobs=prompt_logprobs,
+        embedding=request.sequences[0].embedding,
     )
 
 

@@ -4,6 +4,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -52,6 +55,8 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    embedding: npt.NDArray[np.float32] | None = None
+    """Of a finished request that asked for one; its outputs are one without tokens."""
     num_cached_tokens: int = 0
 
 
@@ -60,7 +65,7 @@ class GraphCacheStats:
     """How steps found their graphs. Counters only grow."""
 
     choices: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    """Steps by (part, outcome, reason): part is layers or head, the others are runtime.graph_cache's."""
+    """Steps by (part, outcome, reason): part is layers, head or pool, the others are runtime.graph_cache's."""
     promotions: dict[str, int] = field(default_factory=dict)
     """What became of graphs for hot sizes: compiled, loaded, failed, evicted, no_compiler."""
     promoted_bytes: int = 0

@@ -4,6 +4,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.structured_output import StructuredOutput
 
 MAX_LOGPROBS = 20
@@ -64,6 +65,8 @@ class SamplingParams:
     structured: StructuredOutput | None = None
     """What the completion must look like; None leaves it free."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    pooling: PoolingParams | None = None
+    """Make an embedding of the prompt and generate nothing; see embedding_params."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -122,7 +125,14 @@ class SamplingParams:
                 raise ValueError(f"{name}={value!r} must be {limit}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
+        if self.pooling is not None and self.n != 1:
+            raise ValueError(f"n={self.n} must be 1 for an embedding")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < 1e-5
+
+
+def embedding_params(pooling: PoolingParams | None = None) -> SamplingParams:
+    """Of a request for an embedding, the last token's by default."""
+    return SamplingParams(pooling=pooling or PoolingParams(), output_kind=RequestOutputKind.FINAL_ONLY)

@@ -4,6 +4,10 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
 from xllm_compile.runtime.detokenizer import Detokenizer
 from xllm_compile.runtime.outputs import FinishReason, Logprob, RequestMetrics
 from xllm_compile.runtime.sampler import SamplingState
@@ -40,6 +44,9 @@ class Sequence:
     cumulative_logprob: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    pooled: Tensor | None = None
+    """[E] what the chunks so far add up to, for an embedding."""
+    embedding: npt.NDArray[np.float32] | None = None
     num_tokens_sent: int = 0
     """Output tokens that were part of a DELTA output."""
     is_end_sent: bool = False
@@ -90,6 +97,7 @@ class Sequence:
         """Back to waiting with nothing computed; what was generated stays and so does the random generator."""
         self.status = SequenceStatus.WAITING
         self.num_computed_tokens = 0
+        self.pooled = None
         self.slot = None
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:

@@ -3,7 +3,7 @@
 Prefill chunks and decodes ride together. All arrays are int32. T tokens, S sequences, R logits rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +31,8 @@ class Step:
     """[S] KV-cache row the sequence owns."""
     logits_at: Int32Array
     """[R] rows of the step whose logits are wanted."""
+    pool_at: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    """[P] rows whose final hidden states are wanted, for embeddings."""
 
 
 class ModelRunner(Protocol):
@@ -42,9 +44,16 @@ class ModelRunner(Protocol):
     """Most sequences in one step."""
     max_num_batched_tokens: int
     """Most tokens in one step."""
+    embedding_size: int
+    """Elements of a hidden state."""
 
     def execute(self, step: Step) -> Tensor:
         """Run one step, writing the KV cache. Returns float32 logits [R, vocab_size], valid until the next call."""
+        ...
+
+    def pooled(self) -> Tensor:
+        """Float32 hidden states [P, embedding_size] after the final norm, at the last step's ``pool_at``. Valid until
+        the next call of `execute`."""
         ...
 
     def last_outcome(self) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xllm_compile.runtime.batch import Batch
 from xllm_compile.runtime.mask_worker import MaskWorker
+from xllm_compile.runtime.pooling import pool_chunk
 from xllm_compile.runtime.sampler import (
     SampledToken,
     SamplingFailure,
@@ -37,6 +38,8 @@ class StepResult:
     """For each of the batch's sampled sequences."""
     prompt_logprobs: list[list[TokenLogprobs]]
     """For each of the batch's prompt rows."""
+    pooled: list[Tensor]
+    """[E] float32 for each of the batch's pool rows: what the chunk adds to an embedding."""
     outcome: str
     """How its graphs were found: exact, padded, dynamic or eager."""
     started_s: float
@@ -136,6 +139,7 @@ class _Device:
         return StepResult(
             sampled=sampled,
             prompt_logprobs=prompt_logprobs,
+            pooled=_pooled(batch, self._runner),
             outcome=self._runner.last_outcome(),
             started_s=started_s,
             ended_s=time.monotonic(),
@@ -153,3 +157,10 @@ def _prompt_logprobs(batch: Batch, logits: Tensor) -> list[list[TokenLogprobs]]:
             [token_logprobs(logits[at], id_, rows.num_top) for at, id_ in enumerate(rows.token_ids, start=rows.begin)]
             for rows in batch.prompt_rows
         ]
+
+
+def _pooled(batch: Batch, runner: ModelRunner) -> list[Tensor]:
+    if not batch.pool_rows:
+        return []
+    hidden = runner.pooled()
+    return [pool_chunk(hidden[rows.begin : rows.begin + rows.count], rows.params) for rows in batch.pool_rows]

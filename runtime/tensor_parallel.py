@@ -170,6 +170,7 @@ class LeaderRunner:
         self.max_model_len = runner.max_model_len
         self.max_num_seqs = runner.max_num_seqs
         self.max_num_batched_tokens = runner.max_num_batched_tokens
+        self.embedding_size = runner.embedding_size
         self._runner = runner
         self._group = group
         self._releases: deque[Release] = deque()
@@ -185,6 +186,9 @@ class LeaderRunner:
             self._group.send_release(self._releases.popleft())
         self._group.send_step(step)
         return self._runner.execute(step)
+
+    def pooled(self) -> Tensor:
+        return self._runner.pooled()
 
     def last_outcome(self) -> str:
         return self._runner.last_outcome()

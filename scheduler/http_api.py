@@ -15,6 +15,7 @@ from xllm_compile.scheduler.http_io import read_body, run_while_connected, send_
 from xllm_compile.scheduler.info_api import InfoApi
 from xllm_compile.scheduler.openai_chat import handle_chat
 from xllm_compile.scheduler.openai_completions import handle_completion
+from xllm_compile.scheduler.openai_embeddings import handle_embeddings
 from xllm_compile.scheduler.service import ClientGoneError, Service
 from xllm_compile.scheduler.tokenize_api import handle_detokenize, handle_tokenize
 
@@ -34,6 +35,7 @@ def build_app(service: Service) -> ASGIApp:
         [
             Route("/v1/completions", _Generation(service, handle_completion), methods=["POST"]),
             Route("/v1/chat/completions", _Generation(service, handle_chat), methods=["POST"]),
+            Route("/v1/embeddings", _Generation(service, handle_embeddings), methods=["POST"]),
             Route("/v1/models", info.models),
             Route("/v1/models/{name:path}", info.model),
             Route("/tokenize", _Call(service, handle_tokenize), methods=["POST"]),

@@ -54,7 +54,11 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
 
 
 async def send_json(send: Send, content: Any, status: int = 200, headers: Headers = ()) -> None:
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    await send_json_text(send, json.dumps(content, ensure_ascii=False, separators=(",", ":")), status, headers)
+
+
+async def send_json_text(send: Send, text: str, status: int = 200, headers: Headers = ()) -> None:
+    body = text.encode("utf-8", "replace")
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [_JSON_TYPE, length, *headers]})
     await send({"type": "http.response.body", "body": body})

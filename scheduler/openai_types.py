@@ -74,6 +74,22 @@ class CompletionRequest(SamplingFields):
     """Let the tokenizer add its begin-of-sequence token to text prompts (default true)."""
 
 
+class EmbeddingRequest(_Strict):
+    model: str | None = None
+    input: Any = None
+    """str, list of str, list of token ids, or list of those."""
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    # Bookkeeping for the caller; it changes nothing in the answer.
+    user: str | None = None
+    # Additions: names of vLLM where it has them.
+    add_special_tokens: bool | None = None
+    pooling: str | None = None
+    """last (default) or mean."""
+    normalize: bool | None = None
+    """Scale to length 1 (default true)."""
+
+
 class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Any = None

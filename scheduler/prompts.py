@@ -32,13 +32,14 @@ async def encode(tokenizer: ServiceTokenizer, text: str, *, add_special_tokens: 
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
 
-async def completion_prompts(tokenizer: ServiceTokenizer, prompt: Any, *, add_special_tokens: bool) -> list[Prompt]:
-    """The `prompt` field of /v1/completions. Raises ApiError (400) when it has none of the four forms."""
+async def completion_prompts(
+    tokenizer: ServiceTokenizer, prompt: Any, *, add_special_tokens: bool, param: str = "prompt"
+) -> list[Prompt]:
+    """The `prompt` field of /v1/completions, or the field ``param`` of the same forms. Raises ApiError (400) when it
+    has none of the four."""
     if isinstance(prompt, list) and prompt and not _is_token_ids(prompt):
         if len(prompt) > MAX_PROMPTS:
-            raise errors.invalid(
-                f"'prompt' has {len(prompt)} prompts, at most {MAX_PROMPTS} are taken.", param="prompt"
-            )
+            raise errors.invalid(f"'{param}' has {len(prompt)} prompts, at most {MAX_PROMPTS} are taken.", param=param)
         items = prompt
     else:
         items = [prompt]
@@ -50,9 +51,9 @@ async def completion_prompts(tokenizer: ServiceTokenizer, prompt: Any, *, add_sp
         elif isinstance(item, list) and _is_token_ids(item):
             prompts.append(Prompt(token_ids=item, text=None))
         else:
-            raise _bad_prompt(prompt)
+            raise _bad_prompt(prompt, param)
         if not prompts[-1].token_ids:
-            raise errors.invalid("'prompt' must not be empty.", param="prompt")
+            raise errors.invalid(f"'{param}' must not be empty.", param=param)
     return prompts
 
 
@@ -61,16 +62,14 @@ def _is_token_ids(items: list[Any]) -> bool:
     return all(type(item) is int and 0 <= item < 2**31 for item in items)
 
 
-def _bad_prompt(prompt: Any) -> errors.ApiError:
+def _bad_prompt(prompt: Any, param: str) -> errors.ApiError:
     if prompt is None:
-        return errors.invalid(
-            "Missing required parameter: 'prompt'.", param="prompt", code="missing_required_parameter"
-        )
+        return errors.invalid(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     message = (
-        "Invalid type for 'prompt': expected a string, an array of strings, an array of token ids, "
+        f"Invalid type for '{param}': expected a string, an array of strings, an array of token ids, "
         "or an array of token id arrays."
     )
-    return errors.invalid(message, param="prompt", code="invalid_type")
+    return errors.invalid(message, param=param, code="invalid_type")
 
 
 async def chat_prompt(

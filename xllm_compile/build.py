@@ -37,7 +37,7 @@ from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_by
 from xllm_compile.micro_batches import SplitPlan, plan_split
 from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
 from xllm_compile.models.config import read_hf_config
-from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, checkpoint_shapes
+from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, checkpoint_shapes, pool_region
 from xllm_compile.models.registry import read_model_config
 from xllm_compile.models.rope import rope_constants
 from xllm_compile.models.tensor_parallel import rank_shape
@@ -233,10 +233,12 @@ def is_up_to_date(output: Path, key: str, lowering: Lowering) -> bool:
 def make_programs(
     source: Source, config: BuildConfig, progress: BuildProgress
 ) -> tuple[list[RegionProgram], list[RegionReport]]:
-    """Capture every region and run the passes on it."""
+    """Capture every region and run the passes on it. What pools embeddings is no part of a step's cost or memory plan,
+    and has no report."""
     regions = build_regions(source.config, source.tensor_parallel_size)
     tied = frozenset({EMBED_WEIGHT}) if source.config.tie_word_embeddings else frozenset[str]()
-    passes = lowering_for(config.target).pipeline(
+    lowering = lowering_for(config.target)
+    passes = lowering.pipeline(
         tied_weights=tied,
         max_model_len=source.max_model_len,
         disabled=config.disabled_passes,
@@ -249,6 +251,8 @@ def make_programs(
         programs += pieces
         reports.append(report)
         progress.advance("capture and passes")
+    if lowering.has_pooling:
+        programs += _make_programs(pool_region(source.config), source.dtype, passes, config.graph_mode)[0]
     return programs, reports
 
 
@@ -393,7 +397,8 @@ def produce(
 
 def _unsupported(target: str, source: Source, region_name: str, error: UnsupportedOperatorError) -> str:
     # The pieces of a partial graph are named after their region.
-    regions = sorted(build_regions(source.config, source.tensor_parallel_size), key=lambda region: len(region.name))
+    all_regions = [*build_regions(source.config, source.tensor_parallel_size), pool_region(source.config)]
+    regions = sorted(all_regions, key=lambda region: len(region.name))
     region = next(region for region in reversed(regions) if region_name.startswith(region.name))
     operator = error.operators[0]
     place = locate_operator(region, getattr(torch, source.dtype), operator)

@@ -69,6 +69,7 @@ class HistoryRunner:
         self.max_model_len = kv_cache.config.max_model_len
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.embedding_size = 4
         self.poison = poison
         self.steps: list[Step] = []
         self.scripts: dict[tuple[int, ...], list[int]] = {}
@@ -82,6 +83,10 @@ class HistoryRunner:
     def script(self, prompt: Sequence[int], output: list[int]) -> None:
         """Make these tokens the greedy continuation of the prompt."""
         self.scripts[tuple(prompt)] = output
+
+    def pooled(self) -> Tensor:
+        """[P, 4] of each row: its token, its position, the sum of its history, and 1."""
+        return self._pooled
 
     def last_outcome(self) -> str:
         """As if single tokens had the only graph of their own."""
@@ -99,6 +104,7 @@ class HistoryRunner:
         self._logits.fill_(torch.nan)
         rows: dict[int, Tensor] = {}
         wanted = set(step.logits_at.tolist())
+        pooled: dict[int, list[int]] = {row: [] for row in step.pool_at.tolist()}
         for index, slot in enumerate(step.slot.tolist()):
             begin, end = step.seq_start[index], step.seq_start[index + 1]
             positions = torch.from_numpy(step.positions[begin:end]).long()
@@ -106,8 +112,12 @@ class HistoryRunner:
                 # What is in the cache is the token id plus one: zero is a page that was given back.
                 layer[slot, positions] = torch.from_numpy(step.token_ids[begin:end] + 1).float().view(-1, 1, 1, 1)
             for row in range(begin, end):
+                if row in pooled:
+                    history = self._history(slot, int(step.positions[row]) + 1)
+                    pooled[row] = [history[-1], len(history) - 1, sum(history), 1]
                 if row in wanted:
                     rows[row] = self.row(self._history(slot, int(step.positions[row]) + 1))
+        self._pooled = torch.tensor([pooled[row] for row in step.pool_at.tolist()], dtype=torch.float32)
         self._logits = torch.stack([rows[row] for row in step.logits_at.tolist()]) if wanted else torch.empty(0, 1)
         return self._logits
 

@@ -48,6 +48,7 @@ class CountingRunner:
     max_model_len = MAX_MODEL_LEN
     max_num_seqs = 8
     max_num_batched_tokens = 64
+    embedding_size = 3
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -61,12 +62,17 @@ class CountingRunner:
         if self.error is not None:
             raise self.error
         self.num_steps += 1
+        self._pooled = torch.tensor([[3.0, 4.0, float(token)] for token in step.token_ids[step.pool_at]])
         last = torch.from_numpy(step.token_ids[step.logits_at]).long()
         logits = torch.zeros(len(last), VOCAB_SIZE)
         rows = torch.arange(len(last))
         logits[rows, (last + 2) % 256] = 5.0
         logits[rows, (last + 1) % 256] = 10.0
         return logits
+
+    def pooled(self) -> Tensor:
+        """[P, 3] of each row: 3, 4 and its token."""
+        return self._pooled
 
     def last_outcome(self) -> str:
         return "exact"

@@ -43,7 +43,7 @@ async def test_token_ids_beyond_the_vocabulary(client):
     ("method", "path", "status", "code"),
     [
         ("GET", "/", 404, "unknown_url"),
-        ("POST", "/v1/embeddings", 404, "unknown_url"),
+        ("POST", "/v1/images/generations", 404, "unknown_url"),
         ("GET", "/v1/completions/", 404, "unknown_url"),
         ("GET", "/v1/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models/counter", 405, "method_not_allowed"),

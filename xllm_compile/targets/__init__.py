@@ -33,6 +33,9 @@ class Lowering(Protocol):
     runs_halves: bool
     """Whether its regions can be split into the halves of a step (micro_batch_split)."""
 
+    has_pooling: bool
+    """Whether its artifacts hold the region that embeddings are pooled from."""
+
     def check(self) -> None:
         """Raise a ValueError or RuntimeError that names the next step when this machine cannot compile for the
         target."""

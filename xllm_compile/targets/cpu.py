@@ -41,6 +41,7 @@ class CpuLowering:
     graph_suffix = ".so"
     has_kernels = True
     runs_halves = True
+    has_pooling = True
 
     def check(self) -> None:
         compiler_version()
@@ -79,7 +80,7 @@ class CpuLowering:
         """The dynamic graph of each region, and one per bucket where shapes matter."""
         if program.name == "head":
             return [{}, *({"R": rows} for rows in logits_buckets)]
-        if program.name == "embed":
+        if program.name in ("embed", "pool"):
             return [{}]
         return [{}, *(bucket_sizes(program, tokens) for tokens in token_buckets)]
 

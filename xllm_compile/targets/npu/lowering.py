@@ -33,6 +33,8 @@ class NpuLowering:
     has_kernels = False
     # The attention of a lowered region cannot be cut in two, and a product sends while it computes.
     runs_halves = False
+    # Nothing serves its artifacts yet, and the head's graphs are the same work again.
+    has_pooling = False
 
     def check(self) -> None:
         built_for = torch_npu_version().split(".post")[0]
