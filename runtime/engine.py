@@ -447,5 +447,9 @@ class Engine:
 
 
 def _outputs(changed: dict[str, Request]) -> list[RequestOutput]:
-    outputs = (make_output(request) for request in changed.values())
+    outputs = [make_output(request) for request in changed.values()]
+    for request in changed.values():
+        if request.is_finished:
+            # They point back at it: apart, both go at once and not when the collector comes by.
+            request.sequences.clear()
     return [output for output in outputs if output is not None]

@@ -112,6 +112,8 @@ class StepExecutor:
 def _serve(queue: "SimpleQueue[_Launched | None]", run: Callable[[Batch], StepResult]) -> None:
     while (launched := queue.get()) is not None:
         launched.run(run)
+        # Or the batch would live until the next one comes.
+        del launched
 
 
 class _Device:

@@ -1,3 +1,5 @@
+import gc
+import weakref
 from collections import defaultdict
 from typing import Any
 
@@ -440,3 +442,18 @@ def _compare_with_greedy(
             assert completion.token_ids == expected[: len(completion.token_ids)]
         else:
             assert completion.token_ids == expected
+
+
+def test_a_finished_request_is_gone_without_the_collector(make_engine: EngineFactory) -> None:
+    engine, _ = make_engine()
+    request = engine.make_request("one", PROMPT, SamplingParams(n=2, max_tokens=3, **GREEDY))
+    seen = [weakref.ref(sequence.sampling) for sequence in request.sequences]
+    engine.add(request)
+    del request
+    gc.disable()
+    try:
+        run(engine)
+        engine.settle()
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
