@@ -5,13 +5,14 @@ plans the next one and reports the last one, in two stages; without, each step e
 Either way a request's tokens are the same. `async_engine` puts a thread and asyncio around it, `llm` a plain loop.
 """
 
+import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,18 +20,28 @@ from xllm_compile.runtime.batch import Batch, PoolRows, build_batch
 from xllm_compile.runtime.detokenizer import make_detokenizer
 from xllm_compile.runtime.grammar import Grammar, GrammarCompiler
 from xllm_compile.runtime.kv_cache import KVCache
-from xllm_compile.runtime.local_scheduler import Limits, Schedule, check_queue, schedule
+from xllm_compile.runtime.local_scheduler import SchedulingRules, schedule
 from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
 from xllm_compile.runtime.outputs import EngineStats, RequestMetrics, RequestOutput
+from xllm_compile.runtime.policies.chunk import StepLoad, load_of
+from xllm_compile.runtime.policies.order import POLICIES, Order, PolicyName
+from xllm_compile.runtime.policies.queue_bound import QueueBound, ServiceTime, check_queue
+from xllm_compile.runtime.policies.state import Capacity, Limits, Schedule
+from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
 from xllm_compile.runtime.pooling import make_embedding
 from xllm_compile.runtime.sampler import SamplingFailure, SamplingState
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
 from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_executor import StepExecutor, StepResult
+from xllm_compile.runtime.step_predictor import StepPredictor, StepPrior
 from xllm_compile.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+# Length of outputs before any has ended, and how much of the past their mean keeps.
+_FIRST_MEAN_TOKENS = 128.0
+_MEAN_DECAY = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +58,30 @@ class EngineConfig:
     """Most prompt tokens that wait."""
     async_scheduling: bool = False
     """Plan a step and report the last one while the device runs the one between."""
+    scheduling_policy: PolicyName = "fcfs"
+    """Who goes first: policies/order.py."""
+    admission_horizon: int = 256
+    """Decode steps that a newcomer must fit beside what runs, so that nobody is preempted; 0 counts its prompt only."""
+    starvation_s: float = 60.0
+    """Age from which the oldest sequence goes first and keeps its place, whatever the policy."""
+    ttft_slo_ms: float | None = None
+    """Wanted time to the first token of requests that name none."""
+    tpot_slo_ms: float | None = None
+    """Wanted time between tokens of requests that name none."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.scheduling_policy not in POLICIES:
+            raise ValueError(f"scheduling_policy={self.scheduling_policy!r} must be one of {', '.join(POLICIES)}")
+        if self.starvation_s < 0:
+            raise ValueError(f"starvation_s={self.starvation_s} must not be negative")
+        for name in ("ttft_slo_ms", "tpot_slo_ms"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be positive")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,6 +91,7 @@ class _InFlight:
     batch: Batch
     requests: list[Request]
     """Those with tokens in it, each once."""
+    load: StepLoad
     wait: Callable[[], StepResult]
     ended: list[int] = field(default_factory=list)
     """Slots of sequences that ended after the launch: theirs until the step has run."""
@@ -77,7 +107,9 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        prior: StepPrior | None = None,
     ) -> None:
+        """prior is what the build predicts of step times; without it the engine learns them from nothing."""
         self.tokenizer = tokenizer
         self.config = config or EngineConfig()
         self.max_model_len = min(runner.max_model_len, kv_cache.config.max_model_len)
@@ -91,10 +123,16 @@ class Engine:
             max_num_batched_tokens=min(
                 runner.max_num_batched_tokens, self.config.max_num_batched_tokens or runner.max_num_batched_tokens
             ),
-            kv_total_tokens=kv_cache.total_tokens,
         )
+        self._rules = SchedulingRules(
+            order=Order(self.config.scheduling_policy), admission_horizon=self.config.admission_horizon
+        )
+        self._predictor = StepPredictor(prior)
+        self._mean_output_tokens = _FIRST_MEAN_TOKENS
         self._requests: dict[str, Request] = {}
-        self._waiting: deque[Sequence] = deque()
+        """In order of arrival."""
+        self._numbers = itertools.count()
+        self._waiting: WaitingQueue[Sequence] = WaitingQueue(self._rules.order.queue_key)
         self._running: list[Sequence] = []
         self._executor = StepExecutor(runner, kv_cache.num_slots, is_async=self.config.async_scheduling)
         self._in_flight: deque[_InFlight] = deque()
@@ -125,7 +163,7 @@ class Engine:
 
     @property
     def num_waiting_tokens(self) -> int:
-        return num_queued_tokens(self._waiting)
+        return self._waiting.num_tokens
 
     def add_request(self, request_id: str, prompt: str | Items[int], params: SamplingParams) -> None:
         """Queue a request. Raises ValueError on a bad prompt or option and QueueFullError when the queue is full."""
@@ -156,18 +194,31 @@ class Engine:
             max_output_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
+        ttft_slo_ms = params.ttft_slo_ms or self.config.ttft_slo_ms
+        tpot_slo_ms = params.tpot_slo_ms or self.config.tpot_slo_ms
+        request.ttft_slo_s = None if ttft_slo_ms is None else ttft_slo_ms / 1e3
+        request.tpot_slo_s = None if tpot_slo_ms is None else tpot_slo_ms / 1e3
         request.sequences = [self._make_sequence(request, index, grammar) for index in range(params.n)]
         return request
 
     def check_queue(self, request: Request, *, num_waiting: int, num_waiting_tokens: int) -> None:
         """Raise QueueFullError when the request does not fit behind what waits. May be called from any thread."""
+        bound = QueueBound(max_waiting=self.config.max_waiting, max_tokens=self.config.max_waiting_tokens)
         check_queue(
             num_waiting=num_waiting,
             num_waiting_tokens=num_waiting_tokens,
             num_new=len(request.sequences),
             num_new_tokens=num_queued_tokens(request.sequences),
-            max_waiting=self.config.max_waiting,
-            max_tokens=self.config.max_waiting_tokens,
+            bound=bound.offline() if request.params.offline else bound,
+            time=self._service_time(),
+        )
+
+    def _service_time(self) -> ServiceTime:
+        num_seqs = self._limits.max_num_seqs
+        decode = StepLoad(num_tokens=num_seqs, num_seqs=num_seqs, num_keys=self._kv_cache.used_tokens)
+        return ServiceTime(
+            token_s=self._predictor.token_s(self._limits.max_num_batched_tokens),
+            sequence_s=self._mean_output_tokens * self._predictor.seconds(decode) / num_seqs,
         )
 
     def add(self, request: Request) -> None:
@@ -176,7 +227,8 @@ class Engine:
             raise ValueError(f"request_id={request.request_id!r} is already in use; choose another")
         self._requests[request.request_id] = request
         for sequence in request.sequences:
-            self._waiting.append(sequence)
+            sequence.number = next(self._numbers)
+            self._waiting.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request now; the next step reports it with finish_reason "abort". Unknown ids are ignored."""
@@ -185,7 +237,7 @@ class Engine:
             return
         for sequence in request.sequences:
             if not sequence.is_finished:
-                self._release(sequence)
+                self._leave(sequence)
                 sequence.detokenizer.finish()
                 sequence.finish("abort")
         self._forget_finished()
@@ -230,6 +282,10 @@ class Engine:
             num_prompt_tokens=self._stats.num_prompt_tokens,
             num_generated_tokens=self._stats.num_generated_tokens,
             num_preemptions=self._stats.num_preemptions,
+            num_offline_running=sum(sequence.is_offline for sequence in self._running),
+            num_offline_waiting=self._waiting.num_offline,
+            num_offline_preemptions=self._stats.num_offline_preemptions,
+            step_error_ratio=self._predictor.error_ratio,
             num_aborted=self._stats.num_aborted,
             graph_cache=self._runner.graph_cache_stats(),
         )
@@ -241,15 +297,11 @@ class Engine:
             # Whoever loses its place must have its token first, and memory may come free by itself.
             self._complete(changed, num_left=0)
             plan = self._plan()
-        for sequence in reversed(plan.preempted):
-            self._release(sequence)
-            sequence.rewind()
-            sequence.request.metrics.num_preemptions += 1
-            self._stats.num_preemptions += 1
-            self._waiting.appendleft(sequence)
-            logger.debug("request %s preempted at %d tokens", sequence.request.request_id, sequence.num_tokens)
+        assert not plan.swapped, "this cache offers no swap"
+        for sequence in plan.preempted:
+            self._preempt(sequence)
         for sequence in plan.too_large:
-            self._release(sequence)
+            self._leave(sequence)
             finish_length(sequence)
             self._report(sequence, changed)
         now = self._clock()
@@ -263,16 +315,45 @@ class Engine:
         return plan
 
     def _plan(self) -> Schedule[Sequence]:
-        held = [slot for step in self._in_flight for slot in step.ended]
-        limits = replace(
-            self._limits, held_seqs=len(held), held_tokens=sum(self._kv_cache.length(slot) for slot in held)
+        now = self._clock()
+        total = self._kv_cache.total_tokens
+        capacity = Capacity(
+            num_blocks=total,
+            num_free_blocks=total - self._kv_cache.used_tokens,
+            num_held_seqs=sum(len(step.ended) for step in self._in_flight),
         )
-        return schedule(self._waiting, self._running, limits)
+        return schedule(
+            self._waiting,
+            self._running,
+            self._limits,
+            capacity,
+            self._predictor,
+            rules=self._rules,
+            now=now,
+            token_s=self._predictor.token_s(self._limits.max_num_batched_tokens),
+            elder=self._elder(now),
+        )
+
+    def _elder(self, now: float) -> Sequence | None:
+        """The oldest sequence, once it is so old that policies give way to it."""
+        oldest = next(iter(self._requests.values()), None)
+        if oldest is None or now - oldest.metrics.arrival_s <= self.config.starvation_s:
+            return None
+        return next(sequence for sequence in oldest.sequences if not sequence.is_finished)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.rewind()
+        self._waiting.add(sequence)
+        sequence.request.metrics.num_preemptions += 1
+        self._stats.num_preemptions += 1
+        self._stats.num_offline_preemptions += sequence.is_offline
+        logger.debug("request %s preempted at %d tokens", sequence.request.request_id, sequence.num_tokens)
 
     def _start(self, sequence: Sequence, now: float) -> None:
+        self._waiting.remove(sequence)
         sequence.slot = self._kv_cache.allocate()
         sequence.status = SequenceStatus.RUNNING
-        self._waiting.remove(sequence)
         self._running.append(sequence)
         if sequence.request.metrics.scheduled_s is None:
             sequence.request.metrics.scheduled_s = now
@@ -280,14 +361,15 @@ class Engine:
     def _launch(self, plan: Schedule[Sequence]) -> _InFlight:
         """Hand the step to the device. From here on its sequences count as computed, with a token to come."""
         batch = build_batch(plan.chunks)
+        load = load_of(plan.chunks)
         for sequence, count in plan.chunks:
             sequence.num_computed_tokens += count
         for sequence in batch.sampled:
             sequence.num_pending_tokens += 1
         for rows in batch.prompt_rows:
             rows.sequence.request.num_prompt_logprobs_asked += len(rows.token_ids)
-        requests = {id(sequence.request): sequence.request for sequence, _ in plan.chunks}
-        return _InFlight(batch=batch, requests=list(requests.values()), wait=self._executor.launch(batch))
+        requests = list({id(sequence.request): sequence.request for sequence, _ in plan.chunks}.values())
+        return _InFlight(batch=batch, requests=requests, load=load, wait=self._executor.launch(batch))
 
     def _complete(self, changed: dict[str, Request], *, num_left: int) -> None:
         """Wait for launched steps until so many are left, and give their tokens to their sequences."""
@@ -303,6 +385,7 @@ class Engine:
             self._postprocess(step.batch, result, changed)
 
     def _count_step(self, step: _InFlight, result: StepResult) -> None:
+        self._predictor.observe(step.load, result.ended_s - result.started_s)
         for request in step.requests:
             if not request.is_finished:
                 request.metrics.graph_steps[result.outcome] += 1
@@ -346,6 +429,8 @@ class Engine:
                 metrics.last_token_s = now
             if sequence.is_finished:
                 self._release(sequence)
+                length = sequence.num_output_tokens
+                self._mean_output_tokens = _MEAN_DECAY * self._mean_output_tokens + (1 - _MEAN_DECAY) * length
             self._report(sequence, changed)
         for rows, pooled in zip(batch.pool_rows, result.pooled, strict=True):
             if not rows.sequence.is_finished:
@@ -380,6 +465,12 @@ class Engine:
         del self._requests[request.request_id]
         self._ended[request.request_id] = request
 
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the waiting queue, or out of its slot."""
+        if sequence.status is SequenceStatus.WAITING:
+            self._waiting.remove(sequence)
+        self._release(sequence)
+
     def _release(self, sequence: Sequence) -> None:
         if sequence.slot is None:
             return
@@ -390,10 +481,8 @@ class Engine:
         sequence.slot = None
 
     def _forget_finished(self) -> None:
-        """Drop what left its queue: finished sequences, and preempted ones from the running list."""
+        """Drop finished and preempted sequences from the running list."""
         self._running = [sequence for sequence in self._running if sequence.status is SequenceStatus.RUNNING]
-        if any(sequence.is_finished for sequence in self._waiting):
-            self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_finished)
 
     def _make_sequence(self, request: Request, index: int, grammar: Grammar | None) -> Sequence:
         params = request.params

@@ -12,8 +12,10 @@ from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
+from xllm_compile.runtime.policies.order import PolicyName
 from xllm_compile.runtime.promotion import PromotionConfig
 from xllm_compile.runtime.step import ModelRunner
+from xllm_compile.runtime.step_predictor import prior_of
 from xllm_compile.runtime.tensor_parallel import LeaderRunner, RankGroup, Release
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.weights import map_weights
@@ -34,6 +36,12 @@ class InstanceConfig:
     kv_memory_bytes: int | None = None
     """Budget of the KV cache; None is half of the free memory, or what max_num_seqs full sequences need."""
     max_waiting: int = 1024
+    """Most sequences that wait; likewise prompt tokens."""
+    max_waiting_tokens: int = 4 * 1024 * 1024
+    scheduling_policy: PolicyName = "fcfs"
+    ttft_slo_ms: float | None = None
+    """Wanted time to the first token of requests that name none; likewise between tokens."""
+    tpot_slo_ms: float | None = None
     async_scheduling: bool = True
     """Plan a step and report the last one while the device runs the one between."""
     enforce_eager: bool = False
@@ -46,7 +54,14 @@ class InstanceConfig:
     """Check the weights file byte for byte before serving."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_memory_bytes", "max_waiting"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "kv_memory_bytes",
+            "max_waiting",
+            "max_waiting_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -93,8 +108,21 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
     if config.warm_up:
         own_runner.warm_up()
     tokenizer = Tokenizer.from_directory(root / TOKENIZER)
-    engine_config = EngineConfig(max_waiting=config.max_waiting, async_scheduling=config.async_scheduling)
-    engine = Engine(runner, kv_cache, tokenizer, engine_config)
+    engine_config = EngineConfig(
+        max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+        async_scheduling=config.async_scheduling,
+        scheduling_policy=config.scheduling_policy,
+        ttft_slo_ms=config.ttft_slo_ms,
+        tpot_slo_ms=config.tpot_slo_ms,
+    )
+    prior = prior_of(
+        manifest.step_times,
+        kv_bytes_per_token=manifest.model.kv_bytes_per_token,
+        weights_bytes=manifest.weights[0].num_bytes,
+        max_num_batched_tokens=manifest.max_num_batched_tokens,
+    )
+    engine = Engine(runner, kv_cache, tokenizer, engine_config, prior=prior)
     return Instance(root=root, manifest=manifest, engine=engine, tokenizer=tokenizer)
 
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol, cast
 
 from xllm_compile.runtime.chat_template import Message
 from xllm_compile.runtime.engine import Engine
-from xllm_compile.runtime.local_scheduler import QueueFullError
 from xllm_compile.runtime.outputs import RequestOutput
+from xllm_compile.runtime.policies.queue_bound import QueueFullError
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams, embedding_params
 from xllm_compile.runtime.sequence import Request

@@ -1,172 +1,246 @@
-"""Which tokens ride in the next step: a pure function over the queues, and the bound of the waiting queue.
+"""Which tokens ride in the next step: a pure function over the queues, whatever the policy.
 
-Decodes first, one token each; then prompts in order of arrival, cut into chunks that fill the step. When live tokens
-would outgrow the KV budget, the running sequence that arrived last is preempted: its KV is dropped and it is computed
-again, prompt and generated tokens, once there is room. The oldest running sequence may preempt all others, so it
-always moves on, finishes, and makes room: nothing starves and nothing livelocks.
+Decodes first, one token each; then prompts, running and waiting ones in the policy's order, cut into chunks that fill
+the step or, where decoding sequences have a TPOT target, as much of it as that leaves. A newcomer is admitted when it
+fits beside what runs (`policies/admission.py`), or takes the place of running sequences of a worse tier
+(`policies/order.py`). When live tokens still outgrow the KV cache, the running sequence last in seniority is preempted:
+its KV is dropped, and prompt and generated tokens are computed again once there is room.
+
+The most senior running sequence may preempt all others, so it always moves on, finishes, and makes room.
 """
 
+import heapq
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
-# Share of the budget that a newcomer must leave free, so that it is not preempted a few decodes later.
-WATERMARK = 0.01
-
-
-class QueueFullError(RuntimeError):
-    """The waiting queue is at its bound; the caller should retry later."""
-
-
-class Schedulable(Protocol):
-    """What scheduling needs to know of a sequence."""
-
-    @property
-    def num_computed_tokens(self) -> int:
-        """Tokens it holds in the KV cache."""
-
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens to compute until the next one can be sampled; 0 where the last one is on its way."""
-
-    @property
-    def max_chunk_tokens(self) -> int:
-        """Most of them in one step; at least 1."""
-
-
-S = TypeVar("S", bound=Schedulable)
+from xllm_compile.runtime.policies.admission import fits, growth_of
+from xllm_compile.runtime.policies.chunk import StepLoad, StepSeconds, largest_chunk, step_budget_s
+from xllm_compile.runtime.policies.order import Key, Order
+from xllm_compile.runtime.policies.state import Capacity, Limits, S, Schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What one step and the KV cache can take."""
+class SchedulingRules:
+    """What of scheduling is chosen once."""
 
-    max_num_seqs: int
-    """Most running sequences, and most sequences in one step."""
-    max_num_batched_tokens: int
-    """Most tokens in one step."""
-    kv_total_tokens: int
-    """Most tokens in the KV cache."""
-    held_seqs: int = 0
-    """Places of sequences that ended while a step with them runs: free once it has run."""
-    held_tokens: int = 0
-    """KV tokens of those."""
+    order: Order = field(default_factory=Order)
+    admission_horizon: int = 256
+    """Decode steps that a newcomer must fit beside what runs; 0 asks for its prompt's room only."""
+    min_prefill_tokens: int = 32
+    """Prompt tokens that a step takes whatever TPOT targets say, so that prefill always moves on."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
+        if self.admission_horizon < 0 or self.min_prefill_tokens < 1:
             raise ValueError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least max_num_seqs="
-                f"{self.max_num_seqs}, so that every sequence can decode in each step, and that at least 1"
+                f"admission_horizon={self.admission_horizon} must be at least 0 and min_prefill_tokens="
+                f"{self.min_prefill_tokens} at least 1"
             )
 
 
-@dataclass(slots=True)
-class Schedule(Generic[S]):
-    """The decision. A sequence is in at most one of the three lists."""
+def schedule(
+    waiting: Iterable[S],
+    running: Sequence[S],
+    limits: Limits,
+    capacity: Capacity,
+    model: StepSeconds,
+    *,
+    rules: SchedulingRules | None = None,
+    now: float = 0.0,
+    token_s: float = 0.0,
+    elder: S | None = None,
+) -> Schedule[S]:
+    """Plan one step. ``waiting`` is sorted by the order's queue_key and holds no KV. Changes nothing.
 
-    chunks: list[tuple[S, int]] = field(default_factory=list)
-    """Sequences of the step with their number of tokens. Those that waited are now running."""
-    preempted: list[S] = field(default_factory=list)
-    """Running sequences that lose their KV, in order of arrival; they go back to the front of the queue."""
-    too_large: list[S] = field(default_factory=list)
-    """Sequences that do not fit the KV cache even alone; they must be finished."""
-
-
-def schedule(waiting: Iterable[S], running: Sequence[S], limits: Limits) -> Schedule[S]:
-    """Plan one step. Both queues are in order of arrival; waiting ones hold no KV. Changes nothing."""
-    planner = _Planner(running, limits)
-    planner.plan_running([sequence for sequence in running if sequence.num_uncomputed_tokens == 1])
-    planner.plan_running([sequence for sequence in running if sequence.num_uncomputed_tokens > 1])
-    planner.admit(waiting)
+    model predicts step times, token_s is what it says of prefilling one token, elder is as policies/order.py has it.
+    """
+    planner = _Planner(running, limits, capacity, model, rules or SchedulingRules(), now, token_s, elder)
+    planner.plan_decodes()
+    planner.plan_prefills(waiting)
     return planner.result()
-
-
-def check_queue(
-    *, num_waiting: int, num_waiting_tokens: int, num_new: int, num_new_tokens: int, max_waiting: int, max_tokens: int
-) -> None:
-    """Raise QueueFullError when the new sequences do not fit into the waiting queue; an empty queue takes any."""
-    if num_waiting == 0:
-        return
-    if num_waiting + num_new > max_waiting:
-        raise QueueFullError(
-            f"{num_waiting} sequences wait and {num_new} more exceed max_waiting={max_waiting}; retry later"
-        )
-    if num_waiting_tokens + num_new_tokens > max_tokens:
-        raise QueueFullError(
-            f"{num_waiting_tokens} prompt tokens wait and {num_new_tokens} more exceed "
-            f"max_waiting_tokens={max_tokens}; retry later"
-        )
 
 
 class _Planner(Generic[S]):
     """Working state of one call of schedule()."""
 
-    def __init__(self, running: Sequence[S], limits: Limits) -> None:
-        self.limits = limits
-        self.alive = list(running)
+    def __init__(
+        self,
+        running: Sequence[S],
+        limits: Limits,
+        capacity: Capacity,
+        model: StepSeconds,
+        rules: SchedulingRules,
+        now: float,
+        token_s: float,
+        elder: S | None,
+    ) -> None:
+        self.limits, self.capacity, self.model, self.rules = limits, capacity, model, rules
+        self.now, self.token_s, self.elder = now, token_s, elder
+        self.alive = sorted(running, key=self._seniority)
+        """Running sequences, those admitted in this step included; the last one loses its place first."""
         self.alive_ids = {id(sequence) for sequence in running}
         self.chunks: dict[int, tuple[S, int]] = {}
         self.preempted: list[S] = []
         self.too_large: list[S] = []
         self.tokens_left = limits.max_num_batched_tokens
-        kv_used = limits.held_tokens + sum(sequence.num_computed_tokens for sequence in running)
-        self.kv_left = limits.kv_total_tokens - kv_used
+        self.blocks_left = capacity.num_free_blocks
+        self.blocks_at_start = capacity.num_free_blocks
+        """Free before the step's chunks are counted."""
+        self.load = StepLoad()
+        self.budget_s = float("inf")
+        self.has_prefill = False
+        self.is_short = False
+        """Running sequences had to be preempted for memory: no time for newcomers."""
 
-    def plan_running(self, sequences: Iterable[S]) -> None:
-        for sequence in sequences:
-            if self.tokens_left == 0:
-                return
+    def plan_decodes(self) -> None:
+        for sequence in [sequence for sequence in self.alive if sequence.num_uncomputed_tokens == 1]:
             if id(sequence) in self.alive_ids:
-                self._plan_one(sequence)
+                self._plan_running(sequence)
+        decodes = [sequence for sequence, _ in self.chunks.values()]
+        self.budget_s = step_budget_s(decodes, self.now)
+        if self.budget_s < float("inf"):
+            for sequence in decodes:
+                self.load = self.load.plus(sequence.num_computed_tokens, 1)
 
-    def _plan_one(self, sequence: S) -> None:
-        while self.kv_left == 0 and self.alive[-1] is not sequence:
-            self._preempt_last()
-        if self.kv_left > 0:
-            self._add(sequence)
-        elif len(self.alive) == 1:
-            self.too_large.append(self._drop_last())
-        elif sequence.num_uncomputed_tokens == 1:
-            # A decode that waits for older ones only holds memory which they are about to need.
-            self._preempt_last()
-
-    def admit(self, waiting: Iterable[S]) -> None:
-        if self.preempted:
-            return
-        # What running sequences need to reach their next token is theirs already.
-        planned = {key: count for key, (_, count) in self.chunks.items()}
-        promised = sum(sequence.num_uncomputed_tokens - planned.get(id(sequence), 0) for sequence in self.alive)
-        headroom = promised + int(self.limits.kv_total_tokens * WATERMARK)
-        for sequence in waiting:
-            if sequence.num_uncomputed_tokens > self.limits.kv_total_tokens:
-                self.too_large.append(sequence)
-                continue
-            if len(self.alive) + self.limits.held_seqs >= self.limits.max_num_seqs or self.tokens_left == 0:
-                return
-            if self.alive and sequence.num_uncomputed_tokens + headroom > self.kv_left:
-                return
-            self.alive.append(sequence)
-            headroom += sequence.num_uncomputed_tokens - self._add(sequence)
+    def plan_prefills(self, waiting: Iterable[S]) -> None:
+        prefills = sorted((s for s in self.alive if s.num_uncomputed_tokens > 1), key=self._rank)
+        left = {id(sequence): sequence for sequence in prefills}
+        for sequence in heapq.merge(prefills, self._ordered(waiting), key=self._rank):
+            if left.pop(id(sequence), None) is not None:
+                self._plan_prefill(sequence)
+            elif not self._admit(sequence):
+                # Nobody passes the first that does not fit: it would wait for ever.
+                break
+        for sequence in left.values():
+            self._plan_prefill(sequence)
 
     def result(self) -> Schedule[S]:
-        self.preempted.reverse()
-        return Schedule(chunks=list(self.chunks.values()), preempted=self.preempted, too_large=self.too_large)
+        self.preempted.sort(key=lambda sequence: sequence.number)
+        plan = Schedule(chunks=list(self.chunks.values()), too_large=self.too_large)
+        pays = self.capacity.swap_pays
+        for sequence in self.preempted:
+            swaps = pays is not None and pays(sequence.num_computed_tokens)
+            (plan.swapped if swaps else plan.preempted).append(sequence)
+        return plan
 
-    def _add(self, sequence: S) -> int:
-        count = min(sequence.num_uncomputed_tokens, sequence.max_chunk_tokens, self.tokens_left, self.kv_left)
+    def _plan_prefill(self, sequence: S) -> None:
+        if self.tokens_left > 0 and id(sequence) in self.alive_ids:
+            self._plan_running(sequence)
+
+    def _plan_running(self, sequence: S) -> None:
+        while self._room(sequence) == 0 and self.alive[-1] is not sequence:
+            self._preempt(self.alive[-1])
+            self.is_short = True
+        if self._room(sequence) > 0:
+            self._add(sequence)
+        elif len(self.alive) == 1:
+            self._drop(sequence)
+            self.too_large.append(sequence)
+        elif sequence.num_uncomputed_tokens == 1:
+            # A decode that waits for older ones only holds memory which they are about to need.
+            self._preempt(sequence)
+            self.is_short = True
+
+    def _admit(self, sequence: S) -> bool:
+        """Take the waiting sequence in. False when it has to wait, and all behind it."""
+        if self.capacity.blocks(sequence.num_uncomputed_tokens) > self.capacity.num_blocks:
+            self.too_large.append(sequence)
+            return True
+        if self.is_short or self._within_budget(sequence, 1) == 0:
+            return False
+        tier = self.rules.order.tier
+        if any(tier(victim) <= tier(sequence) for victim in self.preempted):
+            # Somebody better has just lost a place: what is left over there is not for this one.
+            return False
+        victims = self._victims_for(sequence)
+        if victims is None:
+            return False
+        for victim in victims:
+            self._preempt(victim)
+        insort(self.alive, sequence, key=self._seniority)
+        self.alive_ids.add(id(sequence))
+        self._add(sequence)
+        return True
+
+    def _victims_for(self, sequence: S) -> list[S] | None:
+        """Running sequences of worse tiers whose places the newcomer needs; None where that is not enough."""
+        tier = self.rules.order.tier(sequence)
+        victims: list[S] = []
+        others = list(self.alive)
+        while not self._fits(sequence, others, victims):
+            if not others or others[-1] is self.elder:
+                return None
+            if sequence is not self.elder and self.rules.order.tier(others[-1]) <= tier:
+                return None
+            victims.append(others.pop())
+        return victims
+
+    def _fits(self, sequence: S, others: Sequence[S], victims: Sequence[S]) -> bool:
+        """Whether the newcomer has a seat, a token of the step and memory beside the others, without the victims."""
+        if len(others) + self.capacity.num_held_seqs >= self.limits.max_num_seqs:
+            return False
+        tokens_back = sum(self.chunks[id(victim)][1] for victim in victims if id(victim) in self.chunks)
+        if self.tokens_left + tokens_back == 0:
+            return False
+        free = self.blocks_at_start + sum(victim.num_kv_blocks for victim in victims)
+        if not others:
+            return free > 0
+        horizon = self.rules.admission_horizon
+        growths = [growth_of(one, self.capacity, horizon) for one in (*others, sequence)]
+        return fits(growths, free, self.capacity.block_tokens)
+
+    def _room(self, sequence: S) -> int:
+        """Tokens that the sequence could store now."""
+        block_tokens, computed = self.capacity.block_tokens, sequence.num_computed_tokens
+        return -computed % block_tokens + self.blocks_left * block_tokens
+
+    def _within_budget(self, sequence: S, most: int) -> int:
+        """How many of ``most`` tokens the step's time budget leaves to a prefill."""
+        if self.budget_s == float("inf"):
+            return most
+        least = 0 if self.has_prefill else min(most, self.rules.min_prefill_tokens)
+        return max(least, largest_chunk(self.load, sequence.num_computed_tokens, most, self.budget_s, self.model))
+
+    def _add(self, sequence: S) -> None:
+        uncomputed, computed = sequence.num_uncomputed_tokens, sequence.num_computed_tokens
+        count = min(uncomputed, sequence.max_chunk_tokens, self.tokens_left, self._room(sequence))
+        if uncomputed > 1 or computed == 0:
+            count = self._within_budget(sequence, count)
+            if count == 0:
+                return
+            self.has_prefill = True
+            self.load = self.load.plus(computed, count)
         self.chunks[id(sequence)] = (sequence, count)
         self.tokens_left -= count
-        self.kv_left -= count
-        return count
+        self.blocks_left -= self._new_blocks(sequence, count)
 
-    def _preempt_last(self) -> None:
-        self.preempted.append(self._drop_last())
+    def _new_blocks(self, sequence: S, count: int) -> int:
+        computed = sequence.num_computed_tokens
+        return self.capacity.blocks(computed + count) - self.capacity.blocks(computed)
 
-    def _drop_last(self) -> S:
-        """Take the last sequence and its KV out of the running set, and out of the step if it was already in."""
-        sequence = self.alive.pop()
+    def _preempt(self, sequence: S) -> None:
+        self._drop(sequence)
+        self.preempted.append(sequence)
+
+    def _drop(self, sequence: S) -> None:
+        """Take the sequence and its KV out of the running set, and out of the step if it was already in."""
+        self.alive.remove(sequence)
         self.alive_ids.remove(id(sequence))
         _, count = self.chunks.pop(id(sequence), (sequence, 0))
         self.tokens_left += count
-        self.kv_left += sequence.num_computed_tokens + count
-        return sequence
+        self.blocks_left += sequence.num_kv_blocks + self._new_blocks(sequence, count)
+        self.blocks_at_start += sequence.num_kv_blocks
+
+    def _seniority(self, sequence: S) -> Key:
+        return (sequence is not self.elder, *self.rules.order.seniority(sequence))
+
+    def _rank(self, sequence: S) -> Key:
+        return (sequence is not self.elder, *self.rules.order.rank(sequence, self.now, self.token_s))
+
+    def _ordered(self, waiting: Iterable[S]) -> Iterable[S]:
+        if self.elder is not None and self.elder.num_computed_tokens == 0 and id(self.elder) not in self.alive_ids:
+            yield self.elder
+        for sequence in self.rules.order.ordered(waiting, self.now, self.token_s):
+            if sequence is not self.elder:
+                yield sequence

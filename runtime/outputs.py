@@ -96,5 +96,11 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_offline_running: int = 0
+    """Of num_running; likewise below."""
+    num_offline_waiting: int = 0
+    num_offline_preemptions: int = 0
+    step_error_ratio: float = 0.0
+    """How far off the predicted times of the last steps were, on average, as a share."""
     num_aborted: int = 0
     graph_cache: GraphCacheStats = field(default_factory=GraphCacheStats)

@@ -67,6 +67,14 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     pooling: PoolingParams | None = None
     """Make an embedding of the prompt and generate nothing; see embedding_params."""
+    priority: int = 0
+    """Lower is served first, by the policies priority and deadline."""
+    offline: bool = False
+    """Best effort: runs only where no online request wants the place, and loses it first."""
+    ttft_slo_ms: float | None = None
+    """Wanted time from arrival to the first token; None takes the server's."""
+    tpot_slo_ms: float | None = None
+    """Wanted time between tokens; None takes the server's."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -100,6 +108,9 @@ class SamplingParams:
                 len(self.stop) <= MAX_STOP_STRINGS,
                 f"at most {MAX_STOP_STRINGS} strings",
             ),
+            ("priority", self.priority, abs(self.priority) < 2**31, "in 32 bits"),
+            ("ttft_slo_ms", self.ttft_slo_ms, self.ttft_slo_ms is None or self.ttft_slo_ms > 0, "positive"),
+            ("tpot_slo_ms", self.tpot_slo_ms, self.tpot_slo_ms is None or self.tpot_slo_ms > 0, "positive"),
             ("stop", self.stop, all(self.stop), "without empty strings"),
             (
                 "stop",

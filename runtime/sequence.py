@@ -1,6 +1,7 @@
 """State of a request and of its sequences. Data only: the scheduler decides, the engine changes it."""
 
 import enum
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -35,6 +36,8 @@ class Sequence:
     sampling: SamplingState
     detokenizer: Detokenizer
     status: SequenceStatus = SequenceStatus.WAITING
+    number: int = 0
+    """Grows with arrival at the engine, which sets it."""
     num_computed_tokens: int = 0
     """Tokens whose keys and values are in the slot, or will be once the launched steps have run."""
     num_pending_tokens: int = 0
@@ -83,6 +86,43 @@ class Sequence:
         return self.num_uncomputed_tokens
 
     @property
+    def num_growth_tokens(self) -> int:
+        """Tokens that may be stored after the uncomputed ones: those to come but the last, which nothing follows."""
+        return max(0, self.request.max_output_tokens - self.num_output_tokens - self.num_pending_tokens - 1)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        return self.num_computed_tokens
+
+    @property
+    def is_offline(self) -> bool:
+        return self.request.params.offline
+
+    @property
+    def priority(self) -> int:
+        return self.request.params.priority
+
+    @property
+    def tpot_slo_s(self) -> float | None:
+        return self.request.tpot_slo_s
+
+    @property
+    def first_deadline_s(self) -> float:
+        """When the first token is due; minus infinity once it is known."""
+        if self.num_output_tokens > 0:
+            return -math.inf
+        target_s = self.request.ttft_slo_s
+        return math.inf if target_s is None else self.request.metrics.arrival_s + target_s
+
+    @property
+    def next_due_s(self) -> float:
+        """When the token after the known and the pending ones is due, counted from the first."""
+        first_s, target_s = self.request.metrics.first_token_s, self.request.tpot_slo_s
+        if first_s is None or target_s is None:
+            return math.inf
+        return first_s + (self.num_output_tokens + self.num_pending_tokens) * target_s
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """The first of n sequences collects them, once: not again when it is computed again."""
         request = self.request
@@ -115,6 +155,9 @@ class Request:
     metrics: RequestMetrics
     max_output_tokens: int
     """max_tokens, and what max_model_len leaves."""
+    ttft_slo_s: float | None = None
+    """Targets of the request, or else of the server; None has none."""
+    tpot_slo_s: float | None = None
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """Grows with the chunks; None when not asked for."""

@@ -1,7 +1,7 @@
 """How the engine's errors read to a client."""
 
 from xllm_compile.runtime.async_engine import EngineDeadError, EngineDrainingError
-from xllm_compile.runtime.local_scheduler import QueueFullError
+from xllm_compile.runtime.policies.queue_bound import QueueFullError
 from xllm_compile.scheduler import errors
 
 
@@ -11,7 +11,7 @@ def to_api_error(err: Exception) -> errors.ApiError:
         case errors.ApiError():
             return err
         case QueueFullError():
-            return errors.queue_full(str(err))
+            return errors.queue_full(str(err), err.retry_after_s)
         case EngineDrainingError():
             return errors.draining()
         case EngineDeadError():

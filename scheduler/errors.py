@@ -1,5 +1,6 @@
 """Errors a client sees, the same over HTTP and gRPC, in OpenAI's words."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +88,9 @@ def draining() -> ApiError:
     return ApiError(UNAVAILABLE, message, code="draining", retry_after_s=RETRY_AFTER_S)
 
 
-def queue_full(message: str) -> ApiError:
-    return ApiError(OVERLOADED, message, code="queue_full", retry_after_s=RETRY_AFTER_S)
+def queue_full(message: str, retry_after_s: float) -> ApiError:
+    """retry_after_s is what the engine predicts; clients are told whole seconds, at least one."""
+    return ApiError(OVERLOADED, message, code="queue_full", retry_after_s=max(RETRY_AFTER_S, math.ceil(retry_after_s)))
 
 
 def engine_dead() -> ApiError:

@@ -39,6 +39,17 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 @click.option("--max-model-len", type=click.IntRange(2), help="Longest prompt plus output, in tokens.")
 @click.option("--kv-memory", callback=parse_size_option, metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
 @click.option("--max-waiting", type=click.IntRange(1), help="Sequences that may wait; more are answered 429.")
+@click.option(
+    "--max-waiting-tokens", type=click.IntRange(1), help="Prompt tokens that may wait; more are answered 429."
+)
+@click.option(
+    "--scheduling-policy",
+    type=click.Choice(["fcfs", "priority", "deadline"]),
+    default="fcfs",
+    help="Who goes first: by arrival, by the requests' priority, or by when their first token is due.",
+)
+@click.option("--ttft-slo-ms", type=click.FloatRange(0, min_open=True), help="Target for requests that name none.")
+@click.option("--tpot-slo-ms", type=click.FloatRange(0, min_open=True), help="Target for requests that name none.")
 @click.option("--max-streams", type=click.IntRange(1), default=1024, help="Requests open at once; more get 429.")
 @click.option("--max-connections", type=click.IntRange(1), default=16384, help="HTTP connections; more get 429.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")

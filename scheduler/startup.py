@@ -68,6 +68,10 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> Abst
         "max_model_len": "max_model_len",
         "kv_memory": "kv_memory_bytes",
         "max_waiting": "max_waiting",
+        "max_waiting_tokens": "max_waiting_tokens",
+        "scheduling_policy": "scheduling_policy",
+        "ttft_slo_ms": "ttft_slo_ms",
+        "tpot_slo_ms": "tpot_slo_ms",
     }
     given = {field: options[option] for option, field in names.items() if options[option] is not None}
     promotion = None

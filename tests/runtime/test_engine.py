@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 
 from tests.runtime.fakes import VOCAB_SIZE, EngineFactory, HistoryRunner, train_byte_level
 from xllm_compile.runtime.engine import Engine, EngineConfig
-from xllm_compile.runtime.local_scheduler import QueueFullError
 from xllm_compile.runtime.outputs import CompletionOutput, RequestOutput
+from xllm_compile.runtime.policies.order import POLICIES, PolicyName
+from xllm_compile.runtime.policies.queue_bound import QueueFullError
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.tokenizer import Tokenizer
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+# Admits what fits now, so that memory runs short later.
+EAGER = EngineConfig(admission_horizon=0)
 PROMPT = [40, 41, 42, 43, 44]
 
 
@@ -85,7 +88,7 @@ def test_many_requests_batch_and_each_stays_itself(make_engine: EngineFactory) -
 
 
 def test_preemption_keeps_every_stream_identical(make_engine: EngineFactory) -> None:
-    engine, runner = make_engine(max_model_len=64, total_tokens=70, max_num_batched_tokens=9)
+    engine, runner = make_engine(config=EAGER, max_model_len=64, total_tokens=70, max_num_batched_tokens=9)
     streamed: dict[str, list[int]] = defaultdict(list)
     texts: dict[str, str] = defaultdict(str)
     for index, prompt in enumerate(prompts(8)):
@@ -116,7 +119,7 @@ def test_preemption_keeps_every_stream_identical(make_engine: EngineFactory) -> 
 
 
 def test_several_preempted_in_one_step_keep_their_order(make_sync_engine: EngineFactory) -> None:
-    engine, runner = make_sync_engine(max_model_len=64, total_tokens=64)
+    engine, runner = make_sync_engine(config=EAGER, max_model_len=64, total_tokens=64)
     engine.add_request("a", [50] * 30, SamplingParams(max_tokens=None, **GREEDY))
     while engine.stats().kv_tokens_used < 61:
         engine.step()
@@ -138,7 +141,7 @@ def test_seeded_sampling_survives_preemption_and_company(make_engine: EngineFact
     alone, _ = make_engine()
     alone.add_request("one", PROMPT, params)
     expected = run(alone)["one"].outputs[0].token_ids
-    crowded, _ = make_engine(total_tokens=66, max_num_batched_tokens=9)
+    crowded, _ = make_engine(config=EAGER, total_tokens=66, max_num_batched_tokens=9)
     for index, prompt in enumerate(prompts(5)):
         crowded.add_request(str(index), prompt, SamplingParams(max_tokens=30, **GREEDY))
     crowded.add_request("one", PROMPT, params)
@@ -390,7 +393,7 @@ def test_stats_count(make_sync_engine: EngineFactory) -> None:
 TOKENIZER = Tokenizer(train_byte_level(), eos_token_ids=[2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 25), st.integers(1, 25), st.integers(0, 10)), min_size=1, max_size=8),
     total_tokens=st.integers(32, 120),
@@ -398,6 +401,8 @@ TOKENIZER = Tokenizer(train_byte_level(), eos_token_ids=[2])
     extra_tokens=st.integers(0, 20),
     aborted=st.sets(st.integers(0, 7)),
     is_async=st.booleans(),
+    policy=st.sampled_from(POLICIES),
+    horizon=st.sampled_from([0, 4, 256]),
 )
 def test_any_mix_of_requests_gives_what_each_gives_alone(
     shapes: list[tuple[int, int, int]],
@@ -406,8 +411,11 @@ def test_any_mix_of_requests_gives_what_each_gives_alone(
     extra_tokens: int,
     aborted: set[int],
     is_async: bool,
+    policy: PolicyName,
+    horizon: int,
 ) -> None:
     engine, runner = EngineFactory(TOKENIZER, is_async=is_async)(
+        config=EngineConfig(scheduling_policy=policy, admission_horizon=horizon),
         max_model_len=32,
         total_tokens=total_tokens,
         num_slots=max_num_seqs,
@@ -427,7 +435,13 @@ def _compare_with_greedy(
         while arrivals and shapes[arrivals[0]][2] <= now:
             index = arrivals.pop(0)
             length, max_tokens, _ = shapes[index]
-            engine.add_request(str(index), [50 + index] * length, SamplingParams(max_tokens=max_tokens, **GREEDY))
+            wishes: dict[str, Any] = {
+                "priority": index % 3,
+                "offline": index % 2 == 0,
+                "ttft_slo_ms": 1e4 * (index % 4) or None,
+            }
+            params = SamplingParams(max_tokens=max_tokens, **wishes, **GREEDY)
+            engine.add_request(str(index), [50 + index] * length, params)
         if now == 9:
             for index in aborted:
                 engine.abort(str(index))

@@ -1,39 +1,53 @@
-from collections import deque
-from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from xllm_compile.runtime.local_scheduler import Limits, QueueFullError, Schedule, check_queue, schedule
+from tests.runtime.policies.items import Item, MillisecondsPerToken
+from xllm_compile.runtime import local_scheduler
+from xllm_compile.runtime.local_scheduler import SchedulingRules
+from xllm_compile.runtime.policies.order import Order, PolicyName
+from xllm_compile.runtime.policies.state import Capacity, Limits, Schedule
 
-
-@dataclass(eq=False)
-class Item:
-    """A sequence as the scheduler sees it, with enough behaviour to play the engine's part."""
-
-    name: str
-    num_tokens: int
-    num_computed_tokens: int = 0
-    max_chunk: int = 1_000_000
-    num_outputs: int = 0
-    wants: int = 1
-
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        return self.num_tokens - self.num_computed_tokens
-
-    @property
-    def max_chunk_tokens(self) -> int:
-        return self.max_chunk
+ROOM = 1000
 
 
-def decoding(name: str, computed: int) -> Item:
-    return Item(name, computed + 1, computed)
+def decoding(name: str, computed: int, **fields: Any) -> Item:
+    return Item(name, computed + 1, computed, **fields)
 
 
-def limits(seqs: int = 8, tokens: int = 16, kv: int = 1000) -> Limits:
-    return Limits(max_num_seqs=seqs, max_num_batched_tokens=tokens, kv_total_tokens=kv)
+def limits(seqs: int = 8, tokens: int = 16) -> Limits:
+    return Limits(max_num_seqs=seqs, max_num_batched_tokens=tokens)
+
+
+def schedule(
+    waiting: list[Item],
+    running: list[Item],
+    limits: Limits,
+    *,
+    kv: int = ROOM,
+    policy: PolicyName = "fcfs",
+    horizon: int = 0,
+    elder: Item | None = None,
+    now: float = 0.0,
+    held_seqs: int = 0,
+    **capacity: Any,
+) -> Schedule[Item]:
+    block_tokens = capacity.pop("block_tokens", 1)
+    used = sum(item.num_kv_blocks for item in running)
+    order = Order(policy)
+    return local_scheduler.schedule(
+        sorted(waiting, key=order.queue_key),
+        running,
+        limits,
+        Capacity(
+            num_blocks=kv, num_free_blocks=kv - used, block_tokens=block_tokens, num_held_seqs=held_seqs, **capacity
+        ),
+        MillisecondsPerToken(),
+        rules=SchedulingRules(order=order, admission_horizon=horizon, min_prefill_tokens=4),
+        now=now,
+        token_s=1e-3,
+        elder=elder,
+    )
 
 
 def names(plan: Schedule[Item]) -> list[tuple[str, int]]:
@@ -63,48 +77,48 @@ def test_no_more_sequences_than_allowed() -> None:
 
 def test_newcomers_wait_until_their_whole_prompt_fits_beside_what_runs() -> None:
     running = [Item("a", 60, 10)]
-    # 1000 - 10 held - 50 that "a" still needs - 10 watermark = 930.
-    assert names(schedule([Item("b", 931)], running, limits(tokens=100))) == [("a", 50)]
-    assert names(schedule([Item("b", 930)], running, limits(tokens=100))) == [("a", 50), ("b", 50)]
+    # 1000 - 10 held - 50 that "a" still needs = 940.
+    assert names(schedule([Item("b", 941)], running, limits(tokens=100))) == [("a", 50)]
+    assert names(schedule([Item("b", 940)], running, limits(tokens=100))) == [("a", 50), ("b", 50)]
 
 
 def test_alone_a_prompt_may_take_everything() -> None:
-    assert names(schedule([Item("a", 20)], [], limits(tokens=20, kv=20))) == [("a", 20)]
+    assert names(schedule([Item("a", 20)], [], limits(tokens=20), kv=20)) == [("a", 20)]
 
 
 def test_the_last_arrival_is_preempted_when_decodes_need_its_memory() -> None:
     a, b, c = decoding("a", 10), decoding("b", 5), decoding("c", 5)
-    plan = schedule([Item("d", 1)], [a, b, c], limits(kv=20))
+    plan = schedule([Item("d", 1)], [a, b, c], limits(), kv=20)
     assert names(plan) == [("a", 1), ("b", 1)]
     assert plan.preempted == [c]
 
 
 def test_a_sequence_already_in_the_step_can_still_be_preempted() -> None:
     old_prefill, young_decode = Item("a", 30, 10), decoding("b", 9)
-    plan = schedule([], [old_prefill, young_decode], limits(kv=20))
+    plan = schedule([], [old_prefill, young_decode], limits(), kv=20)
     assert names(plan) == [("a", 10)]
     assert plan.preempted == [young_decode]
 
 
 def test_several_preempted_come_back_in_order_of_arrival() -> None:
     a, b, c, d = decoding("a", 4), decoding("b", 4), Item("c", 1, 0), decoding("d", 0)
-    plan = schedule([], [a, b, c, d], limits(kv=8))
+    plan = schedule([], [a, b, c, d], limits(), kv=8)
     assert names(plan) == [("a", 1)]
     assert [item.name for item in plan.preempted] == ["b", "c", "d"]
 
 
 def test_the_youngest_prefill_waits_with_what_it_has() -> None:
-    plan = schedule([], [decoding("a", 9), Item("b", 30, 10)], limits(kv=20))
+    plan = schedule([], [decoding("a", 9), Item("b", 30, 10)], limits(), kv=20)
     assert names(plan) == [("a", 1)]
     assert not plan.preempted
 
 
 def test_what_cannot_fit_alone_is_given_up_and_makes_room() -> None:
     alone = decoding("a", 20)
-    plan = schedule([Item("b", 5)], [alone], limits(kv=20))
+    plan = schedule([Item("b", 5)], [alone], limits(), kv=20)
     assert plan.too_large == [alone]
     assert names(plan) == [("b", 5)]
-    plan = schedule([Item("a", 21), Item("b", 5)], [], limits(kv=20))
+    plan = schedule([Item("a", 21), Item("b", 5)], [], limits(), kv=20)
     assert [item.name for item in plan.too_large] == ["a"]
     assert names(plan) == [("b", 5)]
 
@@ -118,106 +132,113 @@ def test_limits_must_let_every_sequence_decode() -> None:
         limits(seqs=8, tokens=4)
 
 
-def test_queue_bounds() -> None:
-    bounds = {"max_waiting": 3, "max_tokens": 100}
-    check_queue(num_waiting=2, num_waiting_tokens=50, num_new=1, num_new_tokens=50, **bounds)
-    with pytest.raises(QueueFullError, match="2 sequences wait and 2 more exceed max_waiting=3"):
-        check_queue(num_waiting=2, num_waiting_tokens=50, num_new=2, num_new_tokens=2, **bounds)
-    with pytest.raises(QueueFullError, match="50 prompt tokens wait and 51 more exceed max_waiting_tokens=100"):
-        check_queue(num_waiting=1, num_waiting_tokens=50, num_new=1, num_new_tokens=51, **bounds)
-    # A request larger than the bounds must be servable at some time.
-    check_queue(num_waiting=0, num_waiting_tokens=0, num_new=9, num_new_tokens=900, **bounds)
+def test_newcomers_wait_until_nobody_will_be_preempted_for_them() -> None:
+    running = [decoding("a", 50, num_growth_tokens=20), decoding("b", 10, num_growth_tokens=3)]
+    # When "b" ends after 3 more tokens, "a" has 54 of 1000, "b" 14; "c" grows by as much as "a".
+    for prompt, is_admitted in ((1000 - 51 - 20 - 20, True), (1000 - 51 - 20 - 19, False)):
+        plan = schedule([Item("c", prompt, num_growth_tokens=20)], running, limits(), horizon=100)
+        assert (len(plan.chunks) == 3) == is_admitted
+    assert len(schedule([Item("c", 920, num_growth_tokens=20)], running, limits(), horizon=1).chunks) == 3
 
 
-@dataclass
-class Simulation:
-    """Applies schedules as the engine does, counting steps on a clock of its own."""
-
-    limits: Limits
-    arrivals: deque[tuple[int, Item]]
-    waiting: deque[Item] = field(default_factory=deque)
-    running: list[Item] = field(default_factory=list)
-    finished: list[Item] = field(default_factory=list)
-    too_large: list[Item] = field(default_factory=list)
-    now: int = 0
-
-    def step(self) -> None:
-        while self.arrivals and self.arrivals[0][0] <= self.now:
-            self.waiting.append(self.arrivals.popleft()[1])
-        plan = schedule(self.waiting, self.running, self.limits)
-        self._check(plan)
-        for item in reversed(plan.preempted):
-            item.num_computed_tokens = 0
-            self.running.remove(item)
-            self.waiting.appendleft(item)
-        for item in plan.too_large:
-            (self.running if item in self.running else self.waiting).remove(item)
-            self.too_large.append(item)
-        for item, count in plan.chunks:
-            if item not in self.running:
-                assert item is self.waiting[0]
-                self.running.append(self.waiting.popleft())
-            item.num_computed_tokens += count
-            if item.num_uncomputed_tokens == 0:
-                item.num_tokens += 1
-                item.num_outputs += 1
-                if item.num_outputs == item.wants:
-                    self.running.remove(item)
-                    self.finished.append(item)
-        self.now += 1
-
-    def _check(self, plan: Schedule[Item]) -> None:
-        scheduled = [item for item, _ in plan.chunks]
-        listed = scheduled + plan.preempted + plan.too_large
-        assert len({id(item) for item in listed}) == len(listed)
-        assert all(1 <= count <= min(item.num_uncomputed_tokens, item.max_chunk) for item, count in plan.chunks)
-        assert sum(count for _, count in plan.chunks) <= self.limits.max_num_batched_tokens
-        gone = plan.preempted + plan.too_large
-        after = {id(item) for item in (*self.running, *scheduled) if item not in gone}
-        assert len(after) <= self.limits.max_num_seqs
-        held = sum(item.num_computed_tokens for item in self.running if item not in gone)
-        assert held + sum(count for _, count in plan.chunks) <= self.limits.kv_total_tokens
-        # The oldest running sequence moves in every step, which is why everything ends.
-        if self.running and self.running[0] not in plan.too_large:
-            assert self.running[0] in scheduled
+def test_places_of_sequences_that_just_ended_are_not_given_away() -> None:
+    plan = schedule([Item("b", 2)], [decoding("a", 3)], limits(seqs=2), held_seqs=1)
+    assert names(plan) == [("a", 1)]
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    items=st.lists(
-        st.tuples(st.integers(0, 20), st.integers(1, 40), st.integers(1, 20), st.sampled_from([3, 1_000_000])),
-        min_size=1,
-        max_size=12,
-    ),
-    seqs=st.integers(1, 6),
-    extra_tokens=st.integers(0, 20),
-    kv=st.integers(10, 80),
-)
-def test_every_request_ends_and_no_limit_is_ever_passed(
-    items: list[tuple[int, int, int, int]], seqs: int, extra_tokens: int, kv: int
-) -> None:
-    created = [
-        (at, Item(str(index), prompt, max_chunk=chunk, wants=wants))
-        for index, (at, prompt, wants, chunk) in enumerate(sorted(items))
-    ]
-    simulation = Simulation(
-        Limits(max_num_seqs=seqs, max_num_batched_tokens=seqs + extra_tokens, kv_total_tokens=kv), deque(created)
-    )
-    # The oldest moves every step, so its prompt, its outputs and one recomputation of both bound its time at the head.
-    bound = 20 + sum(2 * (prompt + wants) for _, prompt, wants, _ in items)
-    while len(simulation.finished) + len(simulation.too_large) < len(items):
-        simulation.step()
-        assert simulation.now <= bound, "a request starves or the schedule livelocks"
-    for _, item in created:
-        # The last generated token needs no place in the cache.
-        fits = item.num_tokens - item.num_outputs + item.wants - 1 <= kv
-        assert (item in simulation.finished) == fits
+def test_a_sequence_whose_last_token_is_on_its_way_rides_no_more() -> None:
+    assert names(schedule([], [Item("a", 5, 5), decoding("b", 5)], limits())) == [("b", 1)]
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8))
-def test_without_pressure_first_tokens_come_in_order_of_arrival(prompts: list[int]) -> None:
-    items = [Item(str(index), prompt) for index, prompt in enumerate(prompts)]
-    simulation = Simulation(limits(tokens=16), deque((0, item) for item in items))
-    while len(simulation.finished) < len(items):
-        simulation.step()
-    assert simulation.finished == items
+def test_blocks_are_filled_before_new_ones_are_taken() -> None:
+    a, b = decoding("a", 6, block_tokens=4), decoding("b", 4, block_tokens=4)
+    plan = schedule([], [a, b], limits(), kv=3, block_tokens=4)
+    # "a" has room in its second block; "b" would need one and none is free.
+    assert names(plan) == [("a", 1)]
+    assert plan.preempted == [b]
+    assert names(schedule([Item("c", 9, block_tokens=4)], [a], limits(), kv=5, block_tokens=4)) == [("a", 1), ("c", 9)]
+    assert names(schedule([Item("c", 13, block_tokens=4)], [a], limits(), kv=5, block_tokens=4)) == [("a", 1)]
+
+
+def test_offline_gives_way_to_online() -> None:
+    offline = [decoding("x", 5, is_offline=True), decoding("y", 5, is_offline=True)]
+    plan = schedule([Item("a", 3), Item("z", 3, is_offline=True)], offline, limits(seqs=2))
+    # One place is needed and the younger one gives it.
+    assert names(plan) == [("x", 1), ("a", 3)]
+    assert plan.preempted == [offline[1]]
+
+
+def test_offline_loses_its_memory_first() -> None:
+    old_offline, young = decoding("x", 10, is_offline=True), decoding("a", 10)
+    plan = schedule([], [old_offline, young], limits(), kv=20)
+    assert names(plan) == [("a", 1)]
+    assert plan.preempted == [old_offline]
+
+
+def test_nobody_is_preempted_in_vain() -> None:
+    running = [decoding("a", 60), decoding("x", 30, is_offline=True)]
+    plan = schedule([Item("b", 40)], running, limits(), kv=100)
+    assert names(plan) == [("a", 1), ("x", 1)]
+    assert not plan.preempted
+    assert schedule([Item("b", 39)], running, limits(), kv=100).preempted == [running[1]]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "deadline"])
+def test_only_a_strictly_better_tier_takes_a_place(policy: PolicyName) -> None:
+    running = [decoding("a", 5, priority=1), decoding("b", 5, priority=1)]
+    better = Item("c", 3, priority=0, first_deadline_s=1.0)
+    equal = Item("d", 3, priority=1, first_deadline_s=1.0)
+    assert not schedule([equal], running, limits(seqs=2), policy=policy).preempted
+    taken = schedule([better], running, limits(seqs=2), policy=policy).preempted
+    assert taken == ([] if policy == "fcfs" else [running[1]])
+
+
+def test_urgent_prompts_go_before_a_long_one_that_is_under_way() -> None:
+    running = [Item("long", 100, 10, priority=1)]
+    assert names(schedule([Item("a", 6)], running, limits(), policy="priority")) == [("a", 6), ("long", 10)]
+    assert names(schedule([Item("a", 6)], running, limits(), policy="fcfs")) == [("long", 16)]
+    due = Item("b", 6, first_deadline_s=0.1)
+    assert names(schedule([due], [Item("long", 100, 10)], limits(), policy="deadline")) == [("b", 6), ("long", 10)]
+
+
+def test_the_elder_goes_first_and_stays() -> None:
+    elder = Item("elder", 10, is_offline=True)
+    online = [decoding("a", 5), decoding("b", 5)]
+    plan = schedule([Item("c", 5), elder], online, limits(seqs=2), elder=elder)
+    assert names(plan) == [("a", 1), ("elder", 10)]
+    assert plan.preempted == [online[1]]
+    running = decoding("elder", 10, is_offline=True)
+    plan = schedule([Item("c", 5)], [running, decoding("a", 9)], limits(seqs=2), kv=20, elder=running)
+    assert names(plan) == [("elder", 1)]
+
+
+def test_the_elder_is_not_taken_in_again_in_the_step_that_ends_it() -> None:
+    elder = decoding("elder", 20)
+    plan = schedule([Item("b", 5)], [elder], limits(), kv=20, elder=elder)
+    assert plan.too_large == [elder]
+    assert names(plan) == [("b", 5)]
+
+
+def test_chunks_leave_decodes_their_time() -> None:
+    running = [decoding("a", 5, tpot_slo_s=0.010), decoding("b", 5)]
+    # A token takes a millisecond: two decode, eight are left.
+    assert names(schedule([Item("c", 14)], running, limits())) == [("a", 1), ("b", 1), ("c", 8)]
+    assert names(schedule([Item("c", 5), Item("d", 5)], running, limits()))[2:] == [("c", 5), ("d", 3)]
+    # Without a target the step is full; with one that cannot be kept prefill still goes on.
+    assert names(schedule([Item("c", 14)], running[1:], limits()))[1:] == [("c", 14)]
+    tight = [decoding("a", 5, tpot_slo_s=0.001)]
+    assert names(schedule([Item("c", 14), Item("d", 5)], tight, limits()))[1:] == [("c", 4)]
+
+
+def test_swapping_is_chosen_where_the_cache_can_and_it_pays() -> None:
+    running = [decoding("a", 10), decoding("b", 3), decoding("c", 7)]
+    plan = schedule([], running, limits(), kv=20, swap_pays=lambda num_tokens: num_tokens > 5)
+    assert (plan.swapped, plan.preempted) == ([running[2]], [])
+    plan = schedule([], running, limits(), kv=20)
+    assert (plan.swapped, plan.preempted) == ([], [running[2]])
+
+
+@pytest.mark.parametrize("fields", [{"admission_horizon": -1}, {"min_prefill_tokens": 0}])
+def test_bad_rules(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        SchedulingRules(**fields)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.runtime.fakes import EngineFactory
-from tests.runtime.test_engine import GREEDY, run
+from tests.runtime.test_engine import EAGER, GREEDY, run
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.pooling import PoolingParams, make_embedding, pool_chunk
@@ -67,7 +67,7 @@ def test_any_chunks(make_engine: EngineFactory, pooling: str, chunk: int) -> Non
 
 
 def test_with_preemption_and_company_each_stays_itself(make_engine: EngineFactory) -> None:
-    engine, runner = make_engine(total_tokens=64, max_num_batched_tokens=8, max_num_seqs=4)
+    engine, runner = make_engine(config=EAGER, total_tokens=64, max_num_batched_tokens=8, max_num_seqs=4)
     prompts = [[50 + index, *range(60, 60 + 9 * index)] for index in range(4)]
     for index, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=20, **GREEDY)

@@ -87,13 +87,13 @@ async def test_one_failure_is_raised_and_the_others_are_closed():
     closed = asyncio.Event()
     waiting = play(output(choice(0, "a", [1])), asyncio.Event(), closed=closed)
     with pytest.raises(ApiError, match="full"):
-        async with OutputStream([waiting, play(queue_full("full"))], 1) as stream:
+        async with OutputStream([waiting, play(queue_full("full", 1.0))], 1) as stream:
             await stream.collect()
     assert closed.is_set()
 
 
 async def test_what_came_before_a_failure_is_read_first():
-    async with OutputStream([play(output(choice(0, "a", [1])), queue_full("full"))], 1) as stream:
+    async with OutputStream([play(output(choice(0, "a", [1])), queue_full("full", 1.0))], 1) as stream:
         await settle()
         assert (await anext(stream))[0].text == "a"
         with pytest.raises(ApiError):

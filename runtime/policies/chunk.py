@@ -1,0 +1,75 @@
+"""How many tokens of prompts ride along, so that the sequences that decode in the same step keep their TPOT."""
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+from xllm_compile.runtime.policies.state import Schedulable
+
+# A sequence that fell behind asks for shorter steps, but not for less than this share of its target: prefill would
+# stop altogether, and with it the TTFT of everybody else. Source: xLLM's latency budget.
+_LEAST_SHARE = 0.65
+
+
+class StepLoad(NamedTuple):
+    """What of a step decides its time."""
+
+    num_tokens: int = 0
+    num_seqs: int = 0
+    num_keys: int = 0
+    """Keys that attention reads: the sum of the sequences' contexts."""
+    num_pairs: int = 0
+    """(query, key) pairs that attention computes beyond one query per sequence: what makes prefill quadratic."""
+
+    def plus(self, num_computed: int, count: int) -> "StepLoad":
+        """With ``count`` tokens more, of a sequence that has ``num_computed`` in the KV cache."""
+        context = num_computed + count
+        return StepLoad(
+            self.num_tokens + count,
+            self.num_seqs + 1,
+            self.num_keys + context,
+            self.num_pairs + (count - 1) * num_computed + count * (count - 1) // 2,
+        )
+
+
+def load_of(chunks: Iterable[tuple[Schedulable, int]]) -> StepLoad:
+    """Of a planned step, before its tokens count as computed."""
+    num_tokens = num_seqs = num_keys = num_pairs = 0
+    for sequence, count in chunks:
+        computed = sequence.num_computed_tokens
+        num_tokens += count
+        num_seqs += 1
+        num_keys += computed + count
+        if count > 1:
+            num_pairs += (count - 1) * computed + count * (count - 1) // 2
+    return StepLoad(num_tokens, num_seqs, num_keys, num_pairs)
+
+
+class StepSeconds(Protocol):
+    """Predicted time of steps."""
+
+    def seconds(self, load: StepLoad) -> float: ...
+
+
+def step_budget_s(decodes: Iterable[Schedulable], now: float) -> float:
+    """Longest step that keeps the tightest TPOT target among the decoding sequences; infinity without targets."""
+    budget_s = float("inf")
+    for sequence in decodes:
+        target_s = sequence.tpot_slo_s
+        if target_s is not None:
+            slack_s = sequence.next_due_s - now
+            budget_s = min(budget_s, target_s, max(slack_s, _LEAST_SHARE * target_s))
+    return budget_s
+
+
+def largest_chunk(load: StepLoad, num_computed: int, most: int, budget_s: float, model: StepSeconds) -> int:
+    """Most tokens of a sequence, up to ``most``, that the step can take within its budget; 0 where none."""
+    if model.seconds(load.plus(num_computed, most)) <= budget_s:
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        if model.seconds(load.plus(num_computed, middle)) <= budget_s:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,33 @@
+import math
+
+import pytest
+
+from tests.runtime.policies.items import Item, MillisecondsPerToken
+from xllm_compile.runtime.policies.chunk import StepLoad, largest_chunk, load_of, step_budget_s
+
+
+def test_the_load_of_a_step() -> None:
+    chunks = [(Item("a", 11, 10), 1), (Item("b", 30, 4), 3)]
+    # "b" computes (5 + 6 + 7) pairs, 7 of which are those of one query on all keys.
+    assert load_of(chunks) == StepLoad(num_tokens=4, num_seqs=2, num_keys=11 + 7, num_pairs=4 + 4 + 1 + 2)
+    assert load_of(chunks) == StepLoad().plus(10, 1).plus(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("next_due_s", "budget_s"),
+    [(10.04, 0.04), (10.5, 0.05), (10.001, 0.0325), (9.0, 0.0325), (math.inf, 0.05)],
+)
+def test_a_step_keeps_the_target_and_makes_up_for_delay(next_due_s: float, budget_s: float) -> None:
+    item = Item("a", 5, 4, tpot_slo_s=0.05, next_due_s=next_due_s)
+    relaxed = Item("b", 5, 4, tpot_slo_s=0.5)
+    assert step_budget_s([relaxed, item, Item("c", 5, 4)], 10.0) == pytest.approx(budget_s)
+
+
+def test_without_targets_steps_have_no_limit() -> None:
+    assert step_budget_s([Item("a", 5, 4)], 0.0) == math.inf
+
+
+@pytest.mark.parametrize(("budget_s", "chunk"), [(0.03, 22), (0.0085, 0), (0.009, 1), (1.0, 100), (-1.0, 0)])
+def test_the_largest_chunk_within_the_budget(budget_s: float, chunk: int) -> None:
+    load = StepLoad(num_tokens=8)
+    assert largest_chunk(load, 7, 100, budget_s, MillisecondsPerToken()) == chunk

@@ -1,0 +1,60 @@
+import math
+
+import pytest
+
+from tests.runtime.policies.items import Item
+from xllm_compile.runtime.policies.order import Order, PolicyName
+from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
+
+
+def order_of(policy: PolicyName, items: list[Item], now: float = 0.0, token_s: float = 0.0) -> list[str]:
+    order = Order(policy)
+    queue: WaitingQueue[Item] = WaitingQueue(order.queue_key)
+    for item in items:
+        queue.add(item)
+    names = [item.name for item in order.ordered(queue, now, token_s)]
+    assert names == [item.name for item in sorted(items, key=lambda item: order.rank(item, now, token_s))]
+    return names
+
+
+def test_fcfs_goes_by_arrival_online_first() -> None:
+    assert order_of("fcfs", [Item("a", 1, is_offline=True), Item("b", 1, priority=9), Item("c", 1)]) == ["b", "c", "a"]
+
+
+def test_priority_goes_by_priority_then_by_arrival() -> None:
+    items = [Item("a", 1, priority=1), Item("b", 1), Item("c", 1, priority=-5, is_offline=True), Item("d", 1)]
+    assert order_of("priority", items) == ["b", "d", "a", "c"]
+
+
+def test_deadline_serves_first_what_is_due_first_and_last_what_is_late_anyway() -> None:
+    items = [
+        Item("none", 10),
+        Item("late", 10, first_deadline_s=5.0),
+        Item("too long", 100, first_deadline_s=11.0),
+        Item("soon", 10, first_deadline_s=12.0),
+        Item("later", 10, first_deadline_s=20.0),
+        Item("was running", 10, first_deadline_s=-math.inf),
+        Item("urgent", 10, first_deadline_s=99.0, priority=-1),
+    ]
+    found = order_of("deadline", items, now=10.0, token_s=0.1)
+    assert found == ["urgent", "was running", "soon", "later", "none", "late", "too long"]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "deadline"])
+def test_arrival_and_deadlines_do_not_make_a_tier(policy: PolicyName) -> None:
+    order = Order(policy)
+    assert order.tier(Item("a", 1, first_deadline_s=1.0)) == order.tier(Item("b", 2))
+    assert order.tier(Item("a", 1)) < order.tier(Item("b", 1, is_offline=True, priority=-9))
+    assert (order.tier(Item("a", 1)) < order.tier(Item("b", 1, priority=1))) == (policy != "fcfs")
+
+
+def test_the_queue_counts_what_it_holds() -> None:
+    queue: WaitingQueue[Item] = WaitingQueue(Order().queue_key)
+    items = [Item("a", 5), Item("b", 7, is_offline=True), Item("c", 3)]
+    for item in reversed(items):
+        queue.add(item)
+    assert [item.name for item in queue] == ["a", "c", "b"]
+    assert (len(queue), queue.num_tokens, queue.num_offline) == (3, 15, 1)
+    queue.remove(items[1])
+    queue.remove(items[0])
+    assert (len(queue), queue.num_tokens, queue.num_offline) == (1, 3, 0)
