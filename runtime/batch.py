@@ -1,5 +1,6 @@
 """Turns the scheduler's decision into the arrays of a Step, and remembers which row of logits answers what."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sequence import Sequence
+from xllm_compile.runtime.speculative.proposer import Speculation
 from xllm_compile.runtime.step import Int32Array, Step
 
 
@@ -47,10 +49,26 @@ class Batch:
     """[P] rows of the step whose token is the one that the step before samples. Their token_ids hold a 0."""
     pending_slots: Int32Array
     """[P] slots of their sequences."""
+    drafting: list[Speculation]
+    """Of the step's first sequences, which may verify drafts and whose positions may be off by what the step before
+    accepts: the device makes their rows anew. They are the first sampled ones, with one row each."""
+    num_granted: list[int]
+    """Most drafted tokens of each."""
+
+    @property
+    def is_decode_only(self) -> bool:
+        """Whether every sequence computes its last token."""
+        return len(self.sampled) == len(self.step.token_ids)
 
 
-def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
-    """Arrays for the next `count` tokens of each sequence. Each sequence must own a slot. Changes nothing."""
+def build_batch(chunks: Items[tuple[Sequence, int]], granted: Mapping[Sequence, int] | None = None) -> Batch:
+    """Arrays for the next `count` tokens of each sequence. Each sequence must own a slot. Changes nothing.
+
+    granted: drafted tokens that the decoding sequences may verify besides.
+    """
+    granted = granted or {}
+    # Those whose rows the device may make anew come first.
+    chunks = sorted(chunks, key=lambda chunk: chunk[0] not in granted) if granted else chunks
     token_ids: list[int] = []
     positions: list[int] = []
     rope_len: list[int] = []
@@ -128,4 +146,6 @@ def build_batch(chunks: Items[tuple[Sequence, int]]) -> Batch:
         pool_rows=pool_rows,
         pending_rows=np.array(pending_rows, dtype=np.int32),
         pending_slots=np.array(pending_slots, dtype=np.int32),
+        drafting=[sequence.speculation for sequence, _ in chunks if sequence in granted and sequence.speculation],
+        num_granted=[granted[sequence] for sequence, _ in chunks if sequence in granted],
     )

@@ -29,9 +29,10 @@ from xllm_compile.runtime.policies.queue_bound import QueueBound, ServiceTime, c
 from xllm_compile.runtime.policies.state import Capacity, Limits, Schedule
 from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
 from xllm_compile.runtime.pooling import make_embedding
-from xllm_compile.runtime.sampler import SamplingFailure, SamplingState
+from xllm_compile.runtime.sampler import SampledToken, SamplingFailure, SamplingState
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
+from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_executor import StepExecutor, StepResult
 from xllm_compile.runtime.step_predictor import StepPredictor, StepPrior
@@ -108,6 +109,7 @@ class Engine:
         config: EngineConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
         prior: StepPrior | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         """prior is what the build predicts of step times; without it the engine learns them from nothing."""
         self.tokenizer = tokenizer
@@ -134,7 +136,10 @@ class Engine:
         self._numbers = itertools.count()
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(self._rules.order.queue_key)
         self._running: list[Sequence] = []
-        self._executor = StepExecutor(runner, kv_cache.num_slots, is_async=self.config.async_scheduling)
+        self._speculator = speculator
+        self._executor = StepExecutor(
+            runner, kv_cache.num_slots, is_async=self.config.async_scheduling, speculator=speculator
+        )
         self._in_flight: deque[_InFlight] = deque()
         """Launched steps that are not yet completed, oldest first: two at most, one between calls of step."""
         self._last_ended_s: float | None = None
@@ -288,6 +293,7 @@ class Engine:
             step_error_ratio=self._predictor.error_ratio,
             num_aborted=self._stats.num_aborted,
             graph_cache=self._runner.graph_cache_stats(),
+            speculation=None if self._speculator is None else self._speculator.stats(),
         )
 
     def _schedule(self, changed: dict[str, Request]) -> Schedule[Sequence]:
@@ -313,6 +319,25 @@ class Engine:
             assert has_room, "the scheduler counts the same tokens as the cache"
         self._forget_finished()
         return plan
+
+    def _grant_drafts(self, chunks: Items[tuple[Sequence, int]]) -> dict[Sequence, int]:
+        """Drafted tokens that decoding sequences may verify in the step, from what its plan leaves of tokens and KV.
+
+        Sequences whose launched step verifies drafts get 0 at least: their positions are not known yet.
+        """
+        granted: dict[Sequence, int] = {}
+        tokens_left = self._limits.max_num_batched_tokens - sum(count for _, count in chunks)
+        for sequence, _ in chunks:
+            if self._speculator is None or not sequence.is_decoding:
+                continue
+            assert sequence.slot is not None
+            wanted = min(self._speculator.reserve(sequence.speculation), sequence.num_left_tokens - 1, tokens_left)
+            if wanted > 0 and self._kv_cache.extend(sequence.slot, wanted):
+                tokens_left -= wanted
+                granted[sequence] = wanted
+            elif sequence.num_draft_tokens:
+                granted[sequence] = 0
+        return granted
 
     def _plan(self) -> Schedule[Sequence]:
         now = self._clock()
@@ -360,10 +385,13 @@ class Engine:
 
     def _launch(self, plan: Schedule[Sequence]) -> _InFlight:
         """Hand the step to the device. From here on its sequences count as computed, with a token to come."""
-        batch = build_batch(plan.chunks)
+        granted = self._grant_drafts(plan.chunks)
+        batch = build_batch(plan.chunks, granted)
         load = load_of(plan.chunks)
         for sequence, count in plan.chunks:
             sequence.num_computed_tokens += count
+        for sequence, count in granted.items():
+            sequence.num_draft_tokens += count
         for sequence in batch.sampled:
             sequence.num_pending_tokens += 1
         for rows in batch.prompt_rows:
@@ -385,7 +413,9 @@ class Engine:
             self._postprocess(step.batch, result, changed)
 
     def _count_step(self, step: _InFlight, result: StepResult) -> None:
-        self._predictor.observe(step.load, result.ended_s - result.started_s)
+        if not any(result.num_drafted):
+            # A step that drafts and verifies says little of the others.
+            self._predictor.observe(step.load, result.ended_s - result.started_s)
         for request in step.requests:
             if not request.is_finished:
                 request.metrics.graph_steps[result.outcome] += 1
@@ -410,23 +440,17 @@ class Engine:
     def _postprocess(self, batch: Batch, result: StepResult, changed: dict[str, Request]) -> None:
         now = self._clock()
         collect_prompt_logprobs(batch.prompt_rows, result.prompt_logprobs, self.tokenizer)
-        for sequence, sampled in zip(batch.sampled, result.sampled, strict=True):
+        self._settle_drafts(batch, result)
+        for sequence, tokens in zip(batch.sampled, result.sampled, strict=True):
             sequence.num_pending_tokens -= 1
             if sequence.is_finished:
                 # It ended while this step was already under way.
                 continue
-            if isinstance(sampled, SamplingFailure):
-                self._fail(sequence, sampled.reason)
-            else:
-                append_token(sequence, sampled, self.tokenizer)
-                self._stats.num_generated_tokens += 1
-                if sequence.num_output_tokens == 1:
-                    # Once per sequence, however often a preemption has it computed again.
-                    self._stats.num_prompt_tokens += sequence.num_prompt_tokens
-                metrics = sequence.request.metrics
-                if metrics.first_token_s is None:
-                    metrics.first_token_s = now
-                metrics.last_token_s = now
+            for sampled in tokens:
+                if sequence.is_finished:
+                    # A draft was accepted beyond the end.
+                    break
+                self._append(sequence, sampled, now)
             if sequence.is_finished:
                 self._release(sequence)
                 length = sequence.num_output_tokens
@@ -448,6 +472,33 @@ class Engine:
             self._release(sequence)
             self._report(sequence, changed)
 
+    def _append(self, sequence: Sequence, sampled: SampledToken | SamplingFailure, now: float) -> None:
+        if isinstance(sampled, SamplingFailure):
+            self._fail(sequence, sampled.reason)
+            return
+        append_token(sequence, sampled, self.tokenizer)
+        self._stats.num_generated_tokens += 1
+        if sequence.num_output_tokens == 1:
+            # Once per sequence, however often a preemption has it computed again.
+            self._stats.num_prompt_tokens += sequence.num_prompt_tokens
+        metrics = sequence.request.metrics
+        if metrics.first_token_s is None:
+            metrics.first_token_s = now
+        metrics.last_token_s = now
+
+    def _settle_drafts(self, batch: Batch, result: StepResult) -> None:
+        """Accepted tokens are computed; the room of the others is given back."""
+        for sequence, num_granted, num_drafted, tokens in zip(
+            batch.sampled, batch.num_granted, result.num_drafted, result.sampled, strict=False
+        ):
+            num_accepted = len(tokens) - 1
+            sequence.num_draft_tokens -= num_granted
+            sequence.num_computed_tokens += num_accepted
+            sequence.request.metrics.num_draft_tokens += num_drafted
+            sequence.request.metrics.num_accepted_tokens += num_accepted
+            if sequence.slot is not None:
+                self._kv_cache.shrink(sequence.slot, num_granted - num_accepted)
+
     def _fail(self, sequence: Sequence, reason: str) -> None:
         request_id = sequence.request.request_id
         logger.error("request %s failed: %s", request_id, reason)
@@ -457,13 +508,19 @@ class Engine:
     def _report(self, sequence: Sequence, changed: dict[str, Request]) -> None:
         request = sequence.request
         changed[request.request_id] = request
-        if request.is_finished:
-            self._requests.pop(request.request_id, None)
+        if request.is_finished and self._requests.pop(request.request_id, None) is not None:
+            self._stop_speculating(request)
 
     def _close(self, request: Request) -> None:
         """Report a request that ended between two steps."""
         del self._requests[request.request_id]
         self._ended[request.request_id] = request
+        self._stop_speculating(request)
+
+    def _stop_speculating(self, request: Request) -> None:
+        for sequence in request.sequences:
+            if self._speculator is not None and sequence.speculation is not None:
+                self._speculator.forget(sequence.speculation)
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of the waiting queue, or out of its slot."""
@@ -504,6 +561,7 @@ class Engine:
                 stop=params.stop,
                 include_stop=params.include_stop_str_in_output,
             ),
+            speculation=None if self._speculator is None else self._speculator.start(params, request.prompt_token_ids),
         )
 
     def _check_prompt(self, token_ids: Items[int], num_new: int) -> None:

@@ -14,6 +14,8 @@ from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.policies.order import PolicyName
 from xllm_compile.runtime.promotion import PromotionConfig
+from xllm_compile.runtime.speculative.config import SpeculativeConfig
+from xllm_compile.runtime.speculative.open_speculator import open_speculator, read_draft_manifest
 from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_predictor import prior_of
 from xllm_compile.runtime.tensor_parallel import LeaderRunner, RankGroup, Release
@@ -48,6 +50,8 @@ class InstanceConfig:
     """Run operator by operator instead of the compiled graphs, to tell the two apart."""
     promotion: PromotionConfig | None = None
     """Compile graphs for hot sizes while serving; None does not."""
+    speculative: SpeculativeConfig | None = None
+    """Guess tokens and verify several in one step; None does not."""
     warm_up: bool = False
     """Run every graph once before the first request, which brings the weights in from disk."""
     verify_weights: bool = False
@@ -96,11 +100,17 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
     check_artifact(root, manifest, isa_features(), verify_weights=config.verify_weights)
     native.load_kernels(root / kernels.path)
     _check_group(root, manifest, group)
-    kv_cache = KVCache(_kv_config(manifest, config))
+    draft = read_draft_manifest(config.speculative, manifest) if config.speculative else None
+    kv_cache = KVCache(_kv_config(manifest, config, draft))
     own_runner = _runner(root, manifest, kv_cache, config)
     runner: ModelRunner = own_runner
     if group is not None:
-        group.publish({"config": asdict(replace(config, promotion=None)), "kv_cache": _kv_values(kv_cache.config)})
+        group.publish(
+            {
+                "config": asdict(replace(config, promotion=None, speculative=None)),
+                "kv_cache": _kv_values(kv_cache.config),
+            }
+        )
         group.connect()
         leader = LeaderRunner(runner, group)
         kv_cache.on_release = leader.release
@@ -122,7 +132,12 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
         weights_bytes=manifest.weights[0].num_bytes,
         max_num_batched_tokens=manifest.max_num_batched_tokens,
     )
-    engine = Engine(runner, kv_cache, tokenizer, engine_config, prior=prior)
+    speculator = None
+    if config.speculative is not None:
+        speculator = open_speculator(
+            config.speculative, manifest, draft, kv_cache.config, enforce_eager=config.enforce_eager
+        )
+    engine = Engine(runner, kv_cache, tokenizer, engine_config, prior=prior, speculator=speculator)
     return Instance(root=root, manifest=manifest, engine=engine, tokenizer=tokenizer)
 
 
@@ -182,7 +197,7 @@ def _kv_values(config: KVCacheConfig) -> dict[str, Any]:
     return {**asdict(config), "dtype": str(config.dtype).removeprefix("torch.")}
 
 
-def _kv_config(manifest: Manifest, config: InstanceConfig) -> KVCacheConfig:
+def _kv_config(manifest: Manifest, config: InstanceConfig, draft: Manifest | None) -> KVCacheConfig:
     model = manifest.model
     limit = config.max_model_len or model.max_model_len
     if limit > model.max_model_len:
@@ -190,15 +205,17 @@ def _kv_config(manifest: Manifest, config: InstanceConfig) -> KVCacheConfig:
             f"max_model_len={limit} is above the {model.max_model_len} tokens the artifact was compiled for;"
             " lower it, or compile with a larger --max-model-len"
         )
+    # The draft model's cache holds the same tokens and shares the budget.
+    token_bytes = model.kv_bytes_per_token + (draft.model.kv_bytes_per_token if draft else 0)
     budget = config.kv_memory_bytes
     if budget is None:
-        wanted = config.max_num_seqs * limit * model.kv_bytes_per_token
+        wanted = config.max_num_seqs * limit * token_bytes
         # The ranks of an instance are taken to share one machine.
         free = _available_memory_bytes() // manifest.tensor_parallel_size
         budget = min(wanted, int(free * _DEFAULT_KV_SHARE))
         if config.max_model_len is None:
             # Nobody asked for the full length: serve what fits rather than refuse to start.
-            limit = min(limit, max(budget // model.kv_bytes_per_token, 1))
+            limit = min(limit, max(budget // token_bytes, 1))
     return KVCacheConfig(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
@@ -206,7 +223,7 @@ def _kv_config(manifest: Manifest, config: InstanceConfig) -> KVCacheConfig:
         dtype=getattr(torch, model.dtype),
         max_model_len=limit,
         num_slots=config.max_num_seqs,
-        kv_memory_bytes=budget,
+        kv_memory_bytes=budget * model.kv_bytes_per_token // token_bytes,
     )
 
 

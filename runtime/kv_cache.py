@@ -146,6 +146,11 @@ class KVCache:
         self._used_tokens += num_tokens
         return True
 
+    def shrink(self, slot: int, num_tokens: int) -> None:
+        """Take back the last num_tokens that the slot was extended by. Their pages stay for now."""
+        self._lengths[slot] -= num_tokens
+        self._used_tokens -= num_tokens
+
     def free(self, slot: int) -> None:
         """End the slot's sequence. Its pages stay until they are needed elsewhere."""
         self._used_tokens -= self._lengths.pop(slot)

@@ -44,6 +44,10 @@ class RequestMetrics:
     num_preemptions: int = 0
     graph_steps: Counter[str] = field(default_factory=Counter)
     """Steps that the request was part of, by how the graphs of their layers were found (graph_cache.Outcome)."""
+    num_draft_tokens: int = 0
+    """Tokens guessed by speculative decoding,"""
+    num_accepted_tokens: int = 0
+    """and how many of them became part of the output."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,6 +85,27 @@ class GraphCacheStats:
 
 
 @dataclass(kw_only=True, slots=True)
+class SpeculationStats:
+    """How drafts fared. Counters only grow."""
+
+    num_drafts: int = 0
+    drafted_by_position: list[int] = field(default_factory=list)
+    """Drafts that had a first, second, ... token."""
+    accepted_by_position: list[int] = field(default_factory=list)
+    """Of those the ones where it became part of the output."""
+    draft_length: float = 0.0
+    """Mean over the last drafts, in tokens."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(self.drafted_by_position)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(self.accepted_by_position)
+
+
+@dataclass(kw_only=True, slots=True)
 class EngineStats:
     """A snapshot for /metrics, --stats and the benchmarks. Counters only grow."""
 
@@ -104,3 +129,5 @@ class EngineStats:
     """How far off the predicted times of the last steps were, on average, as a share."""
     num_aborted: int = 0
     graph_cache: GraphCacheStats = field(default_factory=GraphCacheStats)
+    speculation: SpeculationStats | None = None
+    """None without speculative decoding."""

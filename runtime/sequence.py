@@ -13,6 +13,7 @@ from xllm_compile.runtime.detokenizer import Detokenizer
 from xllm_compile.runtime.outputs import FinishReason, Logprob, RequestMetrics
 from xllm_compile.runtime.sampler import SamplingState
 from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.runtime.speculative.proposer import Speculation
 
 # Each row of logits is a vocabulary of float32; this bounds what one chunk with prompt_logprobs asks for.
 MAX_PROMPT_LOGPROB_ROWS = 256
@@ -42,6 +43,10 @@ class Sequence:
     """Tokens whose keys and values are in the slot, or will be once the launched steps have run."""
     num_pending_tokens: int = 0
     """Tokens sampled by launched steps whose results have not arrived: part of num_tokens, not yet of token_ids."""
+    num_draft_tokens: int = 0
+    """Drafted tokens that launched steps may add on top of the pending ones; the slot has room for them."""
+    speculation: Speculation | None = None
+    """Of the device's thread; the host only reads what is wanted."""
     slot: int | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
@@ -73,10 +78,21 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """0 while the last token is pending: there is nothing to compute after it."""
-        if self.num_output_tokens + self.num_pending_tokens >= self.request.max_output_tokens:
+        """0 while the last token is, or may be, pending: there is nothing to compute after it."""
+        if self.num_left_tokens <= 0:
             return 0
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether what is left to compute is one generated token."""
+        return self.num_computed_tokens >= self.num_prompt_tokens and self.num_uncomputed_tokens == 1
+
+    @property
+    def num_left_tokens(self) -> int:
+        """Tokens that may still be generated after those that launched steps bring at most."""
+        num_coming = self.num_pending_tokens + self.num_draft_tokens
+        return self.request.max_output_tokens - self.num_output_tokens - num_coming
 
     @property
     def max_chunk_tokens(self) -> int:

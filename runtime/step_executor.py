@@ -7,7 +7,7 @@ rows that wait for one hold a placeholder, and the device, which alone knows the
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -22,11 +22,14 @@ from xllm_compile.runtime.pooling import pool_chunk
 from xllm_compile.runtime.sampler import (
     SampledToken,
     SamplingFailure,
+    SamplingState,
     TokenLogprobs,
     one_thread,
     sample,
     token_logprobs,
 )
+from xllm_compile.runtime.speculative.speculator import Speculator
+from xllm_compile.runtime.speculative.verify import verify
 from xllm_compile.runtime.step import ModelRunner
 
 
@@ -34,8 +37,11 @@ from xllm_compile.runtime.step import ModelRunner
 class StepResult:
     """What one step brought."""
 
-    sampled: list[SampledToken | SamplingFailure]
-    """For each of the batch's sampled sequences."""
+    sampled: list[list[SampledToken | SamplingFailure]]
+    """Tokens of each of the batch's sampled sequences: one, after those of a draft that were accepted. A failure is the
+    last."""
+    num_drafted: list[int]
+    """Drafted tokens of the first of them; the others had none."""
     prompt_logprobs: list[list[TokenLogprobs]]
     """For each of the batch's prompt rows."""
     pooled: list[Tensor]
@@ -78,9 +84,11 @@ class _Launched:
 class StepExecutor:
     """Runs batches one after the other. Between `launch` and the result, the batch's sampling states are its own."""
 
-    def __init__(self, runner: ModelRunner, num_slots: int, *, is_async: bool) -> None:
+    def __init__(
+        self, runner: ModelRunner, num_slots: int, *, is_async: bool, speculator: Speculator | None = None
+    ) -> None:
         """num_slots is of the KV cache; is_async runs steps in a thread of their own."""
-        self._device = _Device(runner, num_slots)
+        self._device = _Device(runner, num_slots, speculator)
         self._queue: SimpleQueue[_Launched | None] | None = None
         if is_async:
             self._queue = SimpleQueue()
@@ -119,8 +127,9 @@ def _serve(queue: "SimpleQueue[_Launched | None]", run: Callable[[Batch], StepRe
 class _Device:
     """What the device's thread owns."""
 
-    def __init__(self, runner: ModelRunner, num_slots: int) -> None:
+    def __init__(self, runner: ModelRunner, num_slots: int, speculator: Speculator | None) -> None:
         self._runner = runner
+        self._speculator = speculator
         self._masks = MaskWorker()
         self._last_tokens = np.zeros(num_slots, dtype=np.int32)
         """[num_slots] the newest token of each slot's sequence, known here one step before the host knows it."""
@@ -128,18 +137,19 @@ class _Device:
     def run(self, batch: Batch) -> StepResult:
         started_s = time.monotonic()
         batch.step.token_ids[batch.pending_rows] = self._last_tokens[batch.pending_slots]
-        logits = self._runner.execute(batch.step)
-        prompt_logprobs = _prompt_logprobs(batch, logits)
+        step, drafts = self._speculator.draft(batch) if self._speculator else (batch.step, [])
+        drafted_s = time.monotonic()
+        logits = self._runner.execute(step)
+        prompt_logprobs = _prompt_logprobs(batch, logits, sum(len(draft.token_ids) for draft in drafts))
         states = [sequence.sampling for sequence in batch.sampled]
-        sampled = sample(logits[: len(states)], states)
-        # A sequence that failed has no token; the host drops what follows it.
-        tokens = [result.token_id if isinstance(result, SampledToken) else 0 for result in sampled]
-        self._last_tokens[batch.sampled_slots] = tokens
-        for state, token_id in zip(states, tokens, strict=True):
-            state.record(token_id)
+        sampled = verify(logits, states, drafts) if self._speculator else _sample(logits, states)
+        self._last_tokens[batch.sampled_slots] = [_token_id(results[-1]) for results in sampled]
         self._masks.prepare(state.matcher for state in states)
+        if self._speculator is not None:
+            self._speculator.learn(batch, drafts, sampled, time.monotonic() - drafted_s)
         return StepResult(
             sampled=sampled,
+            num_drafted=[len(draft.token_ids) for draft in drafts[: len(batch.drafting)]],
             prompt_logprobs=prompt_logprobs,
             pooled=_pooled(batch, self._runner),
             outcome=self._runner.last_outcome(),
@@ -151,12 +161,27 @@ class _Device:
         self._masks.close()
 
 
-def _prompt_logprobs(batch: Batch, logits: Tensor) -> list[list[TokenLogprobs]]:
+def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[list[SampledToken | SamplingFailure]]:
+    sampled = sample(logits[: len(states)], states)
+    for result, state in zip(sampled, states, strict=True):
+        state.record(_token_id(result))
+    return [[result] for result in sampled]
+
+
+def _token_id(result: SampledToken | SamplingFailure) -> int:
+    # A sequence that failed has no token; the host drops what follows it.
+    return result.token_id if isinstance(result, SampledToken) else 0
+
+
+def _prompt_logprobs(batch: Batch, logits: Tensor, num_draft_rows: int) -> list[list[TokenLogprobs]]:
     if not batch.prompt_rows:
         return []
     with one_thread():
         return [
-            [token_logprobs(logits[at], id_, rows.num_top) for at, id_ in enumerate(rows.token_ids, start=rows.begin)]
+            [
+                token_logprobs(logits[at], token_id, rows.num_top)
+                for at, token_id in enumerate(rows.token_ids, start=rows.begin + num_draft_rows)
+            ]
             for rows in batch.prompt_rows
         ]
 

@@ -2,7 +2,7 @@
 
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from xllm_compile.runtime.engine import Engine, EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.outputs import GraphCacheStats
+from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step import Step
 from xllm_compile.runtime.tokenizer import Tokenizer
 
@@ -194,6 +195,7 @@ class EngineFactory:
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 32,
         poison: int | None = None,
+        make_speculator: Callable[[HistoryRunner], Speculator] | None = None,
     ) -> tuple[Engine, HistoryRunner]:
         kv_cache = make_kv_cache(max_model_len=max_model_len, num_slots=num_slots, total_tokens=total_tokens)
         runner = HistoryRunner(
@@ -201,4 +203,8 @@ class EngineFactory:
         )
         config = replace(config or EngineConfig(), async_scheduling=self.is_async)
         ticks = iter(range(1, 1_000_000))
-        return Engine(runner, kv_cache, self.tokenizer, config, clock=lambda: float(next(ticks))), runner
+        speculator = make_speculator(runner) if make_speculator else None
+        engine = Engine(
+            runner, kv_cache, self.tokenizer, config, clock=lambda: float(next(ticks)), speculator=speculator
+        )
+        return engine, runner

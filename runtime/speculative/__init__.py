@@ -1,0 +1,1 @@
+"""Speculative decoding: tokens are guessed cheaply, and one step of the model checks several guesses at once."""

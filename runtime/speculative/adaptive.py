@@ -1,0 +1,135 @@
+"""How many tokens to draft: as many as are expected to pay, from how drafts fared and what steps cost.
+
+Pure but for what it is told. A draft of k tokens turns a step of one row into one of 1 + k; with a chance s_j that
+the first j are all accepted, it brings 1 + s_1 + ... + s_k tokens instead of one.
+Source of the model: Leviathan et al., arXiv:2211.17192, section 3.3; by position, because guesses get worse with it.
+"""
+
+from collections.abc import Callable, Sequence
+
+# Chance of acceptance before anything is known, and the weight of a prior in observations.
+_OPTIMISM = 0.7
+_PRIOR_WEIGHT = 3.0
+# How much of the past is kept per draft: about 20 drafts of a sequence, 100 of all.
+_DECAY = 0.95
+_SHARED_DECAY = 0.99
+# A longer draft has to promise this much more, because the estimates are noisy.
+_MARGIN = 1.01
+# Guesses less likely than this never pay.
+_LEAST_CHANCE = 0.02
+# Chances for a draft between two probes, while none pays. It doubles with every probe in vain.
+_FIRST_PROBE_AFTER = 32
+_LAST_PROBE_AFTER = 512
+_PROBE_LENGTH = 2
+
+
+class Acceptance:
+    """How drafts of one kind fare, by position. Without ``prior`` it is that of all sequences."""
+
+    def __init__(self, max_length: int, prior: "Acceptance | None" = None) -> None:
+        self.tried = [0.0] * max_length
+        self.accepted = [0.0] * max_length
+        self.survival: list[float] = []
+        """Chance that the first 1, 2, ... tokens of a draft are all accepted."""
+        self._prior = prior
+        self._decay = _SHARED_DECAY if prior is None else _DECAY
+        self._probe_after = _FIRST_PROBE_AFTER
+        self._num_passed = 0
+        self._update_survival()
+
+    def update(self, num_drafted: int, num_accepted: int) -> None:
+        """Count one draft. What follows the first rejected token was not judged."""
+        for position in range(min(num_drafted, num_accepted + 1)):
+            self.tried[position] = self.tried[position] * self._decay + 1
+            is_accepted = position < num_accepted
+            self.accepted[position] = self.accepted[position] * self._decay + is_accepted
+        self._update_survival()
+        if self._prior is not None:
+            self._prior.update(num_drafted, num_accepted)
+
+    def rate(self, position: int) -> float:
+        """Chance of acceptance at a position, given that all before it were accepted."""
+        prior = _OPTIMISM if self._prior is None else self._prior.rate(position)
+        return (self.accepted[position] + _PRIOR_WEIGHT * prior) / (self.tried[position] + _PRIOR_WEIGHT)
+
+    def probed(self, length: int) -> int:
+        """The length to draft where ``length`` is what pays: now and then some although nothing does, to notice when
+        that changes."""
+        if length > 0:
+            self._probe_after, self._num_passed = _FIRST_PROBE_AFTER, 0
+            return length
+        self._num_passed += 1
+        if self._num_passed < self._probe_after:
+            return 0
+        self._num_passed = 0
+        self._probe_after = min(2 * self._probe_after, _LAST_PROBE_AFTER)
+        return min(_PROBE_LENGTH, len(self.tried))
+
+    def _update_survival(self) -> None:
+        chance, self.survival = 1.0, []
+        for position in range(len(self.tried)):
+            chance *= self.rate(position)
+            self.survival.append(chance)
+
+
+class StepSeconds:
+    """Seconds of a step by its rows: as measured, or as ``predict`` says in proportion to what was measured."""
+
+    _WEIGHT = 0.1
+    # A step that the machine interrupted says nothing about its size.
+    _OUTLIER = 2.0
+
+    def __init__(self, predict: Callable[[int], float]) -> None:
+        self._predict = predict
+        self._measured: dict[int, float] = {}
+        self._ratio: float | None = None
+
+    def __call__(self, num_rows: int) -> float:
+        measured = self._measured.get(num_rows)
+        return measured if measured is not None else self._predict(num_rows) * (self._ratio or 1.0)
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        ratio = seconds / self._predict(num_rows)
+        if self._ratio is None:
+            self._ratio = ratio
+        ratio = min(ratio, self._OUTLIER * self._ratio)
+        self._ratio += self._WEIGHT * (ratio - self._ratio)
+        known = self._measured.get(num_rows)
+        if known is None:
+            self._measured[num_rows] = min(seconds, self._OUTLIER * self._ratio * self._predict(num_rows))
+        else:
+            self._measured[num_rows] = known + self._WEIGHT * (min(seconds, self._OUTLIER * known) - known)
+
+
+def draft_lengths(
+    survivals: Sequence[Sequence[float]],
+    *,
+    num_others: int,
+    step_seconds: Callable[[int], float],
+    draft_seconds: Callable[[int], float],
+) -> list[int]:
+    """How many tokens to draft for each sequence of a step, so that it brings most tokens per second.
+
+    survivals: for each sequence the chances that its first 1, 2, ... drafted tokens are accepted, descending; their
+    number is the limit. num_others rows of the step draft nothing. step_seconds(rows) is the verifying step,
+    draft_seconds(longest) the drafting before it.
+    """
+    chances = [
+        (chance, index) for index, survival in enumerate(survivals) for chance in survival if chance >= _LEAST_CHANCE
+    ]
+    chances.sort(reverse=True)
+    num_rows = num_others + len(survivals)
+    expected = float(num_rows)
+    lengths = [0] * len(survivals)
+    longest = 0
+    best, best_count = expected / step_seconds(num_rows) * _MARGIN, 0
+    for count, (chance, index) in enumerate(chances, start=1):
+        lengths[index] += 1
+        longest = max(longest, lengths[index])
+        expected += chance
+        rate = expected / (step_seconds(num_rows + count) + draft_seconds(longest))
+        if rate > best:
+            best, best_count = rate, count
+    for _, index in chances[best_count:]:
+        lengths[index] -= 1
+    return lengths

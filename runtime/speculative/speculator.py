@@ -1,0 +1,161 @@
+"""Speculation on the device's thread: drafts before a step, verification after it, and what is learnt from both.
+
+The host plans a step with room for drafts before the last one has brought its tokens. The device knows them when the
+step's turn comes: it asks for drafts, makes the rows anew, and tells with the result how many were accepted.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from xllm_compile.runtime.batch import Batch
+from xllm_compile.runtime.outputs import SpeculationStats
+from xllm_compile.runtime.sampler import SampledToken
+from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.runtime.speculative.adaptive import Acceptance, StepSeconds, draft_lengths
+from xllm_compile.runtime.speculative.draft_step import with_drafts
+from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft, Proposer, Speculation
+from xllm_compile.runtime.speculative.verify import Verified
+from xllm_compile.runtime.step import Step
+
+_WEIGHT = 0.1
+
+
+class Speculator:
+    """Drafts and learns. `draft` and `learn` belong to the device's thread, the other methods to the host's."""
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        *,
+        max_length: int,
+        step_seconds: StepSeconds,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """max_length bounds a draft. step_seconds learns how long steps take."""
+        self.max_length = max_length
+        self._proposer = proposer
+        self._clock = clock
+        self._step_seconds = step_seconds
+        self._draft_token_seconds: float | None = None
+        self._shared: dict[int, Acceptance] = {}
+        self._ended: deque[Speculation] = deque()
+        self._stats = SpeculationStats(drafted_by_position=[0] * max_length, accepted_by_position=[0] * max_length)
+
+    def start(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> Speculation:
+        """For a new sequence."""
+        return Speculation(params=params, token_ids=list(prompt_token_ids), num_prompt_tokens=len(prompt_token_ids))
+
+    def reserve(self, sequence: Speculation | None) -> int:
+        """Most drafted tokens for the next step of the sequence, asked by the host when it plans it."""
+        assert sequence is not None
+        # A cheap draft is made when the newest tokens are known: only then is it clear whether they suggest any.
+        return sequence.num_wanted if self._proposer.is_costly else self.max_length
+
+    def forget(self, sequence: Speculation) -> None:
+        """The sequence ended, for the host; a launched step may still have it."""
+        self._ended.append(sequence)
+
+    def stats(self) -> SpeculationStats:
+        """A snapshot of the counters."""
+        counted = self._stats
+        return SpeculationStats(
+            num_drafts=counted.num_drafts,
+            drafted_by_position=list(counted.drafted_by_position),
+            accepted_by_position=list(counted.accepted_by_position),
+            draft_length=counted.draft_length,
+        )
+
+    def draft(self, batch: Batch) -> tuple[Step, list[Draft]]:
+        """The step to run, and a draft for each sampled sequence, of which only the first may have one."""
+        sequences = batch.drafting
+        drafts = self._propose(batch) if any(batch.num_granted) else [NO_DRAFT] * len(sequences)
+        step = batch.step
+        is_planned = all(
+            not draft.token_ids and position == len(sequence.token_ids) - 1
+            for draft, position, sequence in zip(drafts, step.positions.tolist(), sequences, strict=False)
+        )
+        if not is_planned:
+            step = with_drafts(step, sequences, drafts)
+        return step, drafts + [NO_DRAFT] * (len(batch.sampled) - len(drafts))
+
+    def learn(self, batch: Batch, drafts: Sequence[Draft], verified: Sequence[Verified], seconds: float) -> None:
+        """Take the tokens of a step in, and decide what the next one should draft. seconds: without the drafting."""
+        sequences: list[Speculation] = []
+        for sequence, draft, results in zip(batch.sampled, drafts, verified, strict=True):
+            speculation = sequence.speculation
+            assert speculation is not None
+            sequences.append(speculation)
+            speculation.token_ids += [result.token_id if isinstance(result, SampledToken) else 0 for result in results]
+            if draft.token_ids:
+                self._count(speculation, len(draft.token_ids), len(results) - 1)
+        if batch.is_decode_only:
+            self._step_seconds.observe(sum(1 + len(draft.token_ids) for draft in drafts), seconds)
+        self._choose_lengths(sequences)
+        # The host ends a sequence with one step under way at most, which is this one.
+        while self._ended:
+            self._proposer.forget(self._ended.popleft())
+
+    def _propose(self, batch: Batch) -> list[Draft]:
+        # A costly draft was decided on when the step was planned. A cheap one is made as the newest tokens suggest.
+        is_costly = self._proposer.is_costly
+        lengths = [
+            granted if is_costly else min(granted, sequence.num_wanted)
+            for sequence, granted in zip(batch.drafting, batch.num_granted, strict=True)
+        ]
+        if not any(lengths):
+            return [NO_DRAFT] * len(lengths)
+        began = self._clock()
+        drafts = self._proposer.propose(batch.drafting, lengths)
+        longest = max(len(draft.token_ids) for draft in drafts)
+        if is_costly and longest:
+            seconds = (self._clock() - began) / longest
+            known = self._draft_token_seconds
+            self._draft_token_seconds = (
+                seconds if known is None else known + _WEIGHT * (min(seconds, 2 * known) - known)
+            )
+        return drafts
+
+    def _count(self, sequence: Speculation, num_drafted: int, num_accepted: int) -> None:
+        assert sequence.kind is not None
+        self._acceptance(sequence).update(num_drafted, num_accepted)
+        stats = self._stats
+        stats.num_drafts += 1
+        stats.draft_length += _WEIGHT * (num_drafted - stats.draft_length)
+        for position in range(num_drafted):
+            stats.drafted_by_position[position] += 1
+            stats.accepted_by_position[position] += position < num_accepted
+
+    def _acceptance(self, sequence: Speculation) -> Acceptance:
+        kind = sequence.kind
+        assert kind is not None
+        found = sequence.acceptance.get(kind)
+        if found is None:
+            shared = self._shared.get(kind)
+            if shared is None:
+                shared = self._shared[kind] = Acceptance(self.max_length)
+            found = sequence.acceptance[kind] = Acceptance(self.max_length, shared)
+        return found
+
+    def _choose_lengths(self, sequences: Sequence[Speculation]) -> None:
+        candidates = []
+        for sequence in sequences:
+            sequence.kind = self._proposer.observe(sequence)
+            sequence.num_wanted = 0
+            if sequence.kind is not None:
+                candidates.append((sequence, self._acceptance(sequence)))
+        lengths = draft_lengths(
+            [acceptance.survival for _, acceptance in candidates],
+            num_others=len(sequences) - len(candidates),
+            step_seconds=self._step_seconds,
+            draft_seconds=self._draft_seconds,
+        )
+        for (sequence, acceptance), length in zip(candidates, lengths, strict=True):
+            sequence.num_wanted = acceptance.probed(length)
+
+    def _draft_seconds(self, longest: int) -> float:
+        if not self._proposer.is_costly:
+            return 0.0
+        # Before the first draft: a fifth of a step for each token.
+        each = self._draft_token_seconds
+        return longest * (each if each is not None else 0.2 * self._step_seconds(1))
