@@ -7,6 +7,7 @@ import threading
 import time
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
@@ -43,6 +44,19 @@ def until(condition):
     while not condition():
         assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.05)
+
+
+def test_embeddings(client):
+    """The client asks for base64 unless told otherwise, and decodes it."""
+    inputs = [PROMPT, "import os\n", PROMPT]
+    answer = client.embeddings.create(model="demo", input=inputs)
+    first, other, again = (np.array(entry.embedding) for entry in answer.data)
+    assert np.linalg.norm(first) == pytest.approx(1.0, abs=1e-5)
+    # Whatever steps they rode in.
+    assert np.array_equal(first, again) and not np.allclose(first, other, atol=1e-2)
+    plain = client.embeddings.create(model="demo", input=PROMPT, encoding_format="float")
+    np.testing.assert_allclose(plain.data[0].embedding, first, rtol=1e-6)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 2 * plain.usage.prompt_tokens
 
 
 def test_completion_stream_and_chat_agree_with_themselves(client):

@@ -23,7 +23,7 @@ PARAMS = (
 )
 
 
-def expected(model_dir, prompts, params):
+def expected_embeddings(model_dir, prompts, params):
     model = load_reference(model_dir)
     with torch.inference_mode():
         states = [model.model(torch.tensor([prompt])).last_hidden_state[0] for prompt in prompts]
@@ -38,7 +38,7 @@ def assert_equal_embeddings(model_dir, engine):
     prompts = random_prompts(LENGTHS, 4099)
     llm = LLMBase(engine)
     for params in PARAMS:
-        wanted = expected(model_dir, prompts, params)
+        wanted = expected_embeddings(model_dir, prompts, params)
         # All in one batch, chunked; and one alone.
         for chosen in (prompts, prompts[3:4]):
             outputs = llm.embed(chosen, params)

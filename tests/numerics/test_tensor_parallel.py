@@ -7,11 +7,13 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.helpers import COMPILE_OPTIONS, compile_model, greedy
+from tests.numerics.test_embeddings import expected_embeddings
 from tests.numerics.test_parity import NUM_TOKENS, assert_parity, chains_of
 from xllm_compile.benchmarks.parity import random_prompts
 from xllm_compile.graph_passes.device_spec import device_spec
@@ -19,6 +21,8 @@ from xllm_compile.runtime.artifact import read_manifest, write_manifest
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.follower import opened_instance
 from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.llm import LLMBase
+from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.step import Step
 
 pytestmark = pytest.mark.numerics
@@ -88,6 +92,18 @@ def record_logits(engine: Engine, seen: list[Tensor]) -> None:
         return seen[-1]
 
     engine._runner.execute = recorded  # type: ignore[method-assign]
+
+
+def test_embeddings_of_whole_and_halved_steps(model_dir, artifact):
+    """129 tokens run in halves, whose states are joined for it; 33 as a whole."""
+    prompts = random_prompts((3, 4, 33, 129), 4099)
+    params = PoolingParams(pooling="mean")
+    with opened_instance(artifact, InstanceConfig(max_num_seqs=8)) as instance:
+        llm = LLMBase(instance.engine)
+        for prompt, expected in zip(prompts, expected_embeddings(model_dir, prompts, params), strict=True):
+            (output,) = llm.embed(prompt, params)
+            assert output.embedding is not None
+            np.testing.assert_allclose(output.embedding, expected, rtol=1e-3, atol=2e-5)
 
 
 def test_each_rank_holds_its_part(artifact):
