@@ -43,6 +43,7 @@ class ServiceTokenizer(Protocol):
 
     is_byte_level: bool
     generation_defaults: dict[str, float]
+    eos_token_ids: frozenset[int]
     special_token_ids: frozenset[int]
 
     @property

@@ -11,9 +11,11 @@ from starlette.types import Send
 from xllm_compile.runtime.outputs import CompletionOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import openai_params
+from xllm_compile.scheduler.beam_search import BeamSearchParams, beam_search
 from xllm_compile.scheduler.chat_formats import constraint, has_special_markers
 from xllm_compile.scheduler.chat_parser import ChatParser, MessageFormat, message_of, parse_message
 from xllm_compile.scheduler.http_io import send_events, send_json
+from xllm_compile.scheduler.openai_beams import beam_params
 from xllm_compile.scheduler.openai_logprobs import chat_logprobs
 from xllm_compile.scheduler.openai_stream import ChunkEncoder, dumps, quote, usage
 from xllm_compile.scheduler.openai_tools import check_format, tool_request
@@ -32,11 +34,18 @@ class _Chat:
     prompt: Prompt
     params: SamplingParams
     expected: MessageFormat
+    beams: BeamSearchParams | None
+    """Where beams are searched for."""
     request_id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def open(self, service: Service) -> OutputStream:
-        return OutputStream([service.generate(self.request_id, self.prompt.token_ids, self.params)], self.params.n)
+        token_ids = self.prompt.token_ids
+        if self.beams is not None:
+            outputs = beam_search(service, self.request_id, token_ids, self.beams)
+        else:
+            outputs = service.generate(self.request_id, token_ids, self.params)
+        return OutputStream([outputs], self.params.n)
 
     def head(self, service: Service, kind: str) -> dict[str, Any]:
         return {"id": self.request_id, "object": kind, "created": self.created, "model": service.model_name}
@@ -92,7 +101,8 @@ async def _prepare(service: Service, request: ChatCompletionRequest) -> _Chat:
         structured=constraint(request, tools, expected, service.tokenizer),
         keep_special_tokens=has_special_markers(expected, service.tokenizer),
     )
-    return _Chat(request=request, prompt=prompt, params=params, expected=expected)
+    beams = beam_params(request, params)
+    return _Chat(request=request, prompt=prompt, params=params, expected=expected, beams=beams)
 
 
 def _choice(service: Service, chat: _Chat, output: CompletionOutput) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.types import Send
 
-from xllm_compile.runtime.outputs import CompletionOutput
+from xllm_compile.runtime.outputs import CompletionOutput, RequestOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import openai_params
+from xllm_compile.scheduler.beam_search import BeamSearchParams, beam_search
+from xllm_compile.scheduler.best_of import best_of
 from xllm_compile.scheduler.http_io import send_events, send_json
+from xllm_compile.scheduler.openai_beams import beam_params
 from xllm_compile.scheduler.openai_logprobs import TokenLogprobs, completion_logprobs
 from xllm_compile.scheduler.openai_stream import ChunkEncoder, dumps, quote, usage
 from xllm_compile.scheduler.openai_structured import structured_output
@@ -29,6 +32,8 @@ class _Completion:
     request: CompletionRequest
     prompts: list[Prompt]
     params: list[SamplingParams]
+    beams: list[BeamSearchParams | None]
+    """Of each prompt, where beams are searched for."""
     drops_output: bool
     """max_tokens=0 with echo: the prompt is scored, the one token that a step must generate is not shown."""
     request_id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
@@ -45,11 +50,15 @@ class _Completion:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
 
     def open(self, service: Service) -> OutputStream:
-        jobs = enumerate(zip(self.prompts, self.params, strict=True))
-        return OutputStream(
-            [service.generate(f"{self.request_id}-{at}", prompt.token_ids, params) for at, (prompt, params) in jobs],
-            self.n,
-        )
+        return OutputStream([self._outputs(service, index) for index in range(len(self.prompts))], self.n)
+
+    def _outputs(self, service: Service, index: int) -> AsyncGenerator[RequestOutput, None]:
+        request_id, token_ids = f"{self.request_id}-{index}", self.prompts[index].token_ids
+        beams, params = self.beams[index], self.params[index]
+        if beams is not None:
+            return beam_search(service, request_id, token_ids, beams)
+        outputs = service.generate(request_id, token_ids, params)
+        return best_of(outputs, self.n) if params.n > self.n else outputs
 
     def head(self, service: Service) -> dict[str, Any]:
         return {
@@ -106,7 +115,12 @@ async def _prepare(service: Service, request: CompletionRequest) -> _Completion:
                 structured=structured,
             )
         )
-    return _Completion(request=request, prompts=prompts, params=params, drops_output=drops_output)
+    beams = [beam_params(request, each) for each in params]
+    if request.best_of is not None and not request.use_beam_search:
+        # The candidates' own log-probabilities are what they are chosen by.
+        num_logprobs = 0 if logprobs is None else logprobs
+        params = [replace(each, n=request.best_of, logprobs=num_logprobs) for each in params]
+    return _Completion(request=request, prompts=prompts, params=params, beams=beams, drops_output=drops_output)
 
 
 async def _stream(service: Service, completion: _Completion) -> AsyncGenerator[bytes, None]:

@@ -12,6 +12,9 @@ from xllm_compile.scheduler.openai_types import ChatCompletionRequest, Completio
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of /v1/completions; chat goes on to the end of the context."""
 
+MAX_CANDIDATES = 128
+"""Most that best_of asks for, as much as n."""
+
 _PASSED_ON = (
     "n",
     "temperature",
@@ -57,8 +60,11 @@ def refuse_unavailable(request: SamplingFields) -> None:
         message = "'stream_options' is only allowed when 'stream' is true."
         raise errors.invalid(message, param="stream_options")
     best_of = getattr(request, "best_of", None)
-    if best_of is not None and best_of != (request.n or 1):
-        message = f"best_of={best_of} must equal n={request.n or 1}; choosing among candidates is not available yet."
+    if best_of is not None and not (request.n or 1) <= best_of <= MAX_CANDIDATES:
+        message = f"best_of={best_of} must be in [n={request.n or 1}, {MAX_CANDIDATES}]."
+        raise errors.invalid(message, param="best_of")
+    if best_of is not None and best_of > (request.n or 1) and request.stream:
+        message = "Candidates are chosen when all are finished: with 'stream', leave 'best_of' out."
         raise errors.invalid(message, param="best_of")
 
 

@@ -52,6 +52,10 @@ class SamplingFields(_Strict):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    use_beam_search: bool | None = None
+    """The n most probable continuations, found by beam search n (or best_of) wide."""
+    length_penalty: float | None = None
+    """Of beam search: scores are divided by the length to this power (default 1)."""
     include_metrics: bool | None = None
     """Answer with times and counts of this request (response_metrics.py)."""
     # What the answer must look like: OpenAI's, and vLLM's newer and older words.
@@ -67,6 +71,7 @@ class CompletionRequest(SamplingFields):
     prompt: Any = None
     """str, list of str, list of token ids, or list of those."""
     best_of: int | None = None
+    """Candidates of which the n most probable are answered."""
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None

@@ -93,9 +93,12 @@ class Service:
             self.metrics.count_request(api, outcome)
 
     async def generate(
-        self, request_id: str, token_ids: list[int], params: SamplingParams
+        self, request_id: str, token_ids: list[int], params: SamplingParams, *, is_measured: bool = True
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The engine's outputs of one prompt, measured. Raises ApiError whatever the engine raised."""
+        """The engine's outputs of one prompt. Raises ApiError whatever the engine raised.
+
+        is_measured: it counts in /metrics, as what a client asked for and no part of it.
+        """
         if request_id in self._open_ids:
             message = f"A request of id '{request_id}' is open; choose another."
             raise errors.ApiError(errors.ALREADY_EXISTS, message, param="request_id", code="request_id_in_use")
@@ -104,12 +107,8 @@ class Service:
         outputs = self.engine.generate(request_id, token_ids, params)
         try:
             async for output in outputs:
-                for choice in output.outputs:
-                    num_tokens += len(choice.token_ids)
-                    if choice.finish_reason is not None:
-                        self.metrics.count_finished(choice.finish_reason)
-                if output.finished:
-                    self.metrics.observe(output.metrics, num_tokens)
+                if is_measured:
+                    num_tokens += self._count(output, num_tokens)
                 yield output
         except Exception as err:
             error = to_api_error(err)
@@ -122,6 +121,17 @@ class Service:
             if close is not None:
                 await close()
             self._open_ids.discard(request_id)
+
+    def _count(self, output: RequestOutput, num_tokens_before: int) -> int:
+        """Tokens of this output; what ended is counted."""
+        num_tokens = 0
+        for choice in output.outputs:
+            num_tokens += len(choice.token_ids)
+            if choice.finish_reason is not None:
+                self.metrics.count_finished(choice.finish_reason)
+        if output.finished:
+            self.metrics.observe(output.metrics, num_tokens_before + num_tokens)
+        return num_tokens
 
     async def abort(self, request_id: str) -> bool:
         """End an open request, all prompts of it. False when there is none of that id."""
