@@ -35,6 +35,8 @@ class NodeCost:
     """What this device sends."""
     messages: int = 0
     """One after the other, on the link."""
+    sends_while_computing: bool = False
+    """Whether the link is at work during the rest of the call."""
     launches: int = 1
 
     @property
@@ -53,7 +55,10 @@ class CostModel:
         # Tiles bind arithmetic only: what is read can be split along the inner axis too.
         compute, memory = self.compute_seconds(cost) / self.at_work(cost, share), self.memory_seconds(cost) / share
         hidden = self._efficiency(cost).overlap * min(compute, memory)
-        return cost.launches * self.spec.launch_s + self.link_seconds(cost) + compute + memory - hidden
+        work, link = compute + memory - hidden, self.link_seconds(cost)
+        if cost.sends_while_computing:
+            link = max(0.0, link - work)
+        return cost.launches * self.spec.launch_s + link + work
 
     def compute_seconds(self, cost: NodeCost) -> float:
         """Of the arithmetic alone, on all cores."""

@@ -26,6 +26,8 @@ from xllm_compile.graph_passes.timeline import MAIN_STREAM, makespan, schedule
 
 # A plan must promise more than the cost model can err on ratios of like work.
 _LEAST_GAIN = 0.005
+# What a branch on a stream of its own costs: an event where it leaves the others, and one where they meet again.
+_EVENTS = 2
 
 Costs = dict[fx.Node, NodeCost]
 
@@ -153,11 +155,12 @@ def _rewrite(
                 node.meta["stream"] = f"{label}.{index}"
     else:
         named = []
-    side_by_side = planned()
+    crossing_s = _EVENTS * model.spec.launch_s * (len(branches) - 1) if named else 0.0
+    side_by_side = planned() + crossing_s
     for branch, (cube, vector) in zip(branches, balanced.cores, strict=True):
         for node in branch:
             node.meta["core_share"] = {"cube": max(1, cube), "vector": max(1, vector)}
-    shared = planned()
+    shared = planned() + crossing_s
     if shared < min(in_turns, side_by_side) * (1 - _LEAST_GAIN):
         return True
     for node in members:

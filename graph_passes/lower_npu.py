@@ -1,7 +1,8 @@
 """NPU lowering: our operators and linear layers on torch_npu's fused ones, as TorchAir's GE graphs want them.
 
 Matches: xllm::rms_norm, add_rms_norm, silu_mul, rope, kv_write, attention; aten.linear; the all-reduce of a product;
-    the step metadata among a region's inputs; nodes that a scheduling pass gave a stream or a share of the cores.
+    the step metadata among a region's inputs; nodes that a scheduling pass gave a stream or a share of the cores. A
+    layer on two halves of a step has each of these twice.
 Rewrites: npu_rms_norm, npu_add_rms_norm, npu_swiglu, npu_rotary_mul, npu_scatter_nd_update_ on the flat cache,
     npu_fused_infer_attention_score (TND, causal, paged), npu_linear, npu_mm_all_reduce_base. Inputs become those of
     runtime/ops/npu.py. ``meta["stream"]`` (a label) and ``meta["core_share"]`` ({"cube": n, "vector": m}) become
@@ -41,7 +42,7 @@ def lower_npu(region: RegionGraph, *, num_blocks: int, blocks_per_seq: int) -> P
     """``num_blocks`` of the whole KV cache, ``blocks_per_seq`` that one sequence can own."""
     declare_operators()
     report = PassReport(name="lower_npu", region=region.name)
-    if region.name == "embed":
+    if region.name.partition(".")[0] == "embed":
         report.matches += _return_full_cos_sin(region)
     rows = {
         xllm.rms_norm.default: _lower_rms_norm,
@@ -145,44 +146,98 @@ def _return_full_cos_sin(region: RegionGraph) -> int:
 
 
 def _lower_step(region: RegionGraph, num_blocks: int, blocks_per_seq: int, report: PassReport) -> int:
-    """Rotary embedding, KV write and attention, and the inputs they read. Returns the number of operators replaced."""
+    """Rotary embedding, KV write and attention of the step or of its halves, and the inputs they read. Returns the
+    number of operators replaced."""
     writes = list(region.graph.find_nodes(op="call_function", target=xllm.kv_write.default))
     attentions = list(region.graph.find_nodes(op="call_function", target=xllm.attention.default))
     if not writes and not attentions:
         return 0
-    if len(writes) != 1 or len(attentions) != 1:
+    parts = [node.meta.get("micro_batch") for node in attentions]
+    if parts not in ([None], [0, 1]) or [node.meta.get("micro_batch") for node in writes] != parts:
         report.skip("more than one attention, or none for the write")
         return 0
-    (write,), (attention,) = writes, attentions
     ropes = list(region.graph.find_nodes(op="call_function", target=xllm.rope.default))
-    cache = args_of(write)[2].meta["val"]
+    cache = args_of(writes[0])[2].meta["val"]
     _, _, _, kv_heads, head_dim = cache.shape
     if any(2 * args_of(rope)[1].meta["val"].shape[1] != head_dim for rope in ropes):
         report.skip("heads are rotated in part")
         return 0
-    inputs = _replace_inputs(region, num_blocks, blocks_per_seq, kv_heads * head_dim)
+    inputs = _replace_inputs(region, num_blocks, blocks_per_seq, kv_heads * head_dim, parts)
+    rotations = _rotations(region, inputs, parts)
     for rope in ropes:
         x = args_of(rope)[0]
         heads = x.meta["val"].shape[1]
         rows = _call(region, rope, aten.view.default, x, [1, -1, heads, head_dim])
-        rotated = _call(region, rope, npu.npu_rotary_mul.default, rows, inputs["cos"], inputs["sin"])
+        rotation = rotations[rope.meta.get("micro_batch")]
+        rotated = _call(region, rope, npu.npu_rotary_mul.default, rows, *rotation)
         _replace(region, rope, _call(region, rope, aten.view.default, rotated, [-1, heads, head_dim]))
-    _lower_write(region, write, inputs, kv_heads * head_dim)
-    _lower_attention(region, attention, inputs, kv_heads, head_dim)
+    _lower_writes(region, writes, inputs, kv_heads * head_dim)
+    for part, attention in zip(parts, attentions, strict=True):
+        lengths = inputs[_of_part("query_end", part)], inputs[_of_part("kv_len", part)]
+        _lower_attention(region, attention, inputs, lengths, kv_heads, head_dim)
+    # What cut the old metadata in halves.
+    region.graph.eliminate_dead_code()
     _drop_old_inputs(region)
-    return len(ropes) + 3
+    return len(ropes) + 2 * len(parts) + 1
 
 
-def _lower_write(region: RegionGraph, write: fx.Node, inputs: dict[str, fx.Node], width: int) -> None:
-    for value, cache in zip(args_of(write)[:2], ("k_cache", "v_cache"), strict=True):
-        rows = _call(region, write, aten.view.default, value, [-1, width])
+def _of_part(name: str, part: int | None) -> str:
+    return name if part is None else f"{name}_{part}"
+
+
+def _rotations(
+    region: RegionGraph, inputs: dict[str, fx.Node], parts: list[int | None]
+) -> dict[int | None, list[fx.Node]]:
+    """cos and sin of each part's rows."""
+    whole = [inputs["cos"], inputs["sin"]]
+    if parts == [None]:
+        return {None: whole}
+    first = next(node for node in region.graph.nodes if node.op == "call_function")
+    sizes = []
+    for part in parts:
+        with region.graph.inserting_before(first):
+            size = region.graph.call_function(aten.sym_size.int, (region.placeholder(f"delta_{part}"), 0))
+        size.meta["val"] = region.placeholder(f"delta_{part}").meta["val"].shape[0]
+        sizes.append(size)
+    cut = [_call(region, first, aten.split_with_sizes.default, rows, sizes, 1) for rows in whole]
+    return {part: [_part(region, first, rows, index) for rows in cut] for index, part in enumerate(parts)}
+
+
+def _lower_writes(region: RegionGraph, writes: list[fx.Node], inputs: dict[str, fx.Node], width: int) -> None:
+    """One write for all parts: TorchAir writes an input in place that is written once, and copies the whole cache for a
+    second time. What half 1's rows are made from moves ahead of half 0's attention, which does not look at them."""
+    first = writes[0]
+    for write in writes[1:]:
+        _move_before(region, first, args_of(write)[:2])
+    for position, cache in enumerate(("k_cache", "v_cache")):
+        rows = [_call(region, first, aten.view.default, args_of(write)[position], [-1, width]) for write in writes]
+        whole = rows[0] if len(rows) == 1 else _call(region, first, aten.cat.default, rows)
         # On the input itself: through a view of it the whole cache would be copied in and out.
-        _call(region, write, npu.npu_scatter_nd_update_.default, inputs[cache], inputs["write_at"], rows)
-    region.graph.erase_node(write)
+        _call(region, first, npu.npu_scatter_nd_update_.default, inputs[cache], inputs["write_at"], whole)
+    for write in writes:
+        region.graph.erase_node(write)
+
+
+def _move_before(region: RegionGraph, place: fx.Node, values: Sequence[fx.Node]) -> None:
+    """Move what ``values`` are made from ahead of ``place``, in the order it has."""
+    wanted: set[fx.Node] = set()
+    open_nodes = list(values)
+    while open_nodes:
+        node = open_nodes.pop()
+        if node not in wanted and place < node:
+            wanted.add(node)
+            open_nodes += node.all_input_nodes
+    for node in [node for node in region.graph.nodes if node in wanted]:
+        place.prepend(node)
 
 
 def _lower_attention(
-    region: RegionGraph, attention: fx.Node, inputs: dict[str, fx.Node], kv_heads: int, head_dim: int
+    region: RegionGraph,
+    attention: fx.Node,
+    inputs: dict[str, fx.Node],
+    lengths: tuple[fx.Node, fx.Node],
+    kv_heads: int,
+    head_dim: int,
 ) -> None:
     query, _, _, _, _, scale, window = args_of(attention)
     blocks = [
@@ -198,8 +253,8 @@ def _lower_attention(
         query,
         *blocks,
         atten_mask=inputs["causal_mask"],
-        actual_seq_lengths=inputs["query_end"],
-        actual_seq_lengths_kv=inputs["kv_len"],
+        actual_seq_lengths=lengths[0],
+        actual_seq_lengths_kv=lengths[1],
         block_table=inputs["block_table"],
         num_heads=query.meta["val"].shape[1],
         scale=scale,
@@ -212,25 +267,30 @@ def _lower_attention(
     _replace(region, attention, _part(region, attention, fused, 0))
 
 
-def _replace_inputs(region: RegionGraph, num_blocks: int, blocks_per_seq: int, width: int) -> dict[str, fx.Node]:
-    """The new inputs by name, after the state (delta, residual); those that nothing will read still stand."""
-    dtype = region.inputs[0].dtype
+def _replace_inputs(
+    region: RegionGraph, num_blocks: int, blocks_per_seq: int, width: int, parts: list[int | None]
+) -> dict[str, fx.Node]:
+    """The new inputs by name, after the state; those that nothing will read still stand."""
     tokens = region.placeholder("positions").meta["val"]
     sequences = region.placeholder("slot").meta["val"]
     head_dim = 2 * region.placeholder("cos").meta["val"].shape[1]
+    state = [spec for spec in region.inputs if spec.name.split("_")[0] in ("delta", "residual")]
+    dtype = state[0].dtype
     specs = [
         TensorSpec(name="cos", shape=(1, "T", 1, head_dim), dtype=dtype),
         TensorSpec(name="sin", shape=(1, "T", 1, head_dim), dtype=dtype),
         TensorSpec(name="write_at", shape=("T", 1), dtype="int32"),
-        TensorSpec(name="query_end", shape=("S",), dtype="int64"),
-        TensorSpec(name="kv_len", shape=("S",), dtype="int64"),
+        *(
+            TensorSpec(name=_of_part(name, part), shape=("S",), dtype="int64")
+            for part in parts
+            for name in ("query_end", "kv_len")
+        ),
         TensorSpec(name="block_table", shape=("S", blocks_per_seq), dtype="int32"),
         TensorSpec(name="causal_mask", shape=(MASK_SIZE, MASK_SIZE), dtype="int8"),
         TensorSpec(name="k_cache", shape=(num_blocks * BLOCK_TOKENS, width), dtype=dtype),
         TensorSpec(name="v_cache", shape=(num_blocks * BLOCK_TOKENS, width), dtype=dtype),
     ]
     sizes = {"T": tokens.shape[0], "S": sequences.shape[0]}
-    state = [spec for spec in region.inputs if spec.name in ("delta", "residual")]
     kept = {name: region.placeholder(name) for name in ("cos", "sin")}
     after, new = kept["sin"], dict[str, fx.Node]()
     for spec in specs:

@@ -6,7 +6,7 @@ for its sequences, whose lengths no shape tells. Attention counts as cube work: 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,9 @@ def _bind(region: RegionGraph, step: StepShape) -> dict[Any, int]:
                 if size not in known:
                     raise ValueError(f"region {region.name}: a step has no size {size}; sizes: {', '.join(known)}")
                 bound[value.node.expr] = known[size]
+                if size in ("TA", "TB"):
+                    # A half's size is an expression of the whole step's, which no input may have.
+                    bound |= dict.fromkeys(value.node.expr.free_symbols, known["T"])
     return bound
 
 
@@ -297,6 +300,16 @@ def _token_wise(call: _Call, flops_per_element: float = 1.0) -> NodeCost:
     )
 
 
+def _summed_linear(call: _Call) -> NodeCost:
+    """A product that sends its parts as they are ready: at best the longer of the two."""
+    sent, messages = _all_reduce_sends(call.step.world_size, call.written_bytes)
+    return replace(_linear(call), bytes_link=sent, messages=messages, sends_while_computing=True)
+
+
+def _all_reduce_sends(world_size: int, size: float) -> tuple[float, int]:
+    return 2 * (world_size - 1) / world_size * size, 2 * (world_size - 1)
+
+
 def _collective(call: _Call, name: str) -> NodeCost:
     """Ring algorithms over the step's world; the local result is written once."""
     if name == "wait_tensor":
@@ -305,8 +318,8 @@ def _collective(call: _Call, name: str) -> NodeCost:
     size = call.num_bytes(call.arg(0).meta["val"] if isinstance(call.arg(0), fx.Node) else None)
     # Bytes each device sends, and in how many messages one after the other.
     sent, messages = {
-        "all_reduce": (2 * (n - 1) / n * size, 2 * (n - 1)),
-        "all_reduce_": (2 * (n - 1) / n * size, 2 * (n - 1)),
+        "all_reduce": _all_reduce_sends(n, size),
+        "all_reduce_": _all_reduce_sends(n, size),
         "all_gather_into_tensor": ((n - 1) * size, n - 1),
         "reduce_scatter_tensor": ((n - 1) / n * size, n - 1),
         "all_to_all_single": ((n - 1) / n * size, n - 1),
@@ -340,8 +353,7 @@ _RULES: dict[str, Callable[[_Call], NodeCost]] = {
     "xllm::silu_mul": lambda call: _token_wise(call, 3.0),
     "xllm::rope": lambda call: _token_wise(call, 3.0),
     "npu::npu_linear": _linear,
-    # What it sends is hidden behind the product, as far as the kernel manages.
-    "npu::npu_mm_all_reduce_base": _linear,
+    "npu::npu_mm_all_reduce_base": _summed_linear,
     "npu::npu_rms_norm": lambda call: _token_wise(call, 4.0),
     "npu::npu_add_rms_norm": lambda call: _token_wise(call, 5.0),
     "npu::npu_swiglu": lambda call: _token_wise(call, 3.0),

@@ -1,7 +1,8 @@
 """Whether splitting a step in halves pays: what it hides of the collectives against what smaller products cost.
 
 The link carries one sum after the other; the device computes one node after the other. Layers repeat, so what counts
-is the time from one layer's end to the next one's.
+is the time from one layer's end to the next one's. Where a graph ends only when its sums have arrived, none is hidden
+behind the next layer.
 """
 
 from dataclasses import dataclass
@@ -36,9 +37,18 @@ class Part:
     link_s: float
 
 
-def predict_overlap(region: RegionGraph, num_tokens: int, world_size: int, model: CostModel) -> Overlap:
-    """``region`` is an unsplit layer after all other passes, ``num_tokens`` (at least 2) those of one prompt."""
-    plain = _parts(region, StepShape.of(num_tokens, world_size=world_size), model)
+def predict_overlap(
+    region: RegionGraph,
+    num_tokens: int,
+    world_size: int,
+    model: CostModel,
+    *,
+    lowered: RegionGraph | None = None,
+    sums_leave_region: bool = True,
+) -> Overlap:
+    """``region`` is an unsplit layer as it is split, ``lowered`` as it runs in one where that differs; ``num_tokens``
+    (at least 2) those of one prompt."""
+    plain = _parts(lowered or region, StepShape.of(num_tokens, world_size=world_size), model)
     sizes = split_sizes(num_tokens).values()
     steps = [
         StepShape(sequences=((size, end),), world_size=world_size)
@@ -46,11 +56,11 @@ def predict_overlap(region: RegionGraph, num_tokens: int, world_size: int, model
     ]
     return Overlap(
         plain_s=sum(part.compute_s + part.link_s for part in plain),
-        split_s=steady_seconds([_parts(region, step, model) for step in steps]),
+        split_s=steady_seconds([_parts(region, step, model) for step in steps], sums_leave_region=sums_leave_region),
     )
 
 
-def steady_seconds(halves: list[list[Part]]) -> float:
+def steady_seconds(halves: list[list[Part]], *, sums_leave_region: bool = True) -> float:
     """Time of one layer among equal ones, the parts of the halves alternating."""
     now, link_free = 0.0, 0.0
     arrived = [0.0] * len(halves)
@@ -61,6 +71,8 @@ def steady_seconds(halves: list[list[Part]]) -> float:
                 now = max(now, arrived[half]) + part.compute_s
                 if part.link_s:
                     link_free = arrived[half] = max(now, link_free) + part.link_s
+        if not sums_leave_region:
+            now = max(now, *arrived)
         ends.append(now)
     return ends[-1] - ends[-2]
 

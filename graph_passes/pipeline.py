@@ -11,6 +11,8 @@ from torch import fx
 
 from xllm_compile.graph_passes.add_rms_norm import add_rms_norm
 from xllm_compile.graph_passes.canonicalise import canonicalise
+from xllm_compile.graph_passes.cost_model import CostModel
+from xllm_compile.graph_passes.cube_vector_balance import cube_vector_balance
 from xllm_compile.graph_passes.dual_stream import dual_stream
 from xllm_compile.graph_passes.last_token_gather import last_token_gather
 from xllm_compile.graph_passes.lower_npu import lower_npu
@@ -22,6 +24,7 @@ from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_passes.quantise import quantise
 from xllm_compile.graph_passes.region import PassReport, RegionGraph
 from xllm_compile.graph_passes.silu_mul import silu_mul
+from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.graph_passes.verify import verify_graph
 from xllm_compile.runtime.ops.npu import BLOCK_TOKENS
 
@@ -36,6 +39,8 @@ class Pass:
     summary: str
     required_in: str | None = None
     """Regions whose name starts with this must have a match: later stages rely on it."""
+    after_split: bool = False
+    """Whether steps in halves are split before it runs: it places operators, or replaces what the others look for."""
     numerics: Numerics = "preserving"
     """Whether results stay within rounding of eager's. A changing pass runs only when the user asks for it."""
 
@@ -126,9 +131,17 @@ def split_pipeline(*, disabled: frozenset[str] = frozenset()) -> list[Pass]:
 _SPLIT_PASSES = frozenset({"micro_batch_split", "dual_stream"})
 
 
-def npu_pipeline(*, max_model_len: int, max_num_seqs: int = 64, disabled: frozenset[str] = frozenset()) -> list[Pass]:
+def npu_pipeline(
+    *,
+    max_model_len: int,
+    max_num_seqs: int = 64,
+    disabled: frozenset[str] = frozenset(),
+    model: CostModel | None = None,
+    step: StepShape | None = None,
+) -> list[Pass]:
     """The pipeline of the NPU target; its graphs address the KV of ``max_num_seqs`` sequences of ``max_model_len``.
 
+    model, step: of the device and of the step that cores are balanced for; without them they are not.
     Raises ValueError for an unknown or a required name in ``disabled``.
     """
     blocks_per_seq = -(-max_model_len // BLOCK_TOKENS)
@@ -140,10 +153,31 @@ def npu_pipeline(*, max_model_len: int, max_num_seqs: int = 64, disabled: frozen
         _SILU_MUL,
         _LAST_TOKEN_GATHER,
         _ADD_RMS_NORM,
+        # It notes what the lowering makes scopes of.
+        *_balance(model, step),
         # Last: it replaces every operator that the patterns above look for.
-        Pass(name="lower_npu", run=lower, summary="torch_npu operators, streams, core limits", required_in="layer"),
+        Pass(
+            name="lower_npu",
+            run=lower,
+            summary="torch_npu operators, streams, core limits",
+            required_in="layer",
+            after_split=True,
+        ),
     ]
     return _without(passes, disabled, "the graphs need it")
+
+
+def _balance(model: CostModel | None, step: StepShape | None) -> list[Pass]:
+    if model is None or step is None:
+        return []
+    return [
+        Pass(
+            name="cube_vector_balance",
+            run=partial(cube_vector_balance, model=model, step=step),
+            summary="cores for branches that run side by side",
+            after_split=True,
+        )
+    ]
 
 
 def _without(passes: list[Pass], disabled: frozenset[str], reason: str) -> list[Pass]:

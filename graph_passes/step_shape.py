@@ -52,7 +52,8 @@ class StepShape:
         count = max(1, len(self.sequences))
         longest = max((context for _, context in self.sequences), default=1)
         rows = max(1, self.padded_logits or self.num_logits)
-        return {"T": tokens, "S": count, "S1": count + 1, "R": rows, "L": count, "M": longest}
+        halves = {"TA": tokens - tokens // 2, "TB": tokens // 2}
+        return {"T": tokens, "S": count, "S1": count + 1, "R": rows, "L": count, "M": longest, **halves}
 
     def keys_read(self, window: int = 0) -> int:
         """Keys that attention brings in: of each sequence those any of its queries sees."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,9 +28,10 @@ from xllm_compile.graph_jobs import list_jobs
 from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.memory_plan import lifetimes
 from xllm_compile.graph_passes.partition import partition, runs_eagerly
-from xllm_compile.graph_passes.pipeline import run_passes
+from xllm_compile.graph_passes.pipeline import Pass, run_passes
 from xllm_compile.graph_passes.region import RegionGraph
 from xllm_compile.graph_passes.step_cost import StepTimes
+from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
 from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
 from xllm_compile.micro_batches import SplitPlan, plan_split
@@ -176,7 +176,7 @@ def make_plan(
     lowering = lowering_for(config.target)
     programs, reports = make_programs(source, config, progress)
     times, buckets = plan_buckets(config, workload, device, reports)
-    split = plan_halves(config, reports, buckets.tokens, device)
+    split = plan_halves(config, source, reports, buckets.tokens, device)
     return BuildPlan(
         config=config,
         source=source,
@@ -205,16 +205,21 @@ def plan_buckets(
 
 
 def plan_halves(
-    config: BuildConfig, reports: Sequence[RegionReport], token_buckets: Sequence[int], device: ChosenDevice
+    config: BuildConfig,
+    source: Source,
+    reports: Sequence[RegionReport],
+    token_buckets: Sequence[int],
+    device: ChosenDevice,
 ) -> SplitPlan:
-    """Which buckets run in halves; none where the target or the graph mode has no such graphs."""
-    can_split = config.graph_mode == "full" and lowering_for(config.target).runs_halves
+    """Which buckets run in halves; none where the graph mode has no such graphs."""
     return plan_split(
         reports,
-        token_buckets if can_split else (),
+        token_buckets if config.graph_mode == "full" else (),
         config.tensor_parallel_size,
         CostModel(spec=device.spec),
         config.disabled_passes,
+        last_passes=[step for step in _pipeline(source, config) if step.after_split],
+        sums_leave_region=lowering_for(config.target).sums_leave_region,
     )
 
 
@@ -236,14 +241,7 @@ def make_programs(
     """Capture every region and run the passes on it. What pools embeddings is no part of a step's cost or memory plan,
     and has no report."""
     regions = build_regions(source.config, source.tensor_parallel_size)
-    tied = frozenset({EMBED_WEIGHT}) if source.config.tie_word_embeddings else frozenset[str]()
-    lowering = lowering_for(config.target)
-    passes = lowering.pipeline(
-        tied_weights=tied,
-        max_model_len=source.max_model_len,
-        disabled=config.disabled_passes,
-        quantisation=config.quantisation,
-    )
+    passes = _pipeline(source, config)
     progress.start("capture and passes", len(regions))
     programs, reports = [], []
     for region in regions:
@@ -251,18 +249,34 @@ def make_programs(
         programs += pieces
         reports.append(report)
         progress.advance("capture and passes")
-    if lowering.has_pooling:
+    if lowering_for(config.target).has_pooling:
         programs += _make_programs(pool_region(source.config), source.dtype, passes, config.graph_mode)[0]
     return programs, reports
 
 
+def _pipeline(source: Source, config: BuildConfig) -> list[Pass]:
+    device = choose_device(config.target, config.device_spec)
+    tied = frozenset({EMBED_WEIGHT}) if source.config.tie_word_embeddings else frozenset[str]()
+    return lowering_for(config.target).pipeline(
+        tied_weights=tied,
+        max_model_len=source.max_model_len,
+        disabled=config.disabled_passes,
+        quantisation=config.quantisation,
+        model=CostModel(spec=device.spec),
+        step=StepShape.of(config.max_num_batched_tokens, world_size=config.tensor_parallel_size),
+    )
+
+
 def _make_programs(
-    region: Region, dtype: str, passes: Sequence[Any], graph_mode: str
+    region: Region, dtype: str, passes: Sequence[Pass], graph_mode: str
 ) -> tuple[list[RegionProgram], RegionReport]:
     """One program, or the pieces of a partial graph."""
     graph = capture_region(region, getattr(torch, dtype))
     before, captured = graph.op_counts(), graph.module.code
-    passes_reports = run_passes(graph, list(passes))
+    last = [step for step in passes if step.after_split]
+    passes_reports = run_passes(graph, [step for step in passes if not step.after_split])
+    unlowered = graph.copy(graph.name) if last else graph
+    passes_reports += run_passes(graph, last)
     pieces = [graph]
     if graph_mode == "partial":
         pieces, partition_report = partition(graph)
@@ -295,6 +309,7 @@ def _make_programs(
         captured=captured.strip(),
         final="\n".join(program.code for program in programs),
         graph=graph,
+        unlowered=unlowered,
         lifetimes=[plan for plan, _ in plans],
     )
 

@@ -21,7 +21,7 @@ def explain_passes(config: BuildConfig) -> None:
     _, reports = make_programs(source, config, NoProgress())
     device = choose_device(config.target, config.device_spec)
     _, buckets = plan_buckets(config, read_workload(config), device, reports)
-    split = plan_halves(config, reports, buckets.tokens, device)
+    split = plan_halves(config, source, reports, buckets.tokens, device)
     rows = pass_rows(config, reports, split)
     regions = [report.region for report in reports]
     console = Console()

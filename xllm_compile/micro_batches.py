@@ -7,9 +7,8 @@ from typing import Any
 from xllm_compile.capture import emit_program
 from xllm_compile.graph_jobs import GraphJob, graph_job
 from xllm_compile.graph_passes.cost_model import CostModel
-from xllm_compile.graph_passes.micro_batch_split import split_sizes
 from xllm_compile.graph_passes.overlap import predict_overlap
-from xllm_compile.graph_passes.pipeline import run_passes, split_pipeline
+from xllm_compile.graph_passes.pipeline import Pass, run_passes, split_pipeline
 from xllm_compile.graph_passes.region import PassReport
 from xllm_compile.report import RegionReport, manifest_entry
 from xllm_compile.runtime.ops.spec import SPLIT_SUFFIX
@@ -30,9 +29,9 @@ class SplitPlan:
         return [manifest_entry(report) for report in self.passes]
 
     def jobs(self, lowering: Lowering) -> list[GraphJob]:
-        """One graph per region and bucket; the head keeps its rows dynamic."""
+        """One graph per region and bucket."""
         return [
-            graph_job(program, _sizes(program, bucket), lowering)
+            graph_job(program, lowering.halves_sizes(program, bucket), lowering)
             for program in self.programs
             for bucket in self.buckets
         ]
@@ -44,11 +43,18 @@ def plan_split(
     tensor_parallel_size: int,
     model: CostModel,
     disabled: frozenset[str],
+    *,
+    last_passes: Sequence[Pass] = (),
+    sums_leave_region: bool = True,
 ) -> SplitPlan:
-    """Decide for each bucket, and run the passes on copies of the regions where one bucket gains."""
+    """Decide for each bucket, and run the passes on copies of the regions where one bucket gains.
+
+    last_passes: those of the target that come after the split. sums_leave_region: see targets.Lowering.
+    """
     passes = split_pipeline(disabled=disabled)
     if tensor_parallel_size == 1 or not passes:
         return SplitPlan()
+    passes += last_passes
     decisions = PassReport(name="micro_batch_split", region="buckets")
     layers = [report for report in reports if report.layers]
     buckets = []
@@ -57,7 +63,18 @@ def plan_split(
             decisions.skip(f"bucket {bucket}: one token has no halves")
             continue
         predicted = [
-            (report.num_runs, predict_overlap(report.graph, bucket, tensor_parallel_size, model)) for report in layers
+            (
+                report.num_runs,
+                predict_overlap(
+                    report.unlowered,
+                    bucket,
+                    tensor_parallel_size,
+                    model,
+                    lowered=report.graph,
+                    sums_leave_region=sums_leave_region,
+                ),
+            )
+            for report in layers
         ]
         plain_s, split_s = (sum(n * getattr(p, name) for n, p in predicted) for name in ("plain_s", "split_s"))
         if split_s < plain_s:
@@ -71,17 +88,10 @@ def plan_split(
         return SplitPlan(passes=(decisions,))
     programs, found = [], []
     for report in reports:
-        graph = report.graph.copy(report.region + SPLIT_SUFFIX)
+        graph = report.unlowered.copy(report.region + SPLIT_SUFFIX)
         found += run_passes(graph, passes)
         programs.append(emit_program(graph, report.layers))
     if any(report.name == "micro_batch_split" and not report.matches for report in found):
         # All regions of a step run in halves or none: a region the pass declined says why in its report.
         return SplitPlan(passes=(decisions, *found))
     return SplitPlan(buckets=tuple(buckets), programs=tuple(programs), passes=(decisions, *found))
-
-
-def _sizes(program: RegionProgram, bucket: int) -> dict[str, int]:
-    symbols = {symbol for spec in program.inputs for symbol in spec.shape if isinstance(symbol, str)}
-    known = {"T": bucket, "S": bucket, "S1": bucket + 1, **split_sizes(bucket)}
-    # T names the bucket also where no input has that many rows.
-    return {name: size for name, size in known.items() if name in symbols or name == "T"}

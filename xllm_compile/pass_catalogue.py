@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xllm_compile.build_config import BuildConfig
+from xllm_compile.graph_passes.cost_model import CostModel
+from xllm_compile.graph_passes.device_spec import device_spec
 from xllm_compile.graph_passes.pipeline import Pass, cpu_pipeline, npu_pipeline, split_pipeline
 from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_passes.region import PassReport
+from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.micro_batches import SplitPlan
 from xllm_compile.report import RegionReport
 from xllm_compile.runtime.ops.spec import SPLIT_SUFFIX
-from xllm_compile.targets import lowering_for
 
 _SPLIT_PASSES = tuple(step.name for step in split_pipeline())
 
@@ -42,6 +44,8 @@ def pass_rows(config: BuildConfig, regions: Sequence[RegionReport], split: Split
         for report in region.passes:
             rows[report.name].reports.setdefault(region.region, []).append(report)
     for report in split.passes:
+        if report.name not in _SPLIT_PASSES:
+            continue  # The target's lowering, counted on the whole step already.
         rows[report.name].reports.setdefault(report.region.removesuffix(SPLIT_SUFFIX), []).append(report)
     for row in rows.values():
         # What was decided about buckets is reported beside the regions.
@@ -54,7 +58,7 @@ def _pipelines() -> dict[str, list[Pass]]:
     """By target, with everything that can be asked for."""
     return {
         "cpu": cpu_pipeline(quantisation=Quantisation(scheme="int8")),
-        "npu": npu_pipeline(max_model_len=1),
+        "npu": npu_pipeline(max_model_len=1, model=CostModel(spec=device_spec("ascend-910b2")), step=StepShape.of(1)),
     }
 
 
@@ -67,7 +71,6 @@ def _summaries() -> dict[str, str]:
         "memory_plan": "an offset in the shared pool for every intermediate",
         "quantise": "weights as int8 or int4 with scales",
     }
-    summaries.setdefault("cube_vector_balance", "cores for branches that run side by side")
     return summaries
 
 
@@ -79,16 +82,12 @@ def _reason(name: str, config: BuildConfig) -> str:
         return _reason_without_halves(config)
     if name == "partition":
         return "not asked for: --graph-mode partial" if config.target == "cpu" else "only for --target cpu"
-    if not targets:
-        return "in no target's pipeline; xllm-bench balance plans with it"
     if config.target not in targets:
         return f"only for --target {' or '.join(targets)}"
     return "not asked for: --quantize"
 
 
 def _reason_without_halves(config: BuildConfig) -> str:
-    if not lowering_for(config.target).runs_halves:
-        return f"--target {config.target} has no graphs for it"
     if config.tensor_parallel_size == 1:
         return "needs --tensor-parallel-size 2 or more: there is no sum to hide"
     if config.graph_mode != "full":

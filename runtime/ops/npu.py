@@ -16,6 +16,9 @@ N rows of the flat KV cache, B blocks a sequence can own:
 - ``causal_mask`` [2048, 2048] int8: ones above the diagonal; what the attention operator wants of any length.
 - ``k_cache``, ``v_cache`` [N, K*D]: one row per token. Two tensors, because a slice of one would be copied whole.
 - ``cos``, ``sin`` [1, T, 1, D] in the model's dtype, each half repeated, computed once per step by the embed region.
+
+A layer on two halves of a step takes ``query_end`` and ``kv_len`` of each half (``query_end_0``, ...): half 0 sees none
+of the later tokens, half 1 all of them. Every sequence is in both, with no tokens where the cut leaves none.
 """
 
 from collections.abc import Callable

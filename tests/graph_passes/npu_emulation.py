@@ -71,6 +71,25 @@ def npu_layer_inputs(inputs: Mapping[str, Tensor], num_blocks: int, blocks_per_s
     }
 
 
+def halved_npu_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of a layer on two halves of the step, as runtime/ops/npu.py describes them."""
+    num_tokens = len(inputs["write_at"])
+    first = num_tokens - num_tokens // 2
+    cut = ("delta", "residual")
+    halves = {f"{name}_{half}": part for name in cut for half, part in enumerate(inputs[name].split(first))}
+    ends = inputs["query_end"].tolist()
+    begins = [0, *ends[:-1]]
+    after_cut = [max(0, end - max(begin, first)) for begin, end in zip(begins, ends, strict=True)]
+    return {
+        **{name: value for name, value in inputs.items() if name not in (*cut, "query_end", "kv_len")},
+        **halves,
+        "query_end_0": torch.tensor([min(end, first) for end in ends]),
+        "query_end_1": torch.tensor([max(end - first, 0) for end in ends]),
+        "kv_len_0": inputs["kv_len"] - torch.tensor(after_cut),
+        "kv_len_1": inputs["kv_len"],
+    }
+
+
 def first_row(slot: int, blocks_per_seq: int) -> int:
     return (1 + slot * blocks_per_seq) * BLOCK_TOKENS
 

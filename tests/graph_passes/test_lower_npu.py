@@ -1,9 +1,10 @@
 import operator
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.graph_passes.npu_emulation import first_row, npu_layer_inputs, run_lowered
+from tests.graph_passes.npu_emulation import first_row, halved_npu_inputs, npu_layer_inputs, run_lowered
 from tests.graph_passes.regions import (
     MIXED,
     SINGLE,
@@ -19,8 +20,10 @@ from tests.graph_passes.regions import (
     run_graph,
 )
 from xllm_compile.graph_passes.lower_npu import lower_npu
-from xllm_compile.graph_passes.pipeline import RequiredPassError, npu_pipeline, run_passes
+from xllm_compile.graph_passes.pipeline import RequiredPassError, npu_pipeline, run_passes, split_pipeline
 from xllm_compile.graph_passes.verify import GraphVerificationError, verify_graph
+from xllm_compile.runtime.ops.collectives import ALL_REDUCE
+from xllm_compile.runtime.tensor_parallel import RankConfig, RankGroup
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
@@ -84,6 +87,65 @@ def test_layers_equal_the_captured_ones(family, step, padding):
                 wanted = expected["kv_cache"][slot, :, index].flatten(1)
                 torch.testing.assert_close(written, wanted, rtol=1e-4, atol=1e-5)
                 assert not found[name][start + SLOT_TOKENS : first_row(slot + 1, BLOCKS_PER_SEQ)].any()
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """Of one rank: its sum is its own part."""
+    ranks = RankGroup(RankConfig(rank=0, world_size=1))
+    ranks.connect()
+    yield
+    ranks.close()
+
+
+def halved_and_lowered(region):
+    passes = npu_pipeline(max_model_len=MAX_MODEL_LEN, max_num_seqs=SLOTS)
+    run_passes(region, [step for step in passes if not step.after_split])
+    halves = region.copy(region.name + ".split")
+    reports = run_passes(halves, [*split_pipeline(), *(step for step in passes if step.after_split)])
+    return halves, reports[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("step, padding", [(MIXED, 0), (MIXED, 3), (((6, 3),), 1), (((1, 4),), 4)])
+def test_a_layer_on_halves_equals_the_captured_one(family, step, padding, group):
+    config = family_config(family, num_key_value_heads=2)
+    before, after = (family_regions(config, torch.float32, 2)[1] for _ in range(2))
+    halves, report = halved_and_lowered(after)
+    # Twice what a layer has, and the streams of four sums.
+    names = targets(halves)
+    norms = 4 if family == "qwen3" else 0
+    assert report.matches == 2 * (2 + 4 + 1 + 2 + 2) + 1 + norms + 4
+    assert names.count("air.npu_fused_infer_attention_score.default") == 2
+    assert names.count("air.scope_enter.default") == names.count("air.scope_exit.default") == 4
+    assert not any("xllm" in name for name in halves.op_counts())
+    inputs = layer_inputs(config, torch.float32, step, padding)
+    inputs["kv_cache"] = inputs["kv_cache"][:, :, :, : config.num_kv_heads // 2].contiguous()
+    expected = run_graph(before, inputs)
+    found = run_lowered(halves, halved_npu_inputs(npu_layer_inputs(inputs, NUM_BLOCKS, BLOCKS_PER_SEQ)))
+    rows = sum(count for count, _ in step)
+    for index in (0, 1):
+        parts = [torch.ops._c10d_functional.wait_tensor(found[str(2 * index + half)]) for half in (0, 1)]
+        torch.testing.assert_close(torch.cat(parts)[:rows], expected[str(index)][:rows], rtol=1e-4, atol=1e-5)
+    for index, name in enumerate(("k_cache", "v_cache")):
+        for slot in range(SLOTS):
+            start = first_row(slot, BLOCKS_PER_SEQ)
+            written = found[name][start : start + SLOT_TOKENS]
+            wanted = expected["kv_cache"][slot, :, index].flatten(1)
+            torch.testing.assert_close(written, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_sums_of_halves_are_on_the_second_stream():
+    halves, _ = halved_and_lowered(family_regions(family_config("qwen3"), torch.bfloat16, 2)[1])
+    inside, labelled = False, []
+    for node in halves.graph.nodes:
+        if "scope_enter" in str(node.target):
+            inside = dict(zip(*node.args, strict=True))["_user_stream_label"] == "1"
+        elif "scope_exit" in str(node.target):
+            inside = False
+        elif inside and node.target is not operator.getitem:
+            labelled.append(node.target)
+    assert labelled == [ALL_REDUCE] * 4
 
 
 def test_the_window_counts():

@@ -15,8 +15,9 @@ from tests.graph_passes.test_cube_vector_balance import balance, branching
 from tests.helpers import DEMO_MODEL, REPOSITORY
 from tests.npu import jobs
 from xllm_compile.capture import capture_region, emit_program
+from xllm_compile.graph_passes.device_spec import device_spec
 from xllm_compile.graph_passes.lower_npu import lower_npu
-from xllm_compile.graph_passes.pipeline import npu_pipeline, run_passes
+from xllm_compile.graph_passes.pipeline import npu_pipeline, run_passes, split_pipeline
 from xllm_compile.models.decoder import build_regions
 from xllm_compile.runtime.artifact import is_intact, read_manifest
 from xllm_compile.runtime.ops.npu import SCHEMAS
@@ -122,6 +123,43 @@ def test_a_layer_of_one_rank_of_two(compiled):
     # The output and the down projection, each with its sum over the ranks; weights are not transposed first.
     assert types["MatmulAllReduce"] == 2 and types["MatMul"] == 2
     assert types["HcomAllReduce"] == types["Transpose"] == 0
+
+
+def halves_of_a_rank():
+    """A layer of one rank of two, on two halves of a step."""
+    region = capture_region(build_regions(family_config("qwen3"), 2)[1], torch.bfloat16)
+    passes = npu_pipeline(max_model_len=256)
+    run_passes(region, [step for step in passes if not step.after_split])
+    halves = region.copy("layer.split")
+    run_passes(halves, [*split_pipeline(), *(step for step in passes if step.after_split)])
+    return halves
+
+
+def test_the_sums_of_halves_are_on_a_stream_of_their_own(compiled):
+    ops = compiled(halves_of_a_rank(), TA=4, TB=4)
+    assert [(op.type, op.stream) for op in ops if op.stream] == [("HcomAllReduce", "1")] * 4
+
+
+def test_the_command_compiles_steps_in_halves(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # A link so slow that halves pay for a model this small.
+    spec = replace(device_spec("ascend-910b2"), link_bytes_per_s=1e9, link_latency_s=0.0, launch_s=0.0)
+    (tmp_path / "spec.json").write_text(json.dumps(spec.to_json()))
+    output = tmp_path / "tp3.xllm"
+    command = [sys.executable, "-m", "xllm_compile.cli", str(DEMO_MODEL), "-o", str(output), "--target", "npu"]
+    command += ["--dtype", "bfloat16", "--buckets", "64", "--max-num-batched-tokens", "64"]
+    command += ["--tensor-parallel-size", "3", "--device-spec", str(tmp_path / "spec.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(output)
+    assert manifest.split_buckets == (64,)
+    files = {entry.file.path for entry in manifest.graphs}
+    assert {"graphs/embed.split-T64.air", "graphs/layer.split-T64.air", "graphs/head.split-R64.air"} < files
+    ops = run(jobs.read_ops, str(output / "graphs" / "layer.split-T64.air"))
+    assert [(op.type, op.stream) for op in ops if op.stream] == [("HcomAllReduce", "1")] * 4
+    # A step in one piece sums inside its products.
+    whole = run(jobs.read_ops, str(output / "graphs" / "layer-T64.air"))
+    assert Counter(op.type for op in whole)["MatmulAllReduce"] == 2
 
 
 def test_planted_a_missing_label_is_red(compiled):

@@ -20,9 +20,10 @@ def rows_for(tiny_model_dir):
 
     def run(buckets=(1, 4), **options):
         config = BuildConfig(model_dir=tiny_model_dir("qwen3"), output=Path("unused"), **options)
-        _, reports = make_programs(read_source(config), config, NoProgress())
+        source = read_source(config)
+        _, reports = make_programs(source, config, NoProgress())
         device = choose_device(config.target, config.device_spec)
-        rows = pass_rows(config, reports, plan_halves(config, reports, buckets, device))
+        rows = pass_rows(config, reports, plan_halves(config, source, reports, buckets, device))
         for row in rows:
             has_run = any(report.region in row.reports for report in reports)
             assert has_run == (row.reason == ""), row
@@ -46,7 +47,7 @@ def test_every_pass_is_there_with_its_counts_or_a_reason(rows_for):
         "partition": "not asked for: --graph-mode partial",
         "micro_batch_split": "needs --tensor-parallel-size 2 or more: there is no sum to hide",
         "dual_stream": "needs --tensor-parallel-size 2 or more: there is no sum to hide",
-        "cube_vector_balance": "in no target's pipeline; xllm-bench balance plans with it",
+        "cube_vector_balance": "only for --target npu",
     }
 
 

@@ -20,6 +20,7 @@ REPORTS = (
 
 @pytest.fixture
 def page(tmp_path):
+    graph = region_graph(lambda inputs, _: (inputs["x"] + 1,), {"x": ("T", 4)})
     region = RegionReport(
         region="layer",
         layers=(0, 1, 2),
@@ -28,7 +29,8 @@ def page(tmp_path):
         ops_after={"b": 1},
         captured="x = a()\nreturn x",
         final="x = b()\nreturn x",
-        graph=region_graph(lambda inputs, _: (inputs["x"] + 1,), {"x": ("T", 4)}),
+        graph=graph,
+        unlowered=graph,
         lifetimes=(),
     )
     spans = (

@@ -30,6 +30,8 @@ class RegionReport:
     final: str
     graph: RegionGraph
     """After the passes: what it costs is predicted from it."""
+    unlowered: RegionGraph
+    """Before the passes that steps in halves run after the split; ``graph`` where there are none."""
     lifetimes: Sequence[Lifetimes]
     """Of each piece that is run, in order: the memory plan is made from them."""
 

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.pipeline import Pass
 from xllm_compile.graph_passes.quantisation import Quantisation
+from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.runtime.program import RegionProgram
 
 TARGETS = ("cpu", "npu")
@@ -30,8 +32,8 @@ class Lowering(Protocol):
     has_kernels: bool
     """Whether the artifact carries a library of our own kernels, which ``build_kernels`` makes."""
 
-    runs_halves: bool
-    """Whether its regions can be split into the halves of a step (micro_batch_split)."""
+    sums_leave_region: bool
+    """Whether a graph can end before its sums over the ranks have arrived, so that the next one hides them."""
 
     has_pooling: bool
     """Whether its artifacts hold the region that embeddings are pooled from."""
@@ -56,9 +58,12 @@ class Lowering(Protocol):
         max_model_len: int,
         disabled: frozenset[str],
         quantisation: Quantisation | None,
+        model: CostModel,
+        step: StepShape,
     ) -> list[Pass]:
-        """The passes, in order. ValueError for an unknown or required name in ``disabled``, and for a quantisation that
-        the target or the model does not allow."""
+        """The passes, in order. ``model`` and ``step``, the largest that runs, are for those that ask what pays.
+        ValueError for an unknown or required name in ``disabled``, and for a quantisation that the target or the model
+        does not allow."""
 
     def logits_buckets(self, token_buckets: Sequence[int]) -> tuple[int, ...]:
         """Numbers of logits rows with a head graph of their own."""
@@ -67,6 +72,9 @@ class Lowering(Protocol):
         self, program: RegionProgram, token_buckets: Sequence[int], logits_buckets: Sequence[int]
     ) -> list[dict[str, int]]:
         """The symbols each graph of a region fixes; an empty dict is the dynamic-shape graph."""
+
+    def halves_sizes(self, program: RegionProgram, num_tokens: int) -> dict[str, int]:
+        """The symbols that the graph of a bucket fixes for a region on two halves of a step."""
 
     def worker_environment(self) -> Mapping[str, str]:
         """Environment variables the compiling processes start with."""

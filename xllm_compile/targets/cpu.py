@@ -14,8 +14,11 @@ import torch
 
 from xllm_compile.build_key import compiler_version
 from xllm_compile.graph_jobs import bucket_sizes
+from xllm_compile.graph_passes.cost_model import CostModel
+from xllm_compile.graph_passes.micro_batch_split import split_sizes
 from xllm_compile.graph_passes.pipeline import Pass, cpu_pipeline
 from xllm_compile.graph_passes.quantisation import Quantisation
+from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.ops.spec import TP_GROUP
@@ -40,8 +43,8 @@ class CpuLowering:
 
     graph_suffix = ".so"
     has_kernels = True
-    runs_halves = True
     has_pooling = True
+    sums_leave_region = True
 
     def check(self) -> None:
         compiler_version()
@@ -67,6 +70,8 @@ class CpuLowering:
         max_model_len: int,
         disabled: frozenset[str],
         quantisation: Quantisation | None,
+        model: CostModel,
+        step: StepShape,
     ) -> list[Pass]:
         return cpu_pipeline(tied_weights=tied_weights, disabled=disabled, quantisation=quantisation)
 
@@ -83,6 +88,13 @@ class CpuLowering:
         if program.name in ("embed", "pool"):
             return [{}]
         return [{}, *(bucket_sizes(program, tokens) for tokens in token_buckets)]
+
+    def halves_sizes(self, program: RegionProgram, num_tokens: int) -> dict[str, int]:
+        """The head keeps its rows dynamic."""
+        symbols = {symbol for spec in program.inputs for symbol in spec.shape if isinstance(symbol, str)}
+        known = {"T": num_tokens, "S": num_tokens, "S1": num_tokens + 1, **split_sizes(num_tokens)}
+        # T names the bucket also where no input has that many rows.
+        return {name: size for name, size in known.items() if name in symbols or name == "T"}
 
     def worker_environment(self) -> Mapping[str, str]:
         return {}

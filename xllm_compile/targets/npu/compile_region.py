@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xllm_compile.graph_passes.region import placeholder_name
+from xllm_compile.runtime.ops.collectives import ALL_REDUCE, WAIT
 from xllm_compile.runtime.program import RegionProgram, concrete_shape
 from xllm_compile.targets import UnsupportedOperatorError
 from xllm_compile.targets.npu.ge_graph import GeOp, PlannedOp, check_graph
@@ -30,6 +31,7 @@ GE_TYPES = {
     "npu::npu_scatter_nd_update_": "ScatterNdUpdate",
     "npu::npu_mm_all_reduce_base": "MatmulAllReduce",
     "air::npu_fused_infer_attention_score": "FusedInferAttentionScore",
+    "_c10d_functional::all_reduce": "HcomAllReduce",
 }
 
 
@@ -50,6 +52,27 @@ def initialise() -> None:
     # TorchAir asks the installed CANN whether it knows each optional input. There is none to ask: a graph is for the
     # newest CANN that this torch_npu knows, and the one that loads it checks it again.
     compat_ir.is_cann_compat = lambda *_: ""
+    _register_collectives()
+
+
+def _register_collectives() -> None:
+    """Converters of the functional collectives in place of TorchAir's, which ask HCCL for the name of the group that
+    this process is in: a graph is for any rank, and names the group as the fused products do."""
+    from torchair._ge_concrete_graph.fx2ge_converter import register_fx_node_ge_converter
+
+    register_fx_node_ge_converter(ALL_REDUCE)(_convert_all_reduce)
+    register_fx_node_ge_converter(WAIT)(_convert_wait)
+
+
+def _convert_all_reduce(x: Any, kind: str, group: str, meta_outputs: Any = None) -> Any:
+    from torchair._ge_concrete_graph import ge_apis
+
+    return ge_apis.HcomAllReduce(x, reduction=kind, group=group, fusion=0)
+
+
+def _convert_wait(x: Any, meta_outputs: Any = None) -> Any:
+    """Nothing: GE makes the reader of another stream's value wait for it."""
+    return x
 
 
 def compile_program(program: RegionProgram, sizes: Mapping[str, int], output: Path) -> None:
@@ -73,7 +96,8 @@ def compile_program(program: RegionProgram, sizes: Mapping[str, int], output: Pa
         _name_inputs(model.graph[0], names)
         _fold_transposes(model.graph[0])
         caches = [name for name in KV_CACHES if name in names]
-        check_graph(program.name, ge_ops(model.graph[0]), planned_ops(traced.graph), caches)
+        plan, scopes = planned_ops(traced.graph), planned_scopes(traced.graph)
+        check_graph(program.name, ge_ops(model.graph[0]), plan, caches, scopes)
         written = Path(scratch) / output.name
         written.write_bytes(model.SerializeToString(deterministic=True))
         os.replace(written, output)
@@ -93,6 +117,12 @@ def planned_ops(graph: fx.Graph) -> list[PlannedOp]:
             attributes = {key: value for scope in scopes for key, value in scope.items()}
             planned.append(PlannedOp(type=GE_TYPES[_operator_name(node)], **_placement(attributes)))
     return planned
+
+
+def planned_scopes(graph: fx.Graph) -> list[PlannedOp]:
+    """Where operators of any type may be, with the types left out."""
+    entered = (node.args for node in graph.nodes if node.target is torch.ops.air.scope_enter.default)
+    return [PlannedOp(type="", **_placement(dict(zip(*args, strict=True)))) for args in entered]
 
 
 def ge_ops(graph: Any) -> list[GeOp]:

@@ -40,20 +40,26 @@ class PlannedOp:
     vector_cores: str | None = None
 
 
-def check_graph(region: str, ops: Sequence[GeOp], plan: Iterable[PlannedOp], caches: Iterable[str]) -> None:
+def check_graph(
+    region: str,
+    ops: Sequence[GeOp],
+    plan: Iterable[PlannedOp],
+    caches: Iterable[str],
+    scopes: Iterable[PlannedOp] = (),
+) -> None:
     """Raise GeGraphError unless
 
     - there are as many of each planned operator as planned, on the planned streams and cores, and no others;
-    - no other operator is on a stream or limited where the plan has no such stream or limit;
+    - no other operator is on a stream or limited where neither the plan nor ``scopes``, which have no type, say so;
     - ``caches`` (names of inputs) are written and read in place: no operator but the scatter, views of them for the
       attention and the attention itself takes a value of a cache's size, and the scatter writes the input itself.
     """
-    _check_plan(region, ops, plan)
+    _check_plan(region, ops, plan, scopes)
     for cache in caches:
         _check_cache(region, ops, cache)
 
 
-def _check_plan(region: str, ops: Sequence[GeOp], plan: Iterable[PlannedOp]) -> None:
+def _check_plan(region: str, ops: Sequence[GeOp], plan: Iterable[PlannedOp], scopes: Iterable[PlannedOp]) -> None:
     wanted = Counter(plan)
     types = {planned.type for planned in wanted}
     found = Counter(_placed(op) for op in ops if op.type in types)
@@ -63,7 +69,7 @@ def _check_plan(region: str, ops: Sequence[GeOp], plan: Iterable[PlannedOp]) -> 
                 f"region {region}: the passes planned {wanted[planned]} x {_text(planned)},"
                 f" the GE graph has {found[planned]}"
             )
-    places = {(planned.stream, planned.cube_cores, planned.vector_cores) for planned in wanted}
+    places = {(planned.stream, planned.cube_cores, planned.vector_cores) for planned in [*wanted, *scopes]}
     for op in ops:
         place = (op.stream, op.cube_cores, op.vector_cores)
         if place != (None, None, None) and place not in places:

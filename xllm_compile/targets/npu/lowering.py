@@ -6,8 +6,11 @@ from pathlib import Path
 import torch
 import xxhash
 
+from xllm_compile.graph_passes.cost_model import CostModel
+from xllm_compile.graph_passes.micro_batch_split import split_sizes
 from xllm_compile.graph_passes.pipeline import Pass, npu_pipeline
 from xllm_compile.graph_passes.quantisation import Quantisation
+from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.machine import cache_dir
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.targets.npu.null_device import ensure_null_device, torch_npu_version
@@ -31,10 +34,10 @@ class NpuLowering:
 
     graph_suffix = ".air"
     has_kernels = False
-    # The attention of a lowered region cannot be cut in two, and a product sends while it computes.
-    runs_halves = False
     # Nothing serves its artifacts yet, and the head's graphs are the same work again.
     has_pooling = False
+    # GE ends a graph when all its streams have.
+    sums_leave_region = False
 
     def check(self) -> None:
         built_for = torch_npu_version().split(".post")[0]
@@ -61,10 +64,14 @@ class NpuLowering:
         max_model_len: int,
         disabled: frozenset[str],
         quantisation: Quantisation | None,
+        model: CostModel,
+        step: StepShape,
     ) -> list[Pass]:
         if quantisation is not None:
             raise ValueError(f"--quantize {quantisation.scheme} is for the cpu target; leave it out for the npu")
-        return npu_pipeline(max_model_len=max_model_len, max_num_seqs=MAX_NUM_SEQS, disabled=disabled)
+        return npu_pipeline(
+            max_model_len=max_model_len, max_num_seqs=MAX_NUM_SEQS, disabled=disabled, model=model, step=step
+        )
 
     def logits_buckets(self, token_buckets: Sequence[int]) -> tuple[int, ...]:
         """One row per sequence that gets a token, up to as many as there can be."""
@@ -77,6 +84,12 @@ class NpuLowering:
             return [{"R": rows, "T": max(token_buckets)} for rows in logits_buckets]
         # Padding rows are a sequence more where all others are there.
         return [{"T": tokens, "S": min(tokens, MAX_NUM_SEQS + 1)} for tokens in token_buckets]
+
+    def halves_sizes(self, program: RegionProgram, num_tokens: int) -> dict[str, int]:
+        if program.name.partition(".")[0] == "head":
+            # As many rows as there can be: a step in halves has few.
+            return {"R": min(num_tokens, MAX_NUM_SEQS), "T": num_tokens, **split_sizes(num_tokens)}
+        return {"T": num_tokens, "S": min(num_tokens, MAX_NUM_SEQS + 1), **split_sizes(num_tokens)}
 
     def worker_environment(self) -> Mapping[str, str]:
         return {
