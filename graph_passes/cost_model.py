@@ -81,7 +81,7 @@ class CostModel:
         return (cost.bytes_cold / spec.memory_bytes_per_s + warm / warm_rate) / how.memory
 
     def link_seconds(self, cost: NodeCost) -> float:
-        how = self._efficiency(cost)
+        how = self.spec.efficiency.get("collective", _DEFAULT)
         return cost.messages * self.spec.link_latency_s + cost.bytes_link / (self.spec.link_bytes_per_s * how.memory)
 
     def at_work(self, cost: NodeCost, share: float = 1.0) -> float:

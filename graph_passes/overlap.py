@@ -68,6 +68,8 @@ def steady_seconds(halves: list[list[Part]], *, sums_leave_region: bool = True) 
     for _ in range(_LAYERS):
         for parts in zip(*halves, strict=True):
             for half, part in enumerate(parts):
+                if not part.compute_s and not part.link_s:
+                    continue  # Nothing after the last sum waits for it.
                 now = max(now, arrived[half]) + part.compute_s
                 if part.link_s:
                     link_free = arrived[half] = max(now, link_free) + part.link_s

@@ -104,6 +104,15 @@ def test_written_and_read_back(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["spec.json"]
 
 
+def test_what_is_sent_while_computing_costs_the_longer_of_the_two():
+    computing = NodeCost(unit="vector", family="linear", dtype="float32", flops=1e8)
+    model = CostModel(spec=SPEC)
+    alone = model.seconds(computing)
+    for sent, seconds in ((1e7, alone), (3e8, 3.0)):
+        assert sent / SPEC.link_bytes_per_s < alone or seconds > alone
+        assert model.seconds(replace(computing, bytes_link=sent, sends_while_computing=True)) == pytest.approx(seconds)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -1,5 +1,7 @@
 """The catalogue behind --explain: no pass is missing, and each says what it did or why it was not run."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from xllm_compile.build import make_programs, plan_halves, read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.device import choose_device
+from xllm_compile.graph_passes.device_spec import device_spec
 from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.pass_catalogue import pass_rows
 from xllm_compile.progress import NoProgress
@@ -71,6 +74,18 @@ def test_halves_of_steps(rows_for):
     assert split["micro_batch_split"].matches("layer") == split["dual_stream"].matches("layer") == 1
     before, after = split["micro_batch_split"].operators("layer")
     assert after > 2 * before
+
+
+def test_halves_of_steps_on_the_npu(rows_for, tmp_path):
+    spec = replace(device_spec("ascend-910b2"), link_bytes_per_s=1e8, link_latency_s=0.0, launch_s=0.0)
+    (tmp_path / "slow.json").write_text(json.dumps(spec.to_json()))
+    slow = tmp_path / "slow.json"
+    rows = rows_for(buckets=(64,), target="npu", tensor_parallel_size=2, device_spec=slow, dtype="bfloat16")
+    assert rows["dual_stream"].matches("layer") == 1
+    # The halves' lowering is not counted again.
+    whole = rows_for(target="npu", tensor_parallel_size=2, dtype="bfloat16")
+    assert rows["lower_npu"].matches("layer") == whole["lower_npu"].matches("layer")
+    assert "a branch waits for a collective" in rows["cube_vector_balance"].reports["layer"][0].skips
 
 
 def test_the_npu_has_passes_of_its_own(rows_for):
