@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from xllm_compile.runtime.outputs import EngineStats, RequestMetrics
+from xllm_compile.runtime.outputs import EngineStats, RequestMetrics, SpeculationStats
 from xllm_compile.scheduler.limits import StreamLimiter
 
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -106,3 +106,23 @@ class _Snapshot(Collector):
         yield promotions
         promoted = stats.graph_cache.promoted_bytes
         yield GaugeMetricFamily("xllm_graph_promoted_bytes", "Size of the promoted graphs in use", promoted)
+        if stats.speculation is not None:
+            yield from _speculation(stats.speculation)
+
+
+def _speculation(stats: SpeculationStats) -> Iterator[Metric]:
+    yield CounterMetricFamily("xllm_spec_drafts", "Drafts verified", stats.num_drafts)
+    yield CounterMetricFamily("xllm_spec_draft_tokens", "Tokens drafted", stats.num_draft_tokens)
+    yield CounterMetricFamily("xllm_spec_accepted_tokens", "Drafted tokens accepted", stats.num_accepted_tokens)
+    drafted = CounterMetricFamily(
+        "xllm_spec_draft_tokens_per_pos", "Tokens drafted, by position in the draft", labels=["position"]
+    )
+    accepted = CounterMetricFamily(
+        "xllm_spec_accepted_tokens_per_pos", "Drafted tokens accepted, by position in the draft", labels=["position"]
+    )
+    for position, counts in enumerate(zip(stats.drafted_by_position, stats.accepted_by_position, strict=True)):
+        for family, count in zip((drafted, accepted), counts, strict=True):
+            family.add_metric([str(position)], count)
+    yield drafted
+    yield accepted
+    yield GaugeMetricFamily("xllm_spec_draft_length", "Mean tokens of the last drafts", stats.draft_length)

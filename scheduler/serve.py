@@ -88,6 +88,14 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
     default="auto",
     help="How the model marks its reasoning; auto asks its chat template.",
 )
+@click.option(
+    "--speculative",
+    type=click.Choice(["suffix", "ngram", "draft"]),
+    help="Guess tokens and verify several per step: from the request's text and earlier outputs, from its text, or by "
+    "--draft-model.",
+)
+@click.option("--draft-model", type=click.Path(path_type=Path), help="Artifact of a small model with the same tokens.")
+@click.option("--num-speculative-tokens", type=click.IntRange(1, 32), default=8, help="Most guesses per step; adapts.")
 @click.option("--compile", "use_compile", is_flag=True, help="Compile a model directory first, into the user's cache.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.version_option(__version__, prog_name="xllm-serve")

@@ -18,6 +18,7 @@ from xllm_compile.scheduler.artifact_source import find_artifact
 
 if TYPE_CHECKING:
     from xllm_compile.runtime.instance import Instance
+    from xllm_compile.runtime.speculative.config import SpeculativeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,25 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> Abst
         enforce_eager=options["enforce_eager"],
         promotion=promotion,
         warm_up=options["warm_up"],
+        speculative=_speculative(options),
     )
     return opened_instance(artifact, config)
+
+
+def _speculative(options: Mapping[str, Any]) -> "SpeculativeConfig | None":
+    """Raises ValueError where the options do not go together."""
+    from xllm_compile.runtime.speculative.config import SpeculativeConfig
+
+    method, draft_model = options["speculative"], options["draft_model"]
+    if method is None:
+        if draft_model is not None:
+            raise ValueError("--draft-model is used with --speculative draft only; add it, or leave the model out")
+        return None
+    if draft_model is not None and method == "draft":
+        draft_model = find_artifact(draft_model, options)
+    return SpeculativeConfig(
+        method=method, draft_model=draft_model, num_speculative_tokens=options["num_speculative_tokens"]
+    )
 
 
 def _import_servers() -> None:

@@ -35,6 +35,7 @@ from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.weights import map_weights
 from xllm_compile.weight_builder import artifact_weights, build_weights
@@ -121,10 +122,18 @@ class EagerModel:
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
 
-    def engine(self, *, max_num_batched_tokens: int = 512, max_num_seqs: int = 8) -> Engine:
+    def engine(
+        self, *, max_num_batched_tokens: int = 512, max_num_seqs: int = 8, speculator: Speculator | None = None
+    ) -> Engine:
         """A fresh engine with an empty KV cache."""
+        kv_cache = self.kv_cache(max_num_seqs)
+        runner = self.runner(kv_cache.layers, max_num_batched_tokens=max_num_batched_tokens)
+        return Engine(runner, kv_cache, self.tokenizer, speculator=speculator)
+
+    def kv_cache(self, max_num_seqs: int) -> KVCache:
+        """With room for so many of the longest sequences."""
         model = self.manifest.model
-        kv_cache = KVCache(
+        return KVCache(
             KVCacheConfig(
                 num_layers=model.num_layers,
                 num_kv_heads=model.num_kv_heads,
@@ -135,8 +144,6 @@ class EagerModel:
                 kv_memory_bytes=max_num_seqs * model.max_model_len * model.kv_bytes_per_token,
             )
         )
-        runner = self.runner(kv_cache.layers, max_num_batched_tokens=max_num_batched_tokens)
-        return Engine(runner, kv_cache, self.tokenizer)
 
     def runner(
         self, kv_layers: Sequence[Tensor] | None = None, *, max_num_batched_tokens: int = 512

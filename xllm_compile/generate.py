@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
 @click.option("--max-model-len", type=int, help="Longest prompt plus output.  [default: the model's limit]")
 @click.option("--enforce-eager", is_flag=True, help="Run operator by operator, without the compiled graphs.")
+@click.option(
+    "--speculative",
+    type=click.Choice(["suffix", "ngram", "draft"]),
+    help="Guess tokens and verify several per step: from the text and earlier outputs, from the text, or by "
+    "--draft-model.",
+)
+@click.option("--draft-model", type=click.Path(path_type=Path), help="A small model with the same tokens.")
+@click.option("--num-speculative-tokens", type=click.IntRange(1, 32), default=8, help="Most guesses per step; adapts.")
 @click.option("--stats", is_flag=True, help="Print times, rates and graph-cache hits to stderr at the end.")
 @click.version_option(__version__, prog_name="xllm-generate")
 def main(
@@ -42,6 +50,9 @@ def main(
     dtype: str,
     max_model_len: int | None,
     enforce_eager: bool,
+    speculative: str | None,
+    draft_model: Path | None,
+    num_speculative_tokens: int,
     stats: bool,
     **sampling: Any,
 ) -> None:
@@ -52,7 +63,16 @@ def main(
 
         if prompt is None and not chat:
             prompt = sys.stdin.read()
-        llm = LLM(model, dtype=dtype, max_model_len=max_model_len, max_num_seqs=1, enforce_eager=enforce_eager)
+        llm = LLM(
+            model,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=1,
+            enforce_eager=enforce_eager,
+            speculative=speculative,
+            draft_model=draft_model,
+            num_speculative_tokens=num_speculative_tokens,
+        )
         opened_s = time.monotonic() - began
         params = sampling_params(llm, sampling)
         if chat and prompt is None:
@@ -136,6 +156,8 @@ def print_stats(llm: "LLM", final: "RequestOutput", opened_s: float) -> None:
         decode_s = metrics.last_token_s - metrics.first_token_s
         if num_more > 0 and decode_s > 0:
             table.add_row("TPOT", f"{decode_s / num_more * 1e3:.2f} ms ({num_more / decode_s:.1f} tok/s)")
+    if metrics.num_draft_tokens:
+        table.add_row("drafts accepted", f"{metrics.num_accepted_tokens} of {metrics.num_draft_tokens} tokens")
     table.add_row("finished", str(final.outputs[0].finish_reason))
     for (part, outcome, reason), count in sorted(counted.graph_cache.choices.items()):
         table.add_row(f"steps, {part}", f"{count} {outcome} ({reason})")

@@ -6,6 +6,7 @@ from pathlib import Path
 from xllm_compile.model_cache import artifact_of
 from xllm_compile.runtime.instance import InstanceConfig, open_instance
 from xllm_compile.runtime.llm import LLMBase
+from xllm_compile.runtime.speculative.config import SpeculativeConfig
 
 
 class LLM(LLMBase):
@@ -14,6 +15,7 @@ class LLM(LLMBase):
     model: an artifact, or a Hugging Face model directory, which is compiled into the user's cache on first use
     (with a progress bar on a terminal). dtype: auto, bfloat16 or float32; an artifact has its own.
     max_model_len, max_num_seqs and kv_memory_bytes bound the instance as in runtime.instance.InstanceConfig.
+    speculative (suffix, ngram or draft, with draft_model) guesses tokens as runtime.speculative.config has it.
     Raises ValueError, OSError and the build's errors, each naming the next step.
     """
 
@@ -26,8 +28,19 @@ class LLM(LLMBase):
         max_num_seqs: int = 64,
         kv_memory_bytes: int | None = None,
         enforce_eager: bool = False,
+        speculative: str | None = None,
+        draft_model: str | os.PathLike[str] | None = None,
+        num_speculative_tokens: int = 8,
     ) -> None:
         root = artifact_of(Path(model), dtype=dtype, max_model_len=max_model_len)
+        config = None
+        if speculative is not None:
+            draft = None if draft_model is None else artifact_of(Path(draft_model), max_model_len=max_model_len)
+            config = SpeculativeConfig(
+                method=speculative, draft_model=draft, num_speculative_tokens=num_speculative_tokens
+            )
+        elif draft_model is not None:
+            raise ValueError(f"draft_model={str(draft_model)!r} needs speculative='draft'; add it, or leave it out")
         instance = open_instance(
             root,
             InstanceConfig(
@@ -35,6 +48,7 @@ class LLM(LLMBase):
                 max_model_len=max_model_len,
                 kv_memory_bytes=kv_memory_bytes,
                 enforce_eager=enforce_eager,
+                speculative=config,
             ),
         )
         super().__init__(instance.engine)

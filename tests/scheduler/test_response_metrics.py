@@ -21,6 +21,8 @@ def metrics_of(**counts):
         first_token_s=2.5,
         last_token_s=5.5,
         num_preemptions=1,
+        num_draft_tokens=8,
+        num_accepted_tokens=5,
         graph_steps=Counter(counts),
     )
 
@@ -33,13 +35,20 @@ def test_times_of_one_stream_and_counts():
         "mean_itl_ms": 1000.0,
         "tokens_per_second": 1.0,
         "num_preemptions": 1,
+        "num_draft_tokens": 8,
+        "num_accepted_tokens": 5,
         "graph_steps": {"exact": 3, "padded": 0, "dynamic": 0, "eager": 1},
     }
 
 
 def test_several_streams_have_counts_only():
     found = response_metrics([metrics_of(exact=3), metrics_of(exact=1, padded=2)], num_choices=2, num_tokens=8)
-    counts = {"num_preemptions": 2, "graph_steps": {"exact": 4, "padded": 2, "dynamic": 0, "eager": 0}}
+    counts = {
+        "num_preemptions": 2,
+        "num_draft_tokens": 16,
+        "num_accepted_tokens": 10,
+        "graph_steps": {"exact": 4, "padded": 2, "dynamic": 0, "eager": 0},
+    }
     assert found == NO_TIMES | counts
 
 
@@ -58,6 +67,7 @@ async def test_over_grpc_unset_is_none():
         message = metrics_message(stream)
     assert message.queue_time_ms == 500.0 and not message.HasField("mean_itl_ms")
     assert message.graph_steps.padded == 2 and message.num_preemptions == 1
+    assert (message.num_draft_tokens, message.num_accepted_tokens) == (8, 5)
 
 
 async def test_over_http(client):
