@@ -135,7 +135,12 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
     speculator = None
     if config.speculative is not None:
         speculator = open_speculator(
-            config.speculative, manifest, draft, kv_cache.config, enforce_eager=config.enforce_eager
+            config.speculative,
+            manifest,
+            draft,
+            kv_cache.config,
+            enforce_eager=config.enforce_eager,
+            warm_up=config.warm_up,
         )
     engine = Engine(runner, kv_cache, tokenizer, engine_config, prior=prior, speculator=speculator)
     return Instance(root=root, manifest=manifest, engine=engine, tokenizer=tokenizer)

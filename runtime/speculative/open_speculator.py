@@ -47,12 +47,17 @@ def open_speculator(
     kv_config: KVCacheConfig,
     *,
     enforce_eager: bool = False,
+    warm_up: bool = False,
 ) -> Speculator:
-    """For a target with this KV cache. Its kernels must be loaded. Raises what opening an artifact raises."""
+    """For a target with this KV cache. Its kernels must be loaded; warm_up runs the draft model's graphs once. Raises
+    what opening an artifact raises."""
     proposer: Proposer
     if draft is not None:
         assert config.draft_model is not None
-        proposer = _open_draft_model(config.draft_model, draft, kv_config, enforce_eager=enforce_eager)
+        runner, kv_cache = _open_draft_model(config.draft_model, draft, kv_config, enforce_eager=enforce_eager)
+        if warm_up:
+            runner.warm_up()
+        proposer = DraftModel(runner, kv_cache)
     else:
         proposer = SuffixProposer(max_shared_tokens=config.max_shared_tokens if config.method == "suffix" else 0)
     return Speculator(
@@ -60,7 +65,9 @@ def open_speculator(
     )
 
 
-def _open_draft_model(root: Path, draft: Manifest, kv_config: KVCacheConfig, *, enforce_eager: bool) -> DraftModel:
+def _open_draft_model(
+    root: Path, draft: Manifest, kv_config: KVCacheConfig, *, enforce_eager: bool
+) -> tuple[CompiledModelRunner, KVCache]:
     check_artifact(root, draft, isa_features(), verify_weights=False)
     model = draft.model
     kv_cache = KVCache(
@@ -86,4 +93,4 @@ def _open_draft_model(root: Path, draft: Manifest, kv_config: KVCacheConfig, *, 
         max_num_batched_tokens=draft.max_num_batched_tokens,
         enforce_eager=enforce_eager,
     )
-    return DraftModel(runner, kv_cache)
+    return runner, kv_cache

@@ -5,10 +5,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import greedy
 from tests.runtime.graphs import TIMES, compiled_runner, step_of
+from xllm_compile.benchmarks.parity import random_prompts
 from xllm_compile.runtime.graph_cache import GraphCache
+from xllm_compile.runtime.instance import InstanceConfig, open_instance
 from xllm_compile.runtime.ops.spec import TensorSpec
 from xllm_compile.runtime.program import RegionProgram
+from xllm_compile.runtime.speculative.config import SpeculativeConfig
 from xllm_compile.runtime.warmup import warm_up
 
 INPUTS = (
@@ -108,3 +112,16 @@ def test_the_pool_has_been_as_large_as_the_largest_step_makes_it(family_artifact
     runner.execute(step_of((bucket,), manifest.model.vocab_size, seed=1))
     # State that one layer hands to the next leaves holes, a third of a layer's own at most.
     assert 0 < pool.stats().peak <= warmed * 4 / 3 and pool.stats().in_use == 0
+
+
+def test_a_draft_model_is_warmed_too(family_artifact, kernels):
+    """A model that drafts for itself, with and without."""
+    root = family_artifact("qwen3")
+    speculative = SpeculativeConfig(method="draft", draft_model=root)
+    prompts, tokens = random_prompts((3, 40), 4099), []
+    cases: list[dict[str, Any]] = [{}, {"speculative": speculative}, {"speculative": speculative, "warm_up": True}]
+    for options in cases:
+        instance = open_instance(root, InstanceConfig(max_num_seqs=4, **options))
+        tokens.append(greedy(instance.engine, prompts, 12))
+        instance.engine.close()
+    assert tokens[0] == tokens[1] == tokens[2]
