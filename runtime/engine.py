@@ -201,8 +201,8 @@ class Engine:
         )
         ttft_slo_ms = params.ttft_slo_ms or self.config.ttft_slo_ms
         tpot_slo_ms = params.tpot_slo_ms or self.config.tpot_slo_ms
-        request.ttft_slo_s = None if ttft_slo_ms is None else ttft_slo_ms / 1e3
-        request.tpot_slo_s = None if tpot_slo_ms is None else tpot_slo_ms / 1e3
+        request.metrics.ttft_slo_s = None if ttft_slo_ms is None else ttft_slo_ms / 1e3
+        request.metrics.tpot_slo_s = None if tpot_slo_ms is None else tpot_slo_ms / 1e3
         request.sequences = [self._make_sequence(request, index, grammar) for index in range(params.n)]
         return request
 
@@ -387,7 +387,7 @@ class Engine:
         """Hand the step to the device. From here on its sequences count as computed, with a token to come."""
         granted = self._grant_drafts(plan.chunks)
         batch = build_batch(plan.chunks, granted)
-        load = load_of(plan.chunks)
+        load = load_of((sequence, count + granted.get(sequence, 0)) for sequence, count in plan.chunks)
         for sequence, count in plan.chunks:
             sequence.num_computed_tokens += count
         for sequence, count in granted.items():

@@ -38,6 +38,9 @@ class RequestMetrics:
     """Of one request: times on the monotonic clock in seconds, None until it happened, and counts."""
 
     arrival_s: float
+    ttft_slo_s: float | None = None
+    """Wanted time to the first token, and between tokens: the request's, or else the server's."""
+    tpot_slo_s: float | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None

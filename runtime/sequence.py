@@ -120,20 +120,21 @@ class Sequence:
 
     @property
     def tpot_slo_s(self) -> float | None:
-        return self.request.tpot_slo_s
+        return self.request.metrics.tpot_slo_s
 
     @property
     def first_deadline_s(self) -> float:
         """When the first token is due; minus infinity once it is known."""
         if self.num_output_tokens > 0:
             return -math.inf
-        target_s = self.request.ttft_slo_s
+        target_s = self.request.metrics.ttft_slo_s
         return math.inf if target_s is None else self.request.metrics.arrival_s + target_s
 
     @property
     def next_due_s(self) -> float:
         """When the token after the known and the pending ones is due, counted from the first."""
-        first_s, target_s = self.request.metrics.first_token_s, self.request.tpot_slo_s
+        metrics = self.request.metrics
+        first_s, target_s = metrics.first_token_s, metrics.tpot_slo_s
         if first_s is None or target_s is None:
             return math.inf
         return first_s + (self.num_output_tokens + self.num_pending_tokens) * target_s
@@ -171,9 +172,6 @@ class Request:
     metrics: RequestMetrics
     max_output_tokens: int
     """max_tokens, and what max_model_len leaves."""
-    ttft_slo_s: float | None = None
-    """Targets of the request, or else of the server; None has none."""
-    tpot_slo_s: float | None = None
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """Grows with the chunks; None when not asked for."""

@@ -18,6 +18,7 @@ from xllm_compile.scheduler.grpc_convert import (
     sampling_params_of,
     usage_message,
 )
+from xllm_compile.scheduler.grpc_errors import DETAILS_KEY, retry_details
 from xllm_compile.scheduler.output_stream import OutputStream
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 from xllm_compile.scheduler.service import Service
@@ -97,8 +98,10 @@ async def _abort(context: Any, err: Exception) -> None:
     metadata = [("error-code", error.code), ("error-param", error.param)]
     if error.retry_after_s is not None:
         metadata.append(("retry-after", str(error.retry_after_s)))
-    pairs = tuple((key, value) for key, value in metadata if value is not None)
-    await context.abort(getattr(grpc.StatusCode, error.kind.grpc), error.message, pairs)
+    pairs: list[tuple[str, str | bytes]] = [(key, value) for key, value in metadata if value is not None]
+    if error.retry_after_s is not None:
+        pairs.append((DETAILS_KEY, retry_details(error)))
+    await context.abort(getattr(grpc.StatusCode, error.kind.grpc), error.message, tuple(pairs))
 
 
 class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]

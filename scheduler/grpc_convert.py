@@ -30,6 +30,8 @@ _OPTIONAL = (
     "logprobs",
 )
 
+_TARGETS = ("ttft_slo_ms", "tpot_slo_ms")
+
 _FINISH_REASONS = {
     None: xllm_pb2.FINISH_REASON_UNSPECIFIED,
     "stop": xllm_pb2.FINISH_REASON_STOP,
@@ -67,6 +69,8 @@ def sampling_params_of(request: Any, service: Service, *, num_prompt: int) -> Sa
     asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
     options: dict[str, Any] = dict(service.tokenizer.generation_defaults)
     options.update({name: getattr(sampling, name) for name in _OPTIONAL if sampling.HasField(name)})
+    wishes = request.scheduling
+    options.update({name: getattr(wishes, name) for name in _TARGETS if wishes.HasField(name)})
     return build_sampling_params(
         options
         | {
@@ -77,6 +81,8 @@ def sampling_params_of(request: Any, service: Service, *, num_prompt: int) -> Sa
             "ignore_eos": sampling.ignore_eos,
             "skip_special_tokens": not sampling.keep_special_tokens,
             "logit_bias": dict(sampling.logit_bias),
+            "priority": wishes.priority,
+            "offline": wishes.offline,
             "output_kind": RequestOutputKind.FINAL_ONLY if request.final_only else RequestOutputKind.DELTA,
         }
     )

@@ -1,6 +1,7 @@
 """Prometheus metrics of one serving process. Names follow vLLM's, prefixed xllm_."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -37,25 +38,41 @@ class ServiceMetrics:
         self._finished = Counter(
             "xllm_request_finished", "Completions by finish reason", ["reason"], registry=self._registry
         )
+        self._slo = Counter(
+            "xllm_slo_requests",
+            "Finished requests that had a target, by target and outcome",
+            ["target", "outcome"],
+            registry=self._registry,
+        )
         # Series that exist from the start show as 0 instead of missing.
         for api in APIS:
             for outcome in OUTCOMES:
                 self._requests.labels(api, outcome)
         for reason in FINISH_REASONS:
             self._finished.labels(reason)
+        for target, outcome in product(("ttft", "tpot"), ("met", "missed")):
+            self._slo.labels(target, outcome)
         self._registry.register(_Snapshot(stats, limiter))
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(name, text, buckets=tuple(buckets), registry=self._registry)
 
     def observe(self, times: RequestMetrics, num_tokens: int) -> None:
-        """Times of one finished engine request that generated num_tokens."""
+        """Times of one finished engine request with completions of num_tokens."""
         if times.first_token_s is None or times.last_token_s is None:
             return
-        self._ttft.observe(times.first_token_s - times.arrival_s)
+        ttft_s = times.first_token_s - times.arrival_s
+        self._ttft.observe(ttft_s)
+        self._count_slo("ttft", ttft_s, times.ttft_slo_s)
         self._e2e.observe(times.last_token_s - times.arrival_s)
         if num_tokens > 1:
-            self._tpot.observe((times.last_token_s - times.first_token_s) / (num_tokens - 1))
+            tpot_s = (times.last_token_s - times.first_token_s) / (num_tokens - 1)
+            self._tpot.observe(tpot_s)
+            self._count_slo("tpot", tpot_s, times.tpot_slo_s)
+
+    def _count_slo(self, target: str, seconds: float, slo_s: float | None) -> None:
+        if slo_s is not None:
+            self._slo.labels(target, "met" if seconds <= slo_s else "missed").inc()
 
     def count_finished(self, reason: str) -> None:
         self._finished.labels(reason).inc()
@@ -88,7 +105,10 @@ class _Snapshot(Collector):
         yield CounterMetricFamily("xllm_step_gap_seconds", "Time the device waited for its next step", stats.gap_s)
         yield CounterMetricFamily("xllm_prompt_tokens", "Prompt tokens prefilled", stats.num_prompt_tokens)
         yield CounterMetricFamily("xllm_generation_tokens", "Tokens generated", stats.num_generated_tokens)
-        yield CounterMetricFamily("xllm_preemptions", "Sequences preempted for memory", stats.num_preemptions)
+        yield CounterMetricFamily("xllm_preemptions", "Sequences preempted", stats.num_preemptions)
+        yield from _by_class(stats)
+        error = stats.step_error_ratio
+        yield GaugeMetricFamily("xllm_step_prediction_error_ratio", "Mean error of predicted step times", error)
         yield CounterMetricFamily("xllm_aborted_requests", "Engine requests aborted", stats.num_aborted)
         refused = self._limiter.num_refused
         yield CounterMetricFamily("xllm_streams_refused", "Generations refused by --max-streams", refused)
@@ -126,3 +146,17 @@ def _speculation(stats: SpeculationStats) -> Iterator[Metric]:
     yield drafted
     yield accepted
     yield GaugeMetricFamily("xllm_spec_draft_length", "Mean tokens of the last drafts", stats.draft_length)
+
+
+def _by_class(stats: EngineStats) -> Iterator[Metric]:
+    """What online and offline requests have of the engine."""
+    sequences = GaugeMetricFamily("xllm_sequences", "Sequences by class and state", labels=["class", "state"])
+    sequences.add_metric(["online", "running"], stats.num_running - stats.num_offline_running)
+    sequences.add_metric(["online", "waiting"], stats.num_waiting - stats.num_offline_waiting)
+    sequences.add_metric(["offline", "running"], stats.num_offline_running)
+    sequences.add_metric(["offline", "waiting"], stats.num_offline_waiting)
+    yield sequences
+    preempted = CounterMetricFamily("xllm_class_preemptions", "Sequences preempted, by class", labels=["class"])
+    preempted.add_metric(["online"], stats.num_preemptions - stats.num_offline_preemptions)
+    preempted.add_metric(["offline"], stats.num_offline_preemptions)
+    yield preempted

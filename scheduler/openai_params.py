@@ -32,6 +32,10 @@ _PASSED_ON = (
     "min_tokens",
     "logit_bias",
     "skip_special_tokens",
+    "priority",
+    "offline",
+    "ttft_slo_ms",
+    "tpot_slo_ms",
 )
 
 # Values of fields that are not available yet which ask for nothing and so may pass.
@@ -112,6 +116,8 @@ def sampling_params(
     """The request's options over the model's own (generation_config.json), as in vLLM. Raises ApiError (400)."""
     options: dict[str, Any] = dict(model_defaults)
     options.update({name: value for name in _PASSED_ON if (value := getattr(request, name)) is not None})
+    if request.priority == "offline":
+        options |= {"priority": 0, "offline": True}
     if keep_special_tokens:
         options["skip_special_tokens"] = False
     kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY

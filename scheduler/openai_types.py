@@ -58,6 +58,11 @@ class SamplingFields(_Strict):
     """Of beam search: scores are divided by the length to this power (default 1)."""
     include_metrics: bool | None = None
     """Answer with times and counts of this request (response_metrics.py)."""
+    # Scheduling: vLLM's priority (lower goes first), or xLLM's "offline" and targets.
+    priority: int | Literal["offline"] | None = None
+    offline: bool | None = None
+    ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
     # What the answer must look like: OpenAI's, and vLLM's newer and older words.
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None

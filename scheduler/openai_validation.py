@@ -19,6 +19,8 @@ _EXPECTED = {
     "dict": "an object",
     "model": "an object",
 }
+# Names that pydantic gives to the branches of unions and to mapping keys.
+_BRANCHES = ("str", "int", "list[str]", "literal['offline']", "[key]")
 _GOT = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "an array", dict: "an object"}
 
 
@@ -58,4 +60,4 @@ def _to_api_error(details: list[ErrorDetails]) -> errors.ApiError:
 
 def _location(detail: ErrorDetails) -> list[int | str]:
     """Path of the bad field, without the names pydantic gives to union branches and mapping keys."""
-    return [part for part in detail["loc"] if part not in ("str", "list[str]", "[key]")]
+    return [part for part in detail["loc"] if part not in _BRANCHES]

@@ -108,7 +108,7 @@ class Service:
         try:
             async for output in outputs:
                 if is_measured:
-                    num_tokens += self._count(output, num_tokens)
+                    num_tokens += self._count(output, num_tokens, params.n)
                 yield output
         except Exception as err:
             error = to_api_error(err)
@@ -122,7 +122,7 @@ class Service:
                 await close()
             self._open_ids.discard(request_id)
 
-    def _count(self, output: RequestOutput, num_tokens_before: int) -> int:
+    def _count(self, output: RequestOutput, num_tokens_before: int, n: int) -> int:
         """Tokens of this output; what ended is counted."""
         num_tokens = 0
         for choice in output.outputs:
@@ -130,7 +130,7 @@ class Service:
             if choice.finish_reason is not None:
                 self.metrics.count_finished(choice.finish_reason)
         if output.finished:
-            self.metrics.observe(output.metrics, num_tokens_before + num_tokens)
+            self.metrics.observe(output.metrics, (num_tokens_before + num_tokens) // n)
         return num_tokens
 
     async def abort(self, request_id: str) -> bool:

@@ -155,7 +155,8 @@ def test_overload_is_resource_exhausted(demo_artifact):
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.Generate(request_of()))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "retry-after" in [entry.key for entry in caught.value.trailing_metadata()]
+        keys = [entry.key for entry in caught.value.trailing_metadata()]
+        assert "retry-after" in keys and "grpc-status-details-bin" in keys
         first.cancel()
 
 

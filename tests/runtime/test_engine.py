@@ -390,6 +390,59 @@ def test_stats_count(make_sync_engine: EngineFactory) -> None:
     assert stats.graph_cache.by_outcome()["exact"] == 1
 
 
+def test_online_requests_take_the_places_of_offline_ones(make_engine: EngineFactory) -> None:
+    engine, _ = make_engine(max_num_seqs=2)
+    batch = SamplingParams(max_tokens=30, offline=True, **GREEDY)
+    for name in ("x", "y", "z"):
+        engine.add_request(name, [ord(name)] * 4, batch)
+    while engine.stats().num_generated_tokens < 6:
+        engine.step()
+    stats = engine.stats()
+    assert (stats.num_offline_running, stats.num_offline_waiting) == (2, 1)
+    engine.add_request("a", PROMPT, SamplingParams(max_tokens=3, **GREEDY))
+    order = []
+    while engine.has_work:
+        order += [output.request_id for output in engine.step() if output.finished]
+    assert order == ["a", "x", "y", "z"]
+    assert engine.stats().num_preemptions == engine.stats().num_offline_preemptions == 1
+
+
+def test_preempted_offline_requests_end_as_if_alone(make_engine: EngineFactory) -> None:
+    engine, runner = make_engine(max_num_seqs=2)
+    for name in ("x", "y"):
+        engine.add_request(name, [ord(name)] * 4, SamplingParams(max_tokens=20, offline=True, **GREEDY))
+    for index in range(3):
+        for _ in range(6):
+            engine.step()
+        engine.add_request(str(index), PROMPT, SamplingParams(max_tokens=2, **GREEDY))
+    final = run(engine)
+    assert engine.stats().num_offline_preemptions > 1
+    for name in ("x", "y"):
+        assert final[name].outputs[0].token_ids == runner.greedy([ord(name)] * 4, 20)
+
+
+def test_a_refusal_says_when_to_come_back(make_sync_engine: EngineFactory) -> None:
+    engine, _ = make_sync_engine(config=EngineConfig(max_waiting=4), max_num_seqs=2)
+    for index in range(4):
+        engine.add_request(str(index), [40 + index] * 20, SamplingParams(max_tokens=40, **GREEDY))
+    waits = []
+    for num_more in (1, 3):
+        with pytest.raises(QueueFullError) as caught:
+            engine.add_request("more", PROMPT, SamplingParams(n=num_more))
+        waits.append(caught.value.retry_after_s)
+    assert 0 < waits[0] < waits[1]
+
+
+def test_the_server_has_targets_for_requests_that_name_none(make_engine: EngineFactory) -> None:
+    engine, _ = make_engine(config=EngineConfig(ttft_slo_ms=300, tpot_slo_ms=20))
+    engine.add_request("a", PROMPT, SamplingParams(max_tokens=2, tpot_slo_ms=50, **GREEDY))
+    metrics = run(engine)["a"].metrics
+    assert (metrics.ttft_slo_s, metrics.tpot_slo_s) == (0.3, 0.05)
+    for fields in ({"scheduling_policy": "lifo"}, {"ttft_slo_ms": 0.0}, {"starvation_s": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            EngineConfig(**fields)
+
+
 TOKENIZER = Tokenizer(train_byte_level(), eos_token_ids=[2])
 
 

@@ -32,6 +32,14 @@ def test_set_fields_arrive_also_where_they_are_zero(service):
     assert dict(params.logit_bias) == {7: 1.5}
 
 
+def test_scheduling_wishes(service):
+    wishes = xllm_pb2.Scheduling(priority=-2, offline=True, ttft_slo_ms=200)
+    request = xllm_pb2.GenerateRequest(sampling=xllm_pb2.SamplingParams(), scheduling=wishes)
+    params = sampling_params_of(request, service, num_prompt=8)
+    assert (params.priority, params.offline, params.ttft_slo_ms, params.tpot_slo_ms) == (-2, True, 200.0, None)
+    assert params_of(service).ttft_slo_ms is None
+
+
 @pytest.mark.parametrize("fields", [{"top_p": 2.0}, {"n": 0}, {"max_tokens": 10_000}, {"logprobs": 99}])
 def test_bad_fields(service, fields):
     with pytest.raises(ApiError) as caught:

@@ -112,6 +112,27 @@ async def test_a_full_queue_is_429_with_retry_after(client, service, runner):
     assert [(await task).status_code for task in waiting] == [200] * 3
 
 
+async def test_offline_requests_leave_half_of_the_queue_to_others(client, service, runner):
+    runner.gate.clear()
+    waiting = [asyncio.create_task(client.post(COMPLETIONS, json=SLOW)) for _ in range(2)]
+    await until(lambda: len(service._open_ids) == 2)
+    # At least one waits, and 3 of the 6 places are for offline requests.
+    body = {"prompt": "a", "n": 3, "max_tokens": 1}
+    assert_error(await client.post(COMPLETIONS, json=body | {"priority": "offline"}), 429, "queue_full")
+    waiting.append(asyncio.create_task(client.post(COMPLETIONS, json=body)))
+    await until(lambda: len(service._open_ids) == 3)
+    runner.gate.set()
+    assert [(await task).status_code for task in waiting] == [200] * 3
+
+
+@pytest.mark.parametrize("priority", ["high", 1.5, [1]])
+async def test_a_priority_is_a_number_or_offline(client, priority):
+    error = assert_error(
+        await client.post(COMPLETIONS, json={"prompt": "a", "priority": priority}), 400, "invalid_type"
+    )
+    assert error["param"] == "priority"
+
+
 async def test_too_many_streams_are_429_and_lose_their_connection(client, service, runner):
     runner.gate.clear()
     waiting = [asyncio.create_task(client.post(COMPLETIONS, json=SLOW)) for _ in range(4)]

@@ -28,6 +28,22 @@ async def test_detokenize(client):
     assert (await client.post("/detokenize", json={"tokens": [-1]})).status_code == 400
 
 
+async def test_metrics_say_which_targets_were_kept(client):
+    for fields in ({"ttft_slo_ms": 1e6, "tpot_slo_ms": 1e-6}, {"ttft_slo_ms": 1e-6, "offline": True}, {}):
+        await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 5} | fields)
+    text = (await client.get("/metrics")).text
+    samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    expected = {
+        'xllm_slo_requests_total{outcome="met",target="ttft"}': 1,
+        'xllm_slo_requests_total{outcome="missed",target="ttft"}': 1,
+        'xllm_slo_requests_total{outcome="met",target="tpot"}': 0,
+        'xllm_slo_requests_total{outcome="missed",target="tpot"}': 1,
+        'xllm_sequences{class="offline",state="waiting"}': 0,
+        'xllm_class_preemptions_total{class="offline"}': 0,
+    }
+    assert {name: float(samples[name]) for name in expected} == expected
+
+
 async def test_metrics_count_what_happened(client):
     await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 5})
     await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 5, "n": 0})

@@ -46,12 +46,23 @@ def test_streams_ask_for_deltas():
         ("min_tokens", -1),
         ("seed", 2**70),
         ("top_k", -2),
+        ("priority", 2**31),
+        ("ttft_slo_ms", 0.0),
+        ("tpot_slo_ms", -1.0),
     ],
 )
 def test_a_value_out_of_range_names_its_field(field, value):
     with pytest.raises(ApiError) as caught:
         params_of(**{field: value})
     assert (caught.value.kind.status, caught.value.param) == (400, field)
+
+
+def test_scheduling_wishes():
+    params = params_of(priority=-3, ttft_slo_ms=200.0, tpot_slo_ms=50)
+    assert (params.priority, params.offline, params.ttft_slo_ms, params.tpot_slo_ms) == (-3, False, 200.0, 50.0)
+    for fields in ({"offline": True}, {"priority": "offline"}):
+        params = params_of(**fields)
+        assert (params.priority, params.offline) == (0, True)
 
 
 def test_the_field_is_called_what_the_client_called_it():
