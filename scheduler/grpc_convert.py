@@ -4,6 +4,7 @@ from typing import Any
 
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
+from xllm_compile.runtime.structured_output import StructuredOutput
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.engine_client import ServiceTokenizer
 from xllm_compile.scheduler.openai_params import build_sampling_params, fit_max_tokens
@@ -83,9 +84,28 @@ def sampling_params_of(request: Any, service: Service, *, num_prompt: int) -> Sa
             "logit_bias": dict(sampling.logit_bias),
             "priority": wishes.priority,
             "offline": wishes.offline,
+            "structured": _structured(sampling),
             "output_kind": RequestOutputKind.FINAL_ONLY if request.final_only else RequestOutputKind.DELTA,
         }
     )
+
+
+def _structured(sampling: Any) -> StructuredOutput | None:
+    kind = sampling.WhichOneof("structured")
+    try:
+        match kind:
+            case None:
+                return None
+            case "json_schema":
+                return StructuredOutput.json_schema(sampling.json_schema)
+            case "choice":
+                return StructuredOutput.choice(list(sampling.choice.texts))
+            case "json_object":
+                return StructuredOutput(kind="json_object") if sampling.json_object else None
+            case _:
+                return StructuredOutput(kind=kind, source=getattr(sampling, kind))
+    except ValueError as err:
+        raise errors.invalid(f"Invalid value for '{kind}': {err}.", param=f"sampling.{kind}") from None
 
 
 def choice_message(choice: CompletionOutput) -> Any:

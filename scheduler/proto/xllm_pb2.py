@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'xllm_compile/scheduler/proto/xllm.proto\x12\x07xllm.v1\"\x96\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12&\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x11.xllm.v1.TokenIdsH\x00\x12\x1d\n\x04\x63hat\x18\x05 \x01(\x0b\x32\r.xllm.v1.ChatH\x00\x12)\n\x08sampling\x18\x06 \x01(\x0b\x32\x17.xllm.v1.SamplingParams\x12\x12\n\nfinal_only\x18\x07 \x01(\x08\x12\x17\n\x0finclude_metrics\x18\x08 \x01(\x08\x12\'\n\nscheduling\x18\t \x01(\x0b\x32\x13.xllm.v1.SchedulingB\x08\n\x06prompt\"\x83\x01\n\nScheduling\x12\x10\n\x08priority\x18\x01 \x01(\x11\x12\x0f\n\x07offline\x18\x02 \x01(\x08\x12\x18\n\x0bttft_slo_ms\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x18\n\x0btpot_slo_ms\x18\x04 \x01(\x02H\x01\x88\x01\x01\x42\x0e\n\x0c_ttft_slo_msB\x0e\n\x0c_tpot_slo_ms\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.xllm.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc5\x05\n\x0eSamplingParams\x12\x0e\n\x01n\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x08\x88\x01\x01\x12\x17\n\nmax_tokens\x18\n \x01(\rH\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0b \x01(\rH\n\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\"\n\x1ainclude_stop_str_in_output\x18\x0e \x01(\x08\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x1b\n\x13keep_special_tokens\x18\x10 \x01(\x08\x12\x15\n\x08logprobs\x18\x11 \x01(\rH\x0b\x88\x01\x01\x12:\n\nlogit_bias\x18\x12 \x03(\x0b\x32&.xllm.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x04\n\x02_nB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0b\n\t_logprobs\"\x91\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x0f.xllm.v1.Choice\x12\x1d\n\x05usage\x18\x03 \x01(\x0b\x32\x0e.xllm.v1.Usage\x12(\n\x07metrics\x18\x04 \x01(\x0b\x32\x17.xllm.v1.RequestMetrics\"\xcf\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.xllm.v1.TokenLogprobs\x12,\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x15.xllm.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\rH\x00\x42\r\n\x0bstop_reason\"P\n\rTokenLogprobs\x12 \n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x10.xllm.v1.Logprob\x12\x1d\n\x03top\x18\x02 \x03(\x0b\x32\x10.xllm.v1.Logprob\"H\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x90\x03\n\x0eRequestMetrics\x12\x1a\n\rqueue_time_ms\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12#\n\x16time_to_first_token_ms\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1f\n\x12generation_time_ms\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bmean_itl_ms\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1e\n\x11tokens_per_second\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\x0fnum_preemptions\x18\x06 \x01(\r\x12(\n\x0bgraph_steps\x18\x07 \x01(\x0b\x32\x13.xllm.v1.GraphSteps\x12\x18\n\x10num_draft_tokens\x18\x08 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\t \x01(\rB\x10\n\x0e_queue_time_msB\x19\n\x17_time_to_first_token_msB\x15\n\x13_generation_time_msB\x0e\n\x0c_mean_itl_msB\x14\n\x12_tokens_per_second\"K\n\nGraphSteps\x12\r\n\x05\x65xact\x18\x01 \x01(\r\x12\x0e\n\x06padded\x18\x02 \x01(\r\x12\x0f\n\x07\x64ynamic\x18\x03 \x01(\r\x12\r\n\x05\x65\x61ger\x18\x04 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"!\n\rAbortResponse\x12\x10\n\x08was_open\x18\x01 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"\xc4\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0bmodel_names\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x13\n\x0bis_draining\x18\x04 \x01(\x08\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x06 \x01(\r\x12\x16\n\x0ekv_tokens_used\x18\x07 \x01(\x04\x12\x17\n\x0fkv_tokens_total\x18\x08 \x01(\x04*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xd6\x01\n\tInference\x12\x41\n\x08Generate\x12\x18.xllm.v1.GenerateRequest\x1a\x19.xllm.v1.GenerateResponse0\x01\x12\x36\n\x05\x41\x62ort\x12\x15.xllm.v1.AbortRequest\x1a\x16.xllm.v1.AbortResponse\x12N\n\rGetServerInfo\x12\x1d.xllm.v1.GetServerInfoRequest\x1a\x1e.xllm.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'xllm_compile/scheduler/proto/xllm.proto\x12\x07xllm.v1\"\x96\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12&\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x11.xllm.v1.TokenIdsH\x00\x12\x1d\n\x04\x63hat\x18\x05 \x01(\x0b\x32\r.xllm.v1.ChatH\x00\x12)\n\x08sampling\x18\x06 \x01(\x0b\x32\x17.xllm.v1.SamplingParams\x12\x12\n\nfinal_only\x18\x07 \x01(\x08\x12\x17\n\x0finclude_metrics\x18\x08 \x01(\x08\x12\'\n\nscheduling\x18\t \x01(\x0b\x32\x13.xllm.v1.SchedulingB\x08\n\x06prompt\"\x83\x01\n\nScheduling\x12\x10\n\x08priority\x18\x01 \x01(\x11\x12\x0f\n\x07offline\x18\x02 \x01(\x08\x12\x18\n\x0bttft_slo_ms\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x18\n\x0btpot_slo_ms\x18\x04 \x01(\x02H\x01\x88\x01\x01\x42\x0e\n\x0c_ttft_slo_msB\x0e\n\x0c_tpot_slo_ms\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.xllm.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc9\x06\n\x0eSamplingParams\x12\x0e\n\x01n\x18\x01 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\t\x88\x01\x01\x12\x17\n\nmax_tokens\x18\n \x01(\rH\n\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0b \x01(\rH\x0b\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\"\n\x1ainclude_stop_str_in_output\x18\x0e \x01(\x08\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x1b\n\x13keep_special_tokens\x18\x10 \x01(\x08\x12\x15\n\x08logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x12:\n\nlogit_bias\x18\x12 \x03(\x0b\x32&.xllm.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x0bjson_schema\x18\x13 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x14 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x15 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x16 \x01(\tH\x00\x12\"\n\x06\x63hoice\x18\x17 \x01(\x0b\x32\x10.xllm.v1.ChoicesH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0c\n\nstructuredB\x04\n\x02_nB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0b\n\t_logprobs\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\x91\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x0f.xllm.v1.Choice\x12\x1d\n\x05usage\x18\x03 \x01(\x0b\x32\x0e.xllm.v1.Usage\x12(\n\x07metrics\x18\x04 \x01(\x0b\x32\x17.xllm.v1.RequestMetrics\"\xcf\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.xllm.v1.TokenLogprobs\x12,\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x15.xllm.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\rH\x00\x42\r\n\x0bstop_reason\"P\n\rTokenLogprobs\x12 \n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x10.xllm.v1.Logprob\x12\x1d\n\x03top\x18\x02 \x03(\x0b\x32\x10.xllm.v1.Logprob\"H\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x90\x03\n\x0eRequestMetrics\x12\x1a\n\rqueue_time_ms\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12#\n\x16time_to_first_token_ms\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1f\n\x12generation_time_ms\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bmean_itl_ms\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1e\n\x11tokens_per_second\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\x0fnum_preemptions\x18\x06 \x01(\r\x12(\n\x0bgraph_steps\x18\x07 \x01(\x0b\x32\x13.xllm.v1.GraphSteps\x12\x18\n\x10num_draft_tokens\x18\x08 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\t \x01(\rB\x10\n\x0e_queue_time_msB\x19\n\x17_time_to_first_token_msB\x15\n\x13_generation_time_msB\x0e\n\x0c_mean_itl_msB\x14\n\x12_tokens_per_second\"K\n\nGraphSteps\x12\r\n\x05\x65xact\x18\x01 \x01(\r\x12\x0e\n\x06padded\x18\x02 \x01(\r\x12\x0f\n\x07\x64ynamic\x18\x03 \x01(\r\x12\r\n\x05\x65\x61ger\x18\x04 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"!\n\rAbortResponse\x12\x10\n\x08was_open\x18\x01 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"\xc4\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0bmodel_names\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x13\n\x0bis_draining\x18\x04 \x01(\x08\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x06 \x01(\r\x12\x16\n\x0ekv_tokens_used\x18\x07 \x01(\x04\x12\x17\n\x0fkv_tokens_total\x18\x08 \x01(\x04*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xd6\x01\n\tInference\x12\x41\n\x08Generate\x12\x18.xllm.v1.GenerateRequest\x1a\x19.xllm.v1.GenerateResponse0\x01\x12\x36\n\x05\x41\x62ort\x12\x15.xllm.v1.AbortRequest\x1a\x16.xllm.v1.AbortResponse\x12N\n\rGetServerInfo\x12\x1d.xllm.v1.GetServerInfoRequest\x1a\x1e.xllm.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2668
-  _globals['_FINISHREASON']._serialized_end=2788
+  _globals['_FINISHREASON']._serialized_start=2826
+  _globals['_FINISHREASON']._serialized_end=2946
   _globals['_GENERATEREQUEST']._serialized_start=53
   _globals['_GENERATEREQUEST']._serialized_end=331
   _globals['_SCHEDULING']._serialized_start=334
@@ -46,31 +46,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_start=540
   _globals['_CHATMESSAGE']._serialized_end=584
   _globals['_SAMPLINGPARAMS']._serialized_start=587
-  _globals['_SAMPLINGPARAMS']._serialized_end=1296
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1078
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1126
-  _globals['_GENERATERESPONSE']._serialized_start=1299
-  _globals['_GENERATERESPONSE']._serialized_end=1444
-  _globals['_CHOICE']._serialized_start=1447
-  _globals['_CHOICE']._serialized_end=1654
-  _globals['_TOKENLOGPROBS']._serialized_start=1656
-  _globals['_TOKENLOGPROBS']._serialized_end=1736
-  _globals['_LOGPROB']._serialized_start=1738
-  _globals['_LOGPROB']._serialized_end=1810
-  _globals['_USAGE']._serialized_start=1812
-  _globals['_USAGE']._serialized_end=1892
-  _globals['_REQUESTMETRICS']._serialized_start=1895
-  _globals['_REQUESTMETRICS']._serialized_end=2295
-  _globals['_GRAPHSTEPS']._serialized_start=2297
-  _globals['_GRAPHSTEPS']._serialized_end=2372
-  _globals['_ABORTREQUEST']._serialized_start=2374
-  _globals['_ABORTREQUEST']._serialized_end=2408
-  _globals['_ABORTRESPONSE']._serialized_start=2410
-  _globals['_ABORTRESPONSE']._serialized_end=2443
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=2445
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=2467
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=2470
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=2666
-  _globals['_INFERENCE']._serialized_start=2791
-  _globals['_INFERENCE']._serialized_end=3005
+  _globals['_SAMPLINGPARAMS']._serialized_end=1428
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1196
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1244
+  _globals['_CHOICES']._serialized_start=1430
+  _globals['_CHOICES']._serialized_end=1454
+  _globals['_GENERATERESPONSE']._serialized_start=1457
+  _globals['_GENERATERESPONSE']._serialized_end=1602
+  _globals['_CHOICE']._serialized_start=1605
+  _globals['_CHOICE']._serialized_end=1812
+  _globals['_TOKENLOGPROBS']._serialized_start=1814
+  _globals['_TOKENLOGPROBS']._serialized_end=1894
+  _globals['_LOGPROB']._serialized_start=1896
+  _globals['_LOGPROB']._serialized_end=1968
+  _globals['_USAGE']._serialized_start=1970
+  _globals['_USAGE']._serialized_end=2050
+  _globals['_REQUESTMETRICS']._serialized_start=2053
+  _globals['_REQUESTMETRICS']._serialized_end=2453
+  _globals['_GRAPHSTEPS']._serialized_start=2455
+  _globals['_GRAPHSTEPS']._serialized_end=2530
+  _globals['_ABORTREQUEST']._serialized_start=2532
+  _globals['_ABORTREQUEST']._serialized_end=2566
+  _globals['_ABORTRESPONSE']._serialized_start=2568
+  _globals['_ABORTRESPONSE']._serialized_end=2601
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=2603
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=2625
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=2628
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2824
+  _globals['_INFERENCE']._serialized_start=2949
+  _globals['_INFERENCE']._serialized_end=3163
 # @@protoc_insertion_point(module_scope)

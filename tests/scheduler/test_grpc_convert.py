@@ -3,6 +3,7 @@ import pytest
 from tests.scheduler.service_fixtures import MAX_MODEL_LEN
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob
 from xllm_compile.runtime.sampling_params import RequestOutputKind
+from xllm_compile.runtime.structured_output import StructuredOutput
 from xllm_compile.scheduler.errors import ApiError
 from xllm_compile.scheduler.grpc_convert import choice_message, prompt_of, sampling_params_of
 from xllm_compile.scheduler.proto import xllm_pb2
@@ -45,6 +46,28 @@ def test_bad_fields(service, fields):
     with pytest.raises(ApiError) as caught:
         params_of(service, **fields)
     assert caught.value.kind.grpc == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize(
+    ("fields", "structured"),
+    [
+        ({"json_schema": '{"type": "integer"}'}, StructuredOutput.json_schema({"type": "integer"})),
+        ({"json_object": True}, StructuredOutput(kind="json_object")),
+        ({"json_object": False}, None),
+        ({"regex": "a+"}, StructuredOutput(kind="regex", source="a+")),
+        ({"grammar": 'start: "a"'}, StructuredOutput(kind="grammar", source='start: "a"')),
+        ({"choice": xllm_pb2.Choices(texts=["a", "b"])}, StructuredOutput.choice(["a", "b"])),
+        ({}, None),
+    ],
+)
+def test_structured_outputs(service, fields, structured):
+    assert params_of(service, **fields).structured == structured
+
+
+def test_a_bad_structured_output_names_its_field(service):
+    with pytest.raises(ApiError) as caught:
+        params_of(service, json_schema="{")
+    assert (caught.value.kind.grpc, caught.value.param) == ("INVALID_ARGUMENT", "sampling.json_schema")
 
 
 async def test_three_forms_of_a_prompt(service):
