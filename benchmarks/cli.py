@@ -155,6 +155,18 @@ def async_command(shape: str, work_dir: Path, seed: int, results: Path, **option
     run_async(_shape(shape), work_dir, results, _command_line(), seed=seed, **options)
 
 
+@command.command("structured")
+@model_options
+@click.option("--rounds", type=click.IntRange(1), default=7, help="Rounds of free and structured in turns.")
+@click.option("--output-tokens", type=click.IntRange(2), default=128)
+@click.option("--schemas", "num_schemas", type=click.IntRange(1), default=1000, help="Random schemas to satisfy.")
+def structured_command(shape: str, work_dir: Path, seed: int, results: Path, **options: Any) -> None:
+    """What a JSON schema costs per token, and random schemas to satisfy -> structured_output.json."""
+    from xllm_compile.benchmarks.bench_structured import run_structured
+
+    run_structured(_shape(shape), work_dir, results, _command_line(), seed=seed, **options)
+
+
 @command.command("soak")
 @model_options
 @click.option("--steps", "num_steps", type=click.IntRange(1), default=10000, help="Steps that count.")

@@ -1,4 +1,4 @@
-"""Random JSON schemas whose documents end: strings and arrays are bounded, objects take no other properties."""
+"""Random JSON schemas whose documents end: texts, digits and arrays are bounded, objects take no other properties."""
 
 import random
 from typing import Any
@@ -40,7 +40,8 @@ def _integer(rng: random.Random, _depth: int) -> dict[str, Any]:
 
 def _number(rng: random.Random, _depth: int) -> dict[str, Any]:
     lowest = rng.randint(-50, 50)
-    return {"type": "number", "minimum": lowest, "exclusiveMaximum": lowest + rng.randint(1, 100)}
+    # A step bounds the digits, which a model may otherwise repeat for as long as it wants.
+    return {"type": "number", "minimum": lowest, "maximum": lowest + rng.randint(1, 100), "multipleOf": 0.25}
 
 
 def _boolean(_rng: random.Random, _depth: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from xllm_compile.runtime.structured_output import ReasoningText, StructuredOutput
-from xllm_compile.runtime.token_matcher import GrammarError, TokenMatcher
+from xllm_compile.runtime.token_matcher import GrammarError, TokenMask, TokenMatcher
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -56,6 +56,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._guidance_lock = threading.Lock()
         self._guidance_tokenizer: LLTokenizer | None = None
+        self._kept_masks: dict[bytes, TokenMask] = {}
         self._grammars: OrderedDict[StructuredOutput, Grammar] = OrderedDict()
 
     def compile(self, structured: StructuredOutput) -> Grammar:
@@ -82,7 +83,7 @@ class GrammarCompiler:
         source = json.dumps({"grammars": _grammars(structured, self._tokenizer)})
         matcher = LLMatcher(self._guidance(), source, log_level=0, limits=_limits())
         self._check(structured, matcher)
-        prototype = TokenMatcher(matcher, self._vocab_size, self._tokenizer.eos_token_ids)
+        prototype = TokenMatcher(matcher, self._vocab_size, self._tokenizer.eos_token_ids, self._kept_masks)
         # The first mask is needed anyway, and some errors show only with it.
         prototype.prepare()
         self._check(structured, matcher)

@@ -193,8 +193,10 @@ def _greedy_in_grammar(
     except GrammarError as err:
         return _grammar_failure(err)
     # A model that was asked for JSON mostly writes JSON by itself.
-    token_id = best if mask.allowed[best] else mask.argmax(row)
-    if not np.isfinite(row[token_id]):
+    if mask.allowed[best]:
+        return SampledToken(token_id=best)
+    token_id = mask.argmax(row)
+    if not math.isfinite(row[token_id]):
         return SamplingFailure(reason="the model gives no probability to anything that the structured output allows")
     return SampledToken(token_id=token_id)
 

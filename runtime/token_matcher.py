@@ -6,7 +6,7 @@ computes it beside the forward pass, in another thread and with the interpreter 
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +16,26 @@ from torch import Tensor
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+# Masks that sequences keep meeting: inside a string, between two keys. 45 MB with 152 thousand tokens.
+MAX_KEPT_MASKS = 256
+
 # Below this share of the vocabulary a row is looked up at the allowed tokens instead of compared everywhere.
 FEW_TOKENS_SHARE = 1 / 16
 
 
 class TokenMask:
-    """The tokens [V] that may come next; at least one."""
+    """The tokens [V] that may come next; at least one. Immutable: sequences share it."""
 
-    def __init__(self, bits: npt.NDArray[np.uint8], vocab_size: int) -> None:
-        """bits [ceil(V / 8)], lowest bit first."""
-        self.allowed: npt.NDArray[np.bool_] = np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)
-        is_few = np.count_nonzero(self.allowed) < vocab_size * FEW_TOKENS_SHARE
-        self._few = np.flatnonzero(self.allowed) if is_few else None
+    def __init__(self, allowed: npt.NDArray[np.bool_]) -> None:
+        self.allowed = allowed
+        is_few = np.count_nonzero(allowed) < len(allowed) * FEW_TOKENS_SHARE
+        self._few = np.flatnonzero(allowed) if is_few else None
+
+    @classmethod
+    def of(cls, token_ids: Iterable[int], vocab_size: int) -> Self:
+        allowed = np.zeros(vocab_size, dtype=np.bool_)
+        allowed[list(token_ids)] = True
+        return cls(allowed)
 
     def argmax(self, row: npt.NDArray[np.float32]) -> int:
         """The best allowed token of a row [V]."""
@@ -47,8 +55,18 @@ class GrammarError(RuntimeError):
 class TokenMatcher:
     """The state of one sequence. Thread-safe."""
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        matcher: "LLMatcher",
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        kept_masks: dict[bytes, TokenMask] | None = None,
+    ) -> None:
+        """kept_masks has masks by their bits; those who share it share them."""
         self._matcher = matcher
+        self._kept_masks: dict[bytes, TokenMask] = {} if kept_masks is None else kept_masks
+        self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
+        self._bits_address = self._bits.ctypes.data
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._lock = threading.Lock()
@@ -61,7 +79,7 @@ class TokenMatcher:
     def copy(self) -> "TokenMatcher":
         """An independent matcher in the same state, for another sequence."""
         with self._lock:
-            other = TokenMatcher(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids)
+            other = TokenMatcher(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids, self._kept_masks)
             other._mask = self._mask
             other._num_after_end = self._num_after_end
             other._error = self._error
@@ -142,13 +160,17 @@ class TokenMatcher:
     def _prepare(self) -> None:
         if self._mask is not None or self._error is not None:
             return
-        bits = np.zeros((self._vocab_size + 31) // 32, dtype=np.int32)
         if self._num_after_end:
-            for token_id in self._eos_token_ids:
-                bits[token_id // 32] |= np.int32(np.uint32(1 << token_id % 32).view(np.int32))
-        else:
-            self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-            if self._matcher.is_error():
-                self._error = self._matcher.get_error().replace("<non-verbose/>", "").strip()
-                return
-        self._mask = TokenMask(bits.view(np.uint8), self._vocab_size)
+            self._mask = TokenMask.of(self._eos_token_ids, self._vocab_size)
+            return
+        self._matcher.unsafe_compute_mask_ptr(self._bits_address, self._bits.nbytes)
+        if self._matcher.is_error():
+            self._error = self._matcher.get_error().replace("<non-verbose/>", "").strip()
+            return
+        key = self._bits.tobytes()
+        self._mask = self._kept_masks.get(key)
+        if self._mask is None:
+            if len(self._kept_masks) >= MAX_KEPT_MASKS:
+                self._kept_masks.clear()
+            allowed = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
+            self._mask = self._kept_masks[key] = TokenMask(allowed.view(np.bool_))

@@ -1,0 +1,220 @@
+"""Structured output: what a JSON schema costs per token at batch 8, and whether every output fits its schema."""
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from xllm_compile.benchmarks.artifacts import artifact_of_shape, compile_model
+from xllm_compile.benchmarks.checkpoints import Shape
+from xllm_compile.benchmarks.console import finish, say, show_table
+from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
+from xllm_compile.benchmarks.parity import DEMO_MODEL
+from xllm_compile.benchmarks.random_schemas import random_schema
+from xllm_compile.benchmarks.record import Bar, make_record
+from xllm_compile.benchmarks.timing import Summary, measure_in_turns, summarise
+from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
+from xllm_compile.runtime.structured_output import StructuredOutput
+
+FREE, SCHEMA = "free", "JSON schema"
+_BATCH = 8
+_PROMPT_TOKENS = 64
+# Of one random document; the longest need some hundreds.
+_MAX_TOKENS = 1900
+# More than fits into any context: the answer never ends before max_tokens.
+_ENDLESS = {
+    "type": "array",
+    "minItems": 10_000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 24},
+            "amount": {"type": "number", "multipleOf": 0.01},
+            "tags": {"type": "array", "items": {"enum": ["new", "old", "sold"]}, "maxItems": 3},
+            "when": {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"},
+        },
+        "required": ["name", "amount", "tags", "when"],
+        "additionalProperties": False,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overhead:
+    """Seconds a decode step, free and under a schema, in rounds."""
+
+    tpot_s: dict[str, Summary]
+
+    @property
+    def share(self) -> float:
+        """What the schema adds, the median of neighbouring runs."""
+        pairs = zip(self.tpot_s[FREE].values, self.tpot_s[SCHEMA].values, strict=True)
+        return summarise([schema / free - 1 for free, schema in pairs]).median
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validity:
+    num_schemas: int
+    num_valid: int
+    compile_s: Summary
+    num_tokens: int
+    failures: list[dict[str, Any]]
+    """Seed of the schema, the reason, and the text."""
+
+
+def run_structured(
+    shape: Shape,
+    work_dir: Path,
+    results: Path,
+    command: Sequence[str],
+    *,
+    seed: int,
+    rounds: int,
+    output_tokens: int,
+    num_schemas: int,
+) -> None:
+    """Measure demo-code and the shape, write structured_output.json."""
+    demo = work_dir / "artifacts" / "demo-code-structured.xllm"
+    say("compiling demo-code")
+    compile_model(DEMO_MODEL, demo, ["--dtype", "bfloat16"])
+    say(f"compiling {shape.name}")
+    artifacts = {"demo-code": demo, shape.name: artifact_of_shape(shape, work_dir, seed=seed)[0]}
+    say(f"{num_schemas} random schemas on demo-code")
+    validity = check_schemas(_open(demo, _PROMPT_TOKENS + _MAX_TOKENS), num_schemas, seed=seed)
+    overheads, foreign = {}, {}
+    for name, artifact in artifacts.items():
+        engine = _open(artifact, _PROMPT_TOKENS + output_tokens)
+        wait_quiet()
+        with ForeignLoad() as load:
+            overheads[name] = _measure(engine, output_tokens, seed=seed, rounds=rounds)
+        foreign[name] = load.cores
+        engine.close()
+    _show(overheads)
+    raw = {
+        "shape": shape.hf_config(),
+        "batch": _BATCH,
+        "prompt_tokens": _PROMPT_TOKENS,
+        "output_tokens": output_tokens,
+        "foreign_cores": foreign,
+        "schema": _ENDLESS,
+        "tpot_s": {
+            name: {mode: each.tpot_s[mode].to_json() for mode in each.tpot_s} for name, each in overheads.items()
+        },
+        "validity": {
+            "num_schemas": validity.num_schemas,
+            "num_valid": validity.num_valid,
+            "num_tokens": validity.num_tokens,
+            "median_compile_s": validity.compile_s.median,
+            "longest_compile_s": validity.compile_s.max,
+            "failures": validity.failures,
+        },
+    }
+    finish(make_record("structured_output", command, seed=seed, raw=raw, bars=_bars(overheads, validity)), results)
+
+
+def check_schemas(engine: Engine, num_schemas: int, *, seed: int) -> Validity:
+    """Sample a document for each schema, half of them greedily, and validate it."""
+    import jsonschema
+
+    rng = random.Random(seed)
+    schemas = {str(at): random_schema(seed + at) for at in range(num_schemas)}
+    waiting = list(schemas)
+    compile_s, failures, num_tokens = [], [], 0
+    while waiting or engine.has_work:
+        while waiting and engine.num_waiting == 0:
+            name = waiting.pop()
+            params = SamplingParams(
+                temperature=int(name) % 2,
+                seed=int(name),
+                max_tokens=_MAX_TOKENS,
+                structured=StructuredOutput.json_schema(schemas[name]),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            began = time.perf_counter()
+            engine.add_request(name, [rng.randrange(100, 1000) for _ in range(8)], params)
+            compile_s.append(time.perf_counter() - began)
+        for output in engine.step():
+            (completion,) = output.outputs
+            num_tokens += len(completion.token_ids)
+            try:
+                if completion.finish_reason != "stop":
+                    raise ValueError(f"ended by {completion.finish_reason}: {completion.stop_reason}")
+                jsonschema.validate(json.loads(completion.text), schemas[output.request_id])
+            except (ValueError, jsonschema.ValidationError) as err:
+                failure = {"seed": seed + int(output.request_id), "reason": str(err)[:300], "text": completion.text}
+                failures.append(failure)
+    return Validity(
+        num_schemas=num_schemas,
+        num_valid=num_schemas - len(failures),
+        compile_s=summarise(compile_s),
+        num_tokens=num_tokens,
+        failures=failures,
+    )
+
+
+def _open(artifact: Path, max_len: int) -> Engine:
+    return open_instance(
+        artifact, InstanceConfig(max_model_len=max_len, max_num_seqs=_BATCH, async_scheduling=True)
+    ).engine
+
+
+def _measure(engine: Engine, output_tokens: int, *, seed: int, rounds: int) -> Overhead:
+    structured = {FREE: None, SCHEMA: StructuredOutput.json_schema(_ENDLESS)}
+    tpot_s: dict[str, list[float]] = {mode: [] for mode in structured}
+
+    def decode(mode: str) -> None:
+        params = SamplingParams(
+            temperature=0,
+            ignore_eos=True,
+            max_tokens=output_tokens,
+            structured=structured[mode],
+            output_kind=RequestOutputKind.DELTA,
+        )
+        tpot_s[mode].append(_decode(engine, params, random.Random(seed)))
+
+    measure_in_turns({mode: partial(decode, mode) for mode in structured}, warmup=1, repeats=rounds)
+    # The first run of each is the warm-up.
+    return Overhead(tpot_s={mode: summarise(values[1:]) for mode, values in tpot_s.items()})
+
+
+def _decode(engine: Engine, params: SamplingParams, rng: random.Random) -> float:
+    """Seconds a decode step of the whole batch, from start to start."""
+    for index in range(_BATCH):
+        engine.add_request(str(index), [rng.randrange(100, 1000) for _ in range(_PROMPT_TOKENS)], params)
+    before = engine.stats().num_generated_tokens
+    while engine.stats().num_generated_tokens < before + _BATCH:
+        engine.step()
+    begin = engine.stats()
+    while engine.num_open == _BATCH:
+        engine.step()
+    end = engine.stats()
+    while engine.has_work:
+        engine.step()
+    return (end.busy_s + end.gap_s - begin.busy_s - begin.gap_s) / (end.num_steps - begin.num_steps)
+
+
+def _show(overheads: Mapping[str, Overhead]) -> None:
+    rows = [
+        (name, *(f"{each.tpot_s[mode].median * 1e3:.3f}" for mode in (FREE, SCHEMA)), f"{each.share:+.1%}")
+        for name, each in overheads.items()
+    ]
+    show_table(f"decode steps at batch {_BATCH}", ("model", "free, ms", "schema, ms", "more"), rows)
+
+
+def _bars(overheads: Mapping[str, Overhead], validity: Validity) -> list[Bar]:
+    bars = [
+        Bar(what=f"{name}, batch {_BATCH}: a JSON schema adds to TPOT", value=each.share * 100, unit="%", bar="<= 5")
+        for name, each in overheads.items()
+    ]
+    share = validity.num_valid / validity.num_schemas * 100
+    return [
+        *bars,
+        Bar(what=f"{validity.num_schemas} random schemas: valid outputs", value=share, unit="%", bar=">= 100"),
+        Bar(what="random schemas: median compile", value=validity.compile_s.median * 1e3, unit="ms"),
+    ]
