@@ -10,9 +10,11 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from xllm_compile.scheduler.embedding import embed
 from xllm_compile.scheduler.engine_errors import to_api_error
 from xllm_compile.scheduler.grpc_convert import (
     choice_message,
+    embedding_params_of,
     metrics_message,
     prompt_of,
     sampling_params_of,
@@ -62,6 +64,21 @@ class InferenceServicer:
                 choices = [choice_message(choice) for choice in moved]
                 yield xllm_pb2.GenerateResponse(request_id=request_id, choices=choices)
             yield _last_response(request, request_id, len(prompt), outputs, [])
+
+    async def Embed(self, request: Any, context: Any) -> Any:
+        try:
+            with self._service.admit("grpc"):
+                return await self._embed(request)
+        except Exception as err:
+            return await _abort(context, err)
+
+    async def _embed(self, request: Any) -> Any:
+        service = self._service
+        service.check_model(request.model)
+        params = embedding_params_of(request)
+        prompt = await prompt_of(request, service.tokenizer)
+        values = await embed(service, request.request_id or f"grpc-{uuid.uuid4().hex}", prompt, params)
+        return xllm_pb2.EmbedResponse(embedding=values.tolist(), usage=xllm_pb2.Usage(prompt_tokens=len(prompt)))
 
     async def Abort(self, request: Any, context: Any) -> Any:
         return xllm_pb2.AbortResponse(was_open=await self._service.abort(request.request_id))

@@ -3,7 +3,8 @@
 from typing import Any
 
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob
-from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
+from xllm_compile.runtime.pooling import PoolingParams
+from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams, embedding_params
 from xllm_compile.runtime.structured_output import StructuredOutput
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.engine_client import ServiceTokenizer
@@ -41,8 +42,15 @@ _FINISH_REASONS = {
 }
 
 
+_POOLINGS = {
+    xllm_pb2.POOLING_UNSPECIFIED: "last",
+    xllm_pb2.POOLING_LAST: "last",
+    xllm_pb2.POOLING_MEAN: "mean",
+}
+
+
 async def prompt_of(request: Any, tokenizer: ServiceTokenizer) -> list[int]:
-    """Token ids of a GenerateRequest's prompt. Raises ApiError when there is none."""
+    """Token ids of a GenerateRequest's or EmbedRequest's prompt. Raises ApiError when there is none."""
     kind = request.WhichOneof("prompt")
     if kind == "text":
         token_ids = await encode(tokenizer, request.text, add_special_tokens=True)
@@ -52,7 +60,8 @@ async def prompt_of(request: Any, tokenizer: ServiceTokenizer) -> list[int]:
         messages = [_chat_message(message) for message in request.chat.messages]
         token_ids = (await chat_prompt(tokenizer, messages)).token_ids
     else:
-        raise errors.invalid("Set one of text, token_ids and chat.", param="prompt")
+        kinds = [field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
+        raise errors.invalid(f"Set one of {', '.join(kinds)}.", param="prompt")
     if not token_ids:
         raise errors.invalid("The prompt must not be empty.", param=kind)
     return token_ids
@@ -106,6 +115,18 @@ def _structured(sampling: Any) -> StructuredOutput | None:
                 return StructuredOutput(kind=kind, source=getattr(sampling, kind))
     except ValueError as err:
         raise errors.invalid(f"Invalid value for '{kind}': {err}.", param=f"sampling.{kind}") from None
+
+
+def embedding_params_of(request: Any) -> SamplingParams:
+    """Of an EmbedRequest. Raises ApiError naming the option that is out of range."""
+    kind = _POOLINGS.get(request.pooling)
+    if kind is None:
+        raise errors.invalid(f"pooling={request.pooling} is none of Pooling's values.", param="pooling")
+    if request.HasField("dimensions") and request.dimensions == 0:
+        raise errors.invalid("dimensions=0 must be at least 1.", param="dimensions")
+    # An unset field reads as 0, which keeps all.
+    dimensions = request.dimensions or None
+    return embedding_params(PoolingParams(pooling=kind, normalize=not request.keep_length, dimensions=dimensions))
 
 
 def choice_message(choice: CompletionOutput) -> Any:

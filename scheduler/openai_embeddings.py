@@ -11,6 +11,7 @@ from starlette.types import Send
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sampling_params import SamplingParams, embedding_params
 from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.embedding import embed
 from xllm_compile.scheduler.http_io import send_json_text
 from xllm_compile.scheduler.openai_stream import dumps
 from xllm_compile.scheduler.openai_types import EmbeddingRequest
@@ -58,28 +59,19 @@ async def _embed_all(service: Service, prompts: list[Prompt], params: SamplingPa
     request_id = f"embd-{uuid.uuid4().hex}"
     places = asyncio.Semaphore(_MAX_AT_ONCE)
 
-    async def embed(index: int, prompt: Prompt) -> str:
+    async def encoded(index: int, prompt: Prompt) -> str:
         async with places:
-            values = await _embed(service, f"{request_id}-{index}", prompt.token_ids, params)
+            values = await embed(service, f"{request_id}-{index}", prompt.token_ids, params)
             # Here, while others compute: encoding all at the end would hold up every open stream.
             return _encode(values, is_base64=is_base64)
 
-    tasks = [asyncio.create_task(embed(index, prompt)) for index, prompt in enumerate(prompts)]
+    tasks = [asyncio.create_task(encoded(index, prompt)) for index, prompt in enumerate(prompts)]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _embed(
-    service: Service, request_id: str, token_ids: list[int], params: SamplingParams
-) -> npt.NDArray[np.float32]:
-    async for output in service.generate(request_id, token_ids, params):
-        if output.embedding is not None:
-            return output.embedding
-    raise errors.ApiError(errors.UNAVAILABLE, "The server ended this request early.", code="aborted")
 
 
 def _encode(values: npt.NDArray[np.float32], *, is_base64: bool) -> str:

@@ -39,6 +39,11 @@ class InferenceStub:
                 request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/xllm.v1.Inference/Embed',
+                request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/xllm.v1.Inference/Abort',
                 request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.AbortRequest.SerializeToString,
@@ -56,6 +61,13 @@ class InferenceServicer:
 
     def Generate(self, request, context):
         """Generates for one prompt. Cancelling the call, or its deadline, stops the work within one engine step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """The embedding of one prompt. Cancelling stops the work as with Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,6 +93,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GenerateRequest.FromString,
                     response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.EmbedRequest.FromString,
+                    response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.EmbedResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -120,6 +137,33 @@ class Inference:
             '/xllm.v1.Inference/Generate',
             xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GenerateRequest.SerializeToString,
             xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xllm.v1.Inference/Embed',
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.EmbedRequest.SerializeToString,
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

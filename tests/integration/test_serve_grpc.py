@@ -53,6 +53,17 @@ def code_of(call):
     return caught.value.code()
 
 
+def test_embeddings_are_those_of_http(server, stub):
+    answer = stub.Embed(xllm_pb2.EmbedRequest(text=PROMPT, pooling=xllm_pb2.POOLING_MEAN))
+    body = {"input": PROMPT, "pooling": "mean"}
+    over_http = httpx.post(f"{server.http}/v1/embeddings", json=body).json()
+    assert list(answer.embedding) == pytest.approx(over_http["data"][0]["embedding"], abs=1e-6)
+    assert answer.usage.prompt_tokens == over_http["usage"]["prompt_tokens"] > 0
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Embed(xllm_pb2.EmbedRequest(text=PROMPT, dimensions=100_000))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_a_stream_adds_up_to_the_final_answer_and_to_http(server, stub):
     *pieces, last = stub.Generate(request_of())
     text = "".join(choice.text for piece in pieces for choice in piece.choices)

@@ -2,10 +2,11 @@ import pytest
 
 from tests.scheduler.service_fixtures import MAX_MODEL_LEN
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob
+from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sampling_params import RequestOutputKind
 from xllm_compile.runtime.structured_output import StructuredOutput
 from xllm_compile.scheduler.errors import ApiError
-from xllm_compile.scheduler.grpc_convert import choice_message, prompt_of, sampling_params_of
+from xllm_compile.scheduler.grpc_convert import choice_message, embedding_params_of, prompt_of, sampling_params_of
 from xllm_compile.scheduler.proto import xllm_pb2
 
 
@@ -114,3 +115,19 @@ def test_stop_reasons_are_told_apart():
     assert choice_message(choice).WhichOneof("stop_reason") is None
     choice.stop_reason = 0
     assert choice_message(choice).WhichOneof("stop_reason") == "stop_token_id"
+
+
+def test_embedding_params(service):
+    params = embedding_params_of(xllm_pb2.EmbedRequest())
+    assert params.pooling == PoolingParams() and params.output_kind is RequestOutputKind.FINAL_ONLY
+    request = xllm_pb2.EmbedRequest(pooling=xllm_pb2.POOLING_MEAN, keep_length=True, dimensions=2)
+    assert embedding_params_of(request).pooling == PoolingParams(pooling="mean", normalize=False, dimensions=2)
+    for bad in (xllm_pb2.EmbedRequest(dimensions=0), xllm_pb2.EmbedRequest(pooling=9)):  # type: ignore[arg-type]
+        with pytest.raises(ApiError) as caught:
+            embedding_params_of(bad)
+        assert caught.value.kind.grpc == "INVALID_ARGUMENT"
+
+
+async def test_an_embed_request_without_prompt(service):
+    with pytest.raises(ApiError, match="Set one of text, token_ids"):
+        await prompt_of(xllm_pb2.EmbedRequest(), service.tokenizer)
