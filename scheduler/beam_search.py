@@ -34,6 +34,9 @@ class BeamSearchParams:
     """Above 1 favours long answers, below 1 short ones."""
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    priority: int = 0
+    offline: bool = False
+    """Of every step's requests, as in SamplingParams."""
     logprobs: int | None = None
     """Shown with each token: of the token itself and of this many most probable ones; None shows none."""
 
@@ -150,6 +153,8 @@ async def _next_tokens(
         max_tokens=1,
         ignore_eos=True,
         logprobs=2 * params.beam_width,
+        priority=params.priority,
+        offline=params.offline,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 

@@ -17,6 +17,8 @@ _FIELDS = frozenset(
         "max_tokens",
         "max_completion_tokens",
         "n",
+        "priority",
+        "offline",
         "best_of",
         "use_beam_search",
         "length_penalty",
@@ -54,6 +56,8 @@ def beam_params(request: CompletionRequest | ChatCompletionRequest, params: Samp
             length_penalty=1.0 if request.length_penalty is None else request.length_penalty,
             ignore_eos=params.ignore_eos,
             skip_special_tokens=params.skip_special_tokens,
+            priority=params.priority,
+            offline=params.offline,
             logprobs=params.logprobs,
         )
     except ValueError as err:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import uuid
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from xllm_compile.runtime.sampling_params import SamplingParams, embedding_param
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.embedding import embed
 from xllm_compile.scheduler.http_io import send_json_text
+from xllm_compile.scheduler.openai_params import place_options
 from xllm_compile.scheduler.openai_stream import dumps
 from xllm_compile.scheduler.openai_types import EmbeddingRequest
 from xllm_compile.scheduler.openai_validation import parse_body
@@ -43,13 +45,12 @@ async def handle_embeddings(service: Service, body: bytes, send: Send) -> None:
 
 def _params(request: EmbeddingRequest) -> SamplingParams:
     try:
-        return embedding_params(
-            PoolingParams(
-                pooling=request.pooling or "last",
-                normalize=request.normalize is not False,
-                dimensions=request.dimensions,
-            )
+        pooling = PoolingParams(
+            pooling=request.pooling or "last",
+            normalize=request.normalize is not False,
+            dimensions=request.dimensions,
         )
+        return replace(embedding_params(pooling), **place_options(request))
     except ValueError as err:
         raise errors.invalid(str(err), param=str(err).partition("=")[0]) from None
 

@@ -7,7 +7,12 @@ from typing import Any
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.structured_output import StructuredOutput
 from xllm_compile.scheduler import errors
-from xllm_compile.scheduler.openai_types import ChatCompletionRequest, CompletionRequest, SamplingFields
+from xllm_compile.scheduler.openai_types import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    SamplingFields,
+)
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of /v1/completions; chat goes on to the end of the context."""
@@ -32,8 +37,6 @@ _PASSED_ON = (
     "min_tokens",
     "logit_bias",
     "skip_special_tokens",
-    "priority",
-    "offline",
     "ttft_slo_ms",
     "tpot_slo_ms",
 )
@@ -116,8 +119,7 @@ def sampling_params(
     """The request's options over the model's own (generation_config.json), as in vLLM. Raises ApiError (400)."""
     options: dict[str, Any] = dict(model_defaults)
     options.update({name: value for name in _PASSED_ON if (value := getattr(request, name)) is not None})
-    if request.priority == "offline":
-        options |= {"priority": 0, "offline": True}
+    options |= place_options(request)
     if keep_special_tokens:
         options["skip_special_tokens"] = False
     kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
@@ -132,6 +134,13 @@ def sampling_params(
         },
         {"max_tokens": max_tokens_param},
     )
+
+
+def place_options(request: SamplingFields | EmbeddingRequest) -> dict[str, Any]:
+    """The request's place among others, as options of SamplingParams."""
+    if request.priority == "offline":
+        return {"priority": 0, "offline": True}
+    return {name: value for name in ("priority", "offline") if (value := getattr(request, name)) is not None}
 
 
 def build_sampling_params(options: Mapping[str, Any], renamed: Mapping[str, str] | None = None) -> SamplingParams:

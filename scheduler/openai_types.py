@@ -98,6 +98,8 @@ class EmbeddingRequest(_Strict):
     """last (default) or mean."""
     normalize: bool | None = None
     """Scale to length 1 (default true)."""
+    priority: int | Literal["offline"] | None = None
+    offline: bool | None = None
 
 
 class ChatMessage(_Strict):

@@ -139,6 +139,22 @@ async def test_chat_and_metrics(client, service):
     assert b'xllm_request_finished_total{reason="length"} 0.0' in service.metrics.render()
 
 
+async def test_every_step_has_the_place_of_its_request(client, engine, monkeypatch):
+    asked = []
+    generate = engine.generate
+
+    def recorded(request_id, prompt, params):
+        asked.append((params.priority, params.offline))
+        return generate(request_id, prompt, params)
+
+    monkeypatch.setattr(engine, "generate", recorded)
+    await post(client, prompt="abc", max_tokens=2, n=2, priority=7)
+    assert set(asked) == {(7, False)} and len(asked) == 3
+    asked.clear()
+    await client.post("/v1/embeddings", json={"input": "abc", "priority": "offline"})
+    assert asked == [(0, True)]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
