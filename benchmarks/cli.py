@@ -330,6 +330,24 @@ def buckets_command(trace: Path, results: Path, **options: Any) -> None:
     run_buckets(trace, results, _command_line(), **options)
 
 
+@command.command("schedule")
+@click.option("--trace", type=click.Path(path_type=Path), required=True, help="Requests with arrival times.")
+@click.option("--name", default="schedule_azure_conv", help="Name of the record.")
+@click.option("--model", type=click.Choice(("qwen3-8b", "qwen3-0.6b")), default="qwen3-8b", help="What serves them.")
+@click.option("--device", default="h200", help="On what: a device spec by name.")
+@click.option("--num-requests", type=click.IntRange(2), default=2000, help="From the start of the trace.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), default=20.0, help="Requests per second.")
+@click.option("--kv-tokens", type=click.IntRange(1), default=200_000, help="Tokens in the KV cache.")
+@click.option("--max-tokens", type=click.IntRange(1), default=2048, help="Most tokens in one step.")
+@click.option("--max-seqs", type=click.IntRange(1), default=256, help="Most sequences in one step.")
+@results_option
+def schedule_command(trace: Path, results: Path, **options: Any) -> None:
+    """Scheduling policies on a trace, in simulation; arithmetic only -> NAME.json."""
+    from xllm_compile.benchmarks.bench_schedule import run_schedule
+
+    run_schedule(trace, results, _command_line(), **options)
+
+
 @command.command("balance")
 @click.option("--device", default="ascend-910b2", help="On what: a device spec by name.")
 @click.option("--traces", type=click.Path(path_type=Path), help="Folder for Chrome traces of the plans.")

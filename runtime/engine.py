@@ -23,6 +23,7 @@ from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.local_scheduler import SchedulingRules, schedule
 from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
 from xllm_compile.runtime.outputs import EngineStats, RequestMetrics, RequestOutput
+from xllm_compile.runtime.policies.admission import HORIZON
 from xllm_compile.runtime.policies.chunk import StepLoad, load_of
 from xllm_compile.runtime.policies.order import POLICIES, Order, PolicyName
 from xllm_compile.runtime.policies.queue_bound import QueueBound, ServiceTime, check_queue
@@ -61,7 +62,7 @@ class EngineConfig:
     """Plan a step and report the last one while the device runs the one between."""
     scheduling_policy: PolicyName = "fcfs"
     """Who goes first: policies/order.py."""
-    admission_horizon: int = 256
+    admission_horizon: int = HORIZON
     """Decode steps that a newcomer must fit beside what runs, so that nobody is preempted; 0 counts its prompt only."""
     starvation_s: float = 60.0
     """Age from which the oldest sequence goes first and keeps its place, whatever the policy."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
-from xllm_compile.runtime.policies.admission import fits, growth_of
+from xllm_compile.runtime.policies.admission import HORIZON, fits, growth_of
 from xllm_compile.runtime.policies.chunk import StepLoad, StepSeconds, largest_chunk, step_budget_s
 from xllm_compile.runtime.policies.order import Key, Order
 from xllm_compile.runtime.policies.state import Capacity, Limits, S, Schedule
@@ -26,7 +26,7 @@ class SchedulingRules:
     """What of scheduling is chosen once."""
 
     order: Order = field(default_factory=Order)
-    admission_horizon: int = 256
+    admission_horizon: int = HORIZON
     """Decode steps that a newcomer must fit beside what runs; 0 asks for its prompt's room only."""
     min_prefill_tokens: int = 32
     """Prompt tokens that a step takes whatever TPOT targets say, so that prefill always moves on."""

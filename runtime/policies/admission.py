@@ -12,6 +12,10 @@ from typing import NamedTuple
 
 from xllm_compile.runtime.policies.state import Capacity, Schedulable
 
+HORIZON = 64
+"""Decode steps. On a simulated conversation trace with scarce memory (xllm-bench schedule) 64 avoids all but a few
+preemptions and serves the most tokens per second; 256 avoids the rest and loses more than they cost."""
+
 
 class Growth(NamedTuple):
     """One sequence's demand from now on."""
