@@ -1,11 +1,11 @@
-"""Follows one sequence through its grammar: which tokens may come next, which came, and back again for drafts.
+"""Follows one sequence through its grammar: which tokens may come next, and which came.
 
 The mask of the next token is known as soon as the last one is, a whole forward pass before it is needed: `prepare`
 computes it beside the forward pass, in another thread and with the interpreter released. `mask` waits for it.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -56,111 +56,57 @@ class TokenMatcher:
     """The state of one sequence. Thread-safe."""
 
     def __init__(
-        self,
-        matcher: "LLMatcher",
-        vocab_size: int,
-        eos_token_ids: Iterable[int],
-        kept_masks: dict[bytes, TokenMask] | None = None,
+        self, matcher: "LLMatcher", vocab_size: int, eos_token_ids: Iterable[int], kept_masks: dict[bytes, TokenMask]
     ) -> None:
         """kept_masks has masks by their bits; those who share it share them."""
         self._matcher = matcher
-        self._kept_masks: dict[bytes, TokenMask] = {} if kept_masks is None else kept_masks
-        self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
-        self._bits_address = self._bits.ctypes.data
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._kept_masks = kept_masks
+        self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
+        self._bits_address = self._bits.ctypes.data
         self._lock = threading.Lock()
         self._mask: TokenMask | None = None
         """For the present state; None until it is computed."""
-        self._num_after_end = 0
-        """Tokens since the end-of-sequence token, itself included; the grammar does not see them."""
+        self._is_ended = False
+        """The end-of-sequence token came. What a step that was already under way samples behind it is thrown away."""
         self._error: str | None = None
 
     def copy(self) -> "TokenMatcher":
         """An independent matcher in the same state, for another sequence."""
         with self._lock:
             other = TokenMatcher(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids, self._kept_masks)
-            other._mask = self._mask
-            other._num_after_end = self._num_after_end
-            other._error = self._error
+            other._mask, other._is_ended, other._error = self._mask, self._is_ended, self._error
         return other
 
     def prepare(self) -> None:
         """Compute the mask of the present state, unless it is known. Errors wait for `mask`."""
         with self._lock:
-            self._prepare()
+            if self._mask is None and self._error is None:
+                self._compute()
 
     def mask(self) -> TokenMask:
         """Raises GrammarError."""
         with self._lock:
-            return self._known_mask()
+            if self._mask is None and self._error is None:
+                self._compute()
+            if self._mask is None:
+                raise GrammarError(self._error)
+            return self._mask
 
     def accept(self, token_id: int) -> None:
         """The sequence goes on with this token. One that the mask forbids makes every later mask an error."""
         with self._lock:
-            self._accept(token_id)
-
-    def rollback(self, num_tokens: int) -> None:
-        """Forget the last tokens. Raises ValueError when there were fewer."""
-        with self._lock:
-            self._rollback(num_tokens)
-
-    def masks_after(self, draft_token_ids: Sequence[int]) -> list[TokenMask]:
-        """Masks for the next token and for the one after each draft, up to the first draft that is forbidden.
-
-        The state stays where it is. Between 1 and len(draft_token_ids) + 1 masks. Raises GrammarError.
-        """
-        with self._lock:
-            masks, here = [self._known_mask()], self._mask
-            num_accepted = 0
-            try:
-                for token_id in draft_token_ids:
-                    if not masks[-1].allowed[token_id]:
-                        break
-                    self._accept(token_id)
-                    num_accepted += 1
-                    masks.append(self._known_mask())
-            finally:
-                if self._error is None:
-                    self._rollback(num_accepted)
-                    self._mask = here
-            return masks
-
-    @property
-    def is_terminated(self) -> bool:
-        """Nothing but the end-of-sequence token may come."""
-        with self._lock:
-            return self._num_after_end > 0 or self._matcher.is_stopped()
-
-    def _accept(self, token_id: int) -> None:
-        if self._error is not None:
-            return
-        if self._num_after_end or (token_id in self._eos_token_ids and self._matcher.is_accepting()):
-            # What a step that was already under way samples behind the end is thrown away.
-            self._num_after_end += 1
+            if self._is_ended or self._error is not None:
+                return
             self._mask = None
-            return
-        self._mask = None
-        if not self._matcher.consume_token(token_id):
-            self._error = f"token {token_id} is not allowed here"
+            if token_id in self._eos_token_ids and self._matcher.is_accepting():
+                self._is_ended = True
+            elif not self._matcher.consume_token(token_id):
+                self._error = f"token {token_id} is not allowed here"
 
-    def _rollback(self, num_tokens: int) -> None:
-        after_end = min(num_tokens, self._num_after_end)
-        self._num_after_end -= after_end
-        self._mask = None
-        if num_tokens > after_end and not self._matcher.rollback(num_tokens - after_end):
-            raise ValueError(f"rollback={num_tokens} is more than the tokens that were accepted")
-
-    def _known_mask(self) -> TokenMask:
-        self._prepare()
-        if self._mask is None:
-            raise GrammarError(self._error)
-        return self._mask
-
-    def _prepare(self) -> None:
-        if self._mask is not None or self._error is not None:
-            return
-        if self._num_after_end:
+    def _compute(self) -> None:
+        if self._is_ended:
             self._mask = TokenMask.of(self._eos_token_ids, self._vocab_size)
             return
         self._matcher.unsafe_compute_mask_ptr(self._bits_address, self._bits.nbytes)

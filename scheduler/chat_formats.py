@@ -30,6 +30,11 @@ class ChatFormats:
             reasoning=reasoning.choose_format(reasoning_parser, template),
         )
 
+    @property
+    def takes_calls_as_text(self) -> bool:
+        """Whether the template wants the arguments of earlier calls as JSON text."""
+        return self.tools is not None and self.tools.is_text_in_template
+
     def expect(self, request: ChatCompletionRequest, asked: ToolRequest, prompt: Prompt) -> MessageFormat:
         """What completions of this prompt may hold."""
         assert prompt.text is not None

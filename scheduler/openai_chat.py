@@ -87,7 +87,7 @@ async def _prepare(service: Service, request: ChatCompletionRequest) -> _Chat:
         add_generation_prompt=request.add_generation_prompt is not False,
         template_kwargs=request.chat_template_kwargs,
         tools=tools.tools,
-        calls_as_text=formats.tools is not None and formats.tools.is_text_in_template,
+        calls_as_text=formats.takes_calls_as_text,
     )
     expected = formats.expect(request, tools, prompt)
     asked, asked_param = openai_params.chat_max_tokens(request)

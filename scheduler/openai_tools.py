@@ -32,7 +32,7 @@ class ToolRequest:
 
 def tool_request(request: ChatCompletionRequest) -> ToolRequest:
     """Raises ApiError (400) naming the bad field."""
-    tools = _tools(request.tools)
+    tools = check_tools(request.tools)
     choice = request.tool_choice
     if choice is None or choice == "auto":
         return ToolRequest(tools=tools, callable=[tool["function"] for tool in tools])
@@ -61,7 +61,8 @@ def _chosen_name(choice: Any) -> str:
     return name
 
 
-def _tools(tools: Any) -> list[dict[str, Any]]:
+def check_tools(tools: Any) -> list[dict[str, Any]]:
+    """The `tools` of a request, none where there are none. Raises ApiError (400) naming the bad field."""
     if tools is None:
         return []
     if not isinstance(tools, list):

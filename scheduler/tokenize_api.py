@@ -6,6 +6,7 @@ from starlette.types import Send
 
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.http_io import send_json
+from xllm_compile.scheduler.openai_tools import check_tools
 from xllm_compile.scheduler.openai_types import DetokenizeRequest, TokenizeRequest
 from xllm_compile.scheduler.openai_validation import parse_body
 from xllm_compile.scheduler.prompts import chat_prompt, encode
@@ -23,6 +24,8 @@ async def handle_tokenize(service: Service, body: bytes, send: Send) -> None:
             request.messages,
             add_generation_prompt=request.add_generation_prompt is not False,
             template_kwargs=request.chat_template_kwargs,
+            tools=check_tools(request.tools),
+            calls_as_text=service.chat_formats.takes_calls_as_text,
         )
         token_ids = prompt.token_ids
     else:

@@ -309,6 +309,9 @@ async def test_the_template_sees_tools_and_earlier_calls(chat, parser, shown):
     ]
     response = await chat.post("x", messages=messages, tools=[TIME], return_token_ids=True, max_tokens=1)
     prompt = bytes(response.json()["prompt_token_ids"]).decode()
+    body = {"messages": messages, "tools": [TIME]}
+    tokens = (await chat.client.post("/tokenize", json=body)).json()["tokens"]
+    assert tokens == response.json()["prompt_token_ids"]
     assert prompt.startswith('<tools>[{"type": "function", "function": {"name": "time"}}]</tools><user>hi<assistant>')
     assert prompt.endswith(f"<call>time:{shown}<tool>12:00<assistant>")
 
