@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 MAX_CACHED_GRAMMARS = 256
 NUM_PROBE_TOKENS = 64
 
-# Without a bound a model that is undecided writes blanks between two tokens of JSON until its length limit.
-JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+# One space, or a line end and an indentation: enough for every usual layout. With more, a model that is undecided goes
+# on writing blanks between two tokens of JSON, up to its length limit.
+JSON_OPTIONS = {"whitespace_pattern": r" |\n[ \t]{0,32}"}
 
 
 class SpecialTokens(Protocol):

@@ -46,6 +46,7 @@ def follow(compiler: GrammarCompiler, tokenizer: Tokenizer, structured: Structur
     ("structured", "text"),
     [
         (StructuredOutput.json_schema(POINT), '{"x": -1, "y":\n 20}'),
+        (StructuredOutput.json_schema(POINT), json.dumps({"x": 1, "y": 2}, indent=4)),
         (StructuredOutput.json_schema(json.dumps(POINT)), '{"x":1,"y":2}'),
         (StructuredOutput.json_schema(True), '[1, {"a": null}]'),
         (StructuredOutput(kind="json_object"), '{"any": [1, {}]}'),
@@ -69,6 +70,8 @@ def test_text_that_fits_is_allowed_to_its_end(
     ("structured", "text", "allowed"),
     [
         (StructuredOutput.json_schema(POINT), '{"x": 1, "z": 2}', '{"x": 1, "'),
+        (StructuredOutput.json_schema(POINT), '{"x": 1\n\n', '{"x": 1\n'),
+        (StructuredOutput.json_schema(POINT), '{"x":   1', '{"x": '),
         (StructuredOutput.json_schema(POINT), '{"x": "1"}', '{"x": '),
         (StructuredOutput.choice(["yes", "no"]), "yea", "ye"),
         (StructuredOutput.choice(["12"], OPEN_THOUGHTS), "12", "12"),
