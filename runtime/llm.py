@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
+from xllm_compile.runtime.beam_search import BeamSearch, BeamSearchParams, one_token_params
 from xllm_compile.runtime.chat_template import Message
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.outputs import RequestOutput
@@ -63,6 +64,32 @@ class LLMBase:
             self.engine.make_request(str(next(self._ids)), _content(prompt), params) for prompt in _listed(prompts)
         ]
         return self._run(requests, use_tqdm=use_tqdm)
+
+    def beam_search(self, prompts: Prompts, params: BeamSearchParams, *, use_tqdm: bool = False) -> list[RequestOutput]:
+        """The most probable continuations of each prompt that a beam search finds, the best first.
+
+        Raises ValueError, before anything is computed, for a prompt without room for max_tokens.
+        """
+        tokenizer = self.engine.tokenizer
+        searches = []
+        for prompt in _listed(prompts):
+            content = _content(prompt)
+            ids = tokenizer.encode(content) if isinstance(content, str) else [int(token) for token in content]
+            if len(ids) + params.max_tokens > self.engine.max_model_len:
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens and max_tokens={params.max_tokens} exceed"
+                    f" max_model_len={self.engine.max_model_len}; shorten one of them"
+                )
+            searches.append(BeamSearch(params=params, prompt=ids, tokenizer=tokenizer))
+        for _ in range(params.max_tokens):
+            open_ones = [search for search in searches if search.metrics is None or not search.is_done]
+            if not open_ones:
+                break
+            asked = [search.prompts() for search in open_ones]
+            outputs = iter(self.generate([*itertools.chain(*asked)], one_token_params(params), use_tqdm=use_tqdm))
+            for search, beams in zip(open_ones, asked, strict=True):
+                search.take([next(outputs) for _ in beams])
+        return [search.output(str(next(self._ids))) for search in searches]
 
     def chat(
         self,

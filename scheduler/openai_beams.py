@@ -1,8 +1,8 @@
 """Beam search in requests of the OpenAI API: vLLM's ``use_beam_search``, with ``n`` or ``best_of`` as its width."""
 
+from xllm_compile.runtime.beam_search import BeamSearchParams
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import errors
-from xllm_compile.scheduler.beam_search import BeamSearchParams
 from xllm_compile.scheduler.openai_types import ChatCompletionRequest, CompletionRequest
 
 # What a request may say beside its prompt. Beams are no samples, and end at an end-of-sequence or their length only.

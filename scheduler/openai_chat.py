@@ -8,10 +8,11 @@ from typing import Any
 
 from starlette.types import Send
 
+from xllm_compile.runtime.beam_search import BeamSearchParams
 from xllm_compile.runtime.outputs import CompletionOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import openai_params
-from xllm_compile.scheduler.beam_search import BeamSearchParams, beam_search
+from xllm_compile.scheduler.beam_search import beam_search
 from xllm_compile.scheduler.chat_formats import constraint, has_special_markers
 from xllm_compile.scheduler.chat_parser import ChatParser, MessageFormat, message_of, parse_message
 from xllm_compile.scheduler.http_io import send_events, send_json

@@ -8,10 +8,11 @@ from typing import Any
 
 from starlette.types import Send
 
+from xllm_compile.runtime.beam_search import BeamSearchParams
 from xllm_compile.runtime.outputs import CompletionOutput, RequestOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import openai_params
-from xllm_compile.scheduler.beam_search import BeamSearchParams, beam_search
+from xllm_compile.scheduler.beam_search import beam_search
 from xllm_compile.scheduler.best_of import best_of
 from xllm_compile.scheduler.http_io import send_events, send_json
 from xllm_compile.scheduler.openai_beams import beam_params
