@@ -47,6 +47,9 @@ _TOKEN_WISE = {
     xllm.qkv_rope_write.default,
     xllm.attention.default,
     xllm.packed_linear.default,
+    xllm.int8_linear.default,
+    xllm.int4_linear.default,
+    xllm.int8_dynamic_linear.default,
     ALL_REDUCE,
     WAIT,
 }

@@ -23,6 +23,7 @@ from tests.graph_passes.regions import (
 from xllm_compile.graph_passes.dual_stream import dual_stream
 from xllm_compile.graph_passes.micro_batch_split import micro_batch_split, split_sizes
 from xllm_compile.graph_passes.pipeline import cpu_pipeline, run_passes
+from xllm_compile.graph_passes.quantisation import SCHEMES, Quantisation
 from xllm_compile.graph_passes.verify import GraphVerificationError, verify_graph
 from xllm_compile.runtime.ops.collectives import ALL_REDUCE, WAIT
 from xllm_compile.runtime.tensor_parallel import RankConfig, RankGroup
@@ -47,11 +48,11 @@ def group() -> Iterator[None]:
     ranks.close()
 
 
-def regions(config):
+def regions(config, quantisation=None):
     """Those of two ranks, after the passes of the CPU target."""
     graphs = family_regions(config, torch.float32, 2)
     for graph in graphs:
-        run_passes(graph, cpu_pipeline())
+        run_passes(graph, cpu_pipeline(quantisation=quantisation))
     return graphs
 
 
@@ -92,6 +93,15 @@ def test_a_layer_gives_bitwise_what_it_gave(family, name, kernels):
     assert_same_as_unsplit(before, after, inputs)
     assert apply(dual_stream, after).matches == 1
     assert_same_as_unsplit(before, after, inputs)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantised_layer_gives_bitwise_what_it_gave(scheme, kernels):
+    config = family_config("qwen3", hidden_size=96, intermediate_size=128, head_dim=32)
+    before, after = (regions(config, Quantisation(scheme=scheme))[1] for _ in range(2))
+    assert sum(count for name, count in after.op_counts().items() if name.startswith("xllm.int")) == 4
+    assert apply(micro_batch_split, after).matches == apply(dual_stream, after).matches == 1
+    assert_same_as_unsplit(before, after, rank_inputs(config, MIXED, 3))
 
 
 def test_the_halves_of_a_layer_alternate():

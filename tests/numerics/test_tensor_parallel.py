@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import COMPILE_OPTIONS, compile_model, greedy
+from tests.helpers import COMPILE_OPTIONS, compile_model, eager_model, greedy
 from tests.numerics.test_embeddings import expected_embeddings
-from tests.numerics.test_parity import NUM_TOKENS, assert_parity, chains_of
+from tests.numerics.test_parity import NUM_TOKENS, all_logits, assert_parity, chains_of, rms
 from xllm_compile.benchmarks.parity import random_prompts
 from xllm_compile.graph_passes.device_spec import device_spec
 from xllm_compile.runtime.artifact import read_manifest, write_manifest
@@ -104,6 +104,48 @@ def test_embeddings_of_whole_and_halved_steps(model_dir, artifact):
             (output,) = llm.embed(prompt, params)
             assert output.embedding is not None
             np.testing.assert_allclose(output.embedding, expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_more_ranks(size, tiny_model_dir, tmp_path):
+    """Run operator by operator: what is compiled does not depend on how many there are."""
+    model_dir = tiny_model_dir("qwen3", num_attention_heads=12, num_key_value_heads=12, intermediate_size=120)
+    output = tmp_path / "ranks.xllm"
+    options = (*COMPILE_OPTIONS, "--graph-mode", "eager", "--tensor-parallel-size", str(size))
+    done = compile_model(model_dir, "-o", output, *options)
+    assert done.returncode == 0, done.stderr
+    chains, before = chains_of(model_dir, (1, 4, 33)), children()
+    with opened_instance(output, InstanceConfig(max_num_seqs=4)) as instance:
+        assert len(children() - before) == size - 1
+        assert_parity(chains, greedy(instance.engine, [chain.prompt for chain in chains], NUM_TOKENS))
+    assert children() == before
+
+
+def test_quantised_ranks(tiny_model_dir, tmp_path, kernels):
+    """Each rank rounds its own part: products that are cut along their inputs have scales per rank."""
+    model_dir = tiny_model_dir("qwen3", hidden_size=96, intermediate_size=128, head_dim=32)
+    output = tmp_path / "int8.xllm"
+    options = (*COMPILE_OPTIONS, "--graph-mode", "eager", "--tensor-parallel-size", "2", "--quantize", "int8")
+    done = compile_model(model_dir, "-o", output, *options)
+    assert done.returncode == 0, done.stderr
+    quantised = [spec.name for program in read_manifest(output).programs for spec in program.weights if spec.quantised]
+    assert len(quantised) == 8
+    (prompt,) = random_prompts((20,), 4099)
+    exact = all_logits(eager_model(model_dir, tmp_path), prompt)[-1:]
+    seen: list[Tensor] = []
+    with opened_instance(output, InstanceConfig(max_num_seqs=2)) as instance:
+        record_logits(instance.engine, seen)
+        greedy(instance.engine, [prompt], 1)
+    # Rounding shows, and by no more than steps of 1/127 do.
+    assert 1e-4 * rms(exact) < rms(seen[-1] - exact) < 0.05 * rms(exact)
+
+
+def test_ranks_share_their_graphs(artifact):
+    """One graph per region and size, for every rank: the keys cover nothing that differs between two."""
+    manifest = read_manifest(artifact)
+    found = [(entry.region, tuple(sorted(entry.sizes.items()))) for entry in manifest.graphs]
+    assert len(set(found)) == len(found) == len({entry.key for entry in manifest.graphs})
+    assert {name for name, _ in found} == {program.name for program in (*manifest.programs, *manifest.split_programs)}
 
 
 def test_each_rank_holds_its_part(artifact):
