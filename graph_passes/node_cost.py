@@ -306,6 +306,14 @@ def _summed_linear(call: _Call) -> NodeCost:
     return replace(_linear(call), bytes_link=sent, messages=messages, sends_while_computing=True)
 
 
+def _summed_and_normed(call: _Call) -> NodeCost:
+    """A product, its sum, and a norm that is hidden behind them; the residual is read, sum and norm are written."""
+    x, out = call.shape(call.value(0)), call.shape(call.value(2))
+    product = _product(call, rows=math.prod(x[:-1]), inner=x[-1], columns=out[-1])
+    sent, messages = _all_reduce_sends(call.step.world_size, call.num_bytes(call.value(2)))
+    return replace(product, bytes_link=sent, messages=messages, sends_while_computing=True)
+
+
 def _all_reduce_sends(world_size: int, size: float) -> tuple[float, int]:
     return 2 * (world_size - 1) / world_size * size, 2 * (world_size - 1)
 
@@ -354,6 +362,7 @@ _RULES: dict[str, Callable[[_Call], NodeCost]] = {
     "xllm::rope": lambda call: _token_wise(call, 3.0),
     "npu::npu_linear": _linear,
     "npu::npu_mm_all_reduce_base": _summed_linear,
+    "xllm_npu::mm_all_reduce_add_rms_norm": _summed_and_normed,
     "npu::npu_rms_norm": lambda call: _token_wise(call, 4.0),
     "npu::npu_add_rms_norm": lambda call: _token_wise(call, 5.0),
     "npu::npu_swiglu": lambda call: _token_wise(call, 3.0),

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import fx
 
 from xllm_compile.graph_passes.add_rms_norm import add_rms_norm
+from xllm_compile.graph_passes.all_reduce_rms_norm import all_reduce_rms_norm
 from xllm_compile.graph_passes.canonicalise import canonicalise
 from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.cube_vector_balance import cube_vector_balance
@@ -153,6 +154,13 @@ def npu_pipeline(
         _SILU_MUL,
         _LAST_TOKEN_GATHER,
         _ADD_RMS_NORM,
+        # After the split: a sum with a stream of its own overlaps computation instead.
+        Pass(
+            name="all_reduce_rms_norm",
+            run=all_reduce_rms_norm,
+            summary="product, sum over the ranks, residual add and RMSNorm",
+            after_split=True,
+        ),
         # It notes what the lowering makes scopes of.
         *_balance(model, step),
         # Last: it replaces every operator that the patterns above look for.

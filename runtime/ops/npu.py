@@ -65,6 +65,11 @@ SCHEMAS: dict[str, str] = {
         " int inner_precise=0, int block_size=0, int antiquant_mode=0, int key_antiquant_mode=0,"
         " int value_antiquant_mode=0, bool softmax_lse_flag=False) -> (Tensor, Tensor)"
     ),
+    # GE's operator, which torch_npu has no name for: compile_region.py converts it. x2 is a weight [N, C], residual
+    # [1, T, N]. Returns x @ x2.t() summed over the ranks plus residual, and its norm.
+    "xllm_npu::mm_all_reduce_add_rms_norm": (
+        "(Tensor x1, Tensor x2, Tensor residual, Tensor gamma, str hcom, float epsilon=1e-06) -> (Tensor, Tensor)"
+    ),
     # Attributes that TorchAir puts on every GE operator between the two calls: torchair.scope.npu_stream_switch and
     # torchair.scope.limit_core_num are context managers around them.
     "air::scope_enter": "(str[] keys, str[] values, bool need_execute=False) -> None",
@@ -109,6 +114,12 @@ def _mm_all_reduce_base_meta(x1: Tensor, x2: Tensor, hcom: str, **_options: obje
     return x1.new_empty(*x1.shape[:-1], x2.shape[1])
 
 
+def _mm_all_reduce_add_rms_norm_meta(
+    x1: Tensor, x2: Tensor, residual: Tensor, gamma: Tensor, hcom: str, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+
+
 def _fused_infer_attention_score_meta(
     query: Tensor, key: Tensor, value: Tensor, **_options: object
 ) -> tuple[Tensor, Tensor]:
@@ -127,6 +138,7 @@ _SHAPE_FUNCTIONS: dict[str, Callable[..., object]] = {
     "npu::npu_rotary_mul": _rotary_mul_meta,
     "npu::npu_scatter_nd_update_": _scatter_nd_update_meta,
     "npu::npu_mm_all_reduce_base": _mm_all_reduce_base_meta,
+    "xllm_npu::mm_all_reduce_add_rms_norm": _mm_all_reduce_add_rms_norm_meta,
     "air::npu_fused_infer_attention_score": _fused_infer_attention_score_meta,
     "air::scope_enter": _scope_meta,
     "air::scope_exit": _scope_meta,

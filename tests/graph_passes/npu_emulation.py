@@ -17,7 +17,7 @@ class NpuEmulator(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
-        if name.startswith(("npu::", "air::")):
+        if name.startswith(("npu::", "air::", "xllm_npu::")):
             return _OPERATORS[name](*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
@@ -104,6 +104,14 @@ def _add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) 
     return *_rms_norm(total, gamma, epsilon), total
 
 
+def _mm_all_reduce_add_rms_norm(
+    x1: Tensor, x2: Tensor, residual: Tensor, gamma: Tensor, hcom: str, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Of one rank."""
+    total = (x1 @ x2.t()).view(residual.shape) + residual
+    return total, _rms_norm(total, gamma, epsilon)[0]
+
+
 def _swiglu(x: Tensor, dim: int = -1) -> Tensor:
     first, second = x.chunk(2, dim)
     return first / (1 + (-first).exp()) * second
@@ -169,6 +177,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "npu::npu_rotary_mul": _rotary_mul,
     "npu::npu_scatter_nd_update_": _scatter_nd_update,
     "npu::npu_mm_all_reduce_base": lambda x1, x2, hcom: x1 @ x2,
+    "xllm_npu::mm_all_reduce_add_rms_norm": _mm_all_reduce_add_rms_norm,
     "air::npu_fused_infer_attention_score": _fused_attention,
     "air::scope_enter": lambda *_: None,
     "air::scope_exit": lambda *_: None,

@@ -51,6 +51,7 @@ def test_every_pass_is_there_with_its_counts_or_a_reason(rows_for):
         "micro_batch_split": "needs --tensor-parallel-size 2 or more: there is no sum to hide",
         "dual_stream": "needs --tensor-parallel-size 2 or more: there is no sum to hide",
         "cube_vector_balance": "only for --target npu",
+        "all_reduce_rms_norm": "only for --target npu",
     }
 
 

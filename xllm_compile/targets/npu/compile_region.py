@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from xllm_compile.graph_passes.region import placeholder_name
 from xllm_compile.runtime.ops.collectives import ALL_REDUCE, WAIT
+from xllm_compile.runtime.ops.npu import declare_operators
 from xllm_compile.runtime.program import RegionProgram, concrete_shape
 from xllm_compile.targets import UnsupportedOperatorError
 from xllm_compile.targets.npu.ge_graph import GeOp, PlannedOp, check_graph
@@ -30,6 +31,7 @@ GE_TYPES = {
     "npu::npu_rotary_mul": "RotaryMul",
     "npu::npu_scatter_nd_update_": "ScatterNdUpdate",
     "npu::npu_mm_all_reduce_base": "MatmulAllReduce",
+    "xllm_npu::mm_all_reduce_add_rms_norm": "MatmulAllReduceAddRmsNorm",
     "air::npu_fused_infer_attention_score": "FusedInferAttentionScore",
     "_c10d_functional::all_reduce": "HcomAllReduce",
 }
@@ -62,12 +64,28 @@ def _register_collectives() -> None:
 
     register_fx_node_ge_converter(ALL_REDUCE)(_convert_all_reduce)
     register_fx_node_ge_converter(WAIT)(_convert_wait)
+    declare_operators()
+    register_fx_node_ge_converter(torch.ops.xllm_npu.mm_all_reduce_add_rms_norm.default)(_convert_sum_and_norm)
 
 
 def _convert_all_reduce(x: Any, kind: str, group: str, meta_outputs: Any = None) -> Any:
     from torchair._ge_concrete_graph import ge_apis
 
     return ge_apis.HcomAllReduce(x, reduction=kind, group=group, fusion=0)
+
+
+def _convert_sum_and_norm(
+    x1: Any, x2: Any, residual: Any, gamma: Any, hcom: str, epsilon: float = 1e-6, meta_outputs: Any = None
+) -> Any:
+    from torchair._ge_concrete_graph.compat_ir import ge_op
+    from torchair.ge import attr
+
+    return ge_op(
+        op_type="MatmulAllReduceAddRmsNorm",
+        inputs={"x1": x1, "x2": x2, "bias": None, "residual": residual, "gamma": gamma},
+        outputs=["y", "norm_out"],
+        attrs={"group": attr.Str(hcom), "is_trans_b": attr.Bool(True), "epsilon": attr.Float(epsilon)},
+    )
 
 
 def _convert_wait(x: Any, meta_outputs: Any = None) -> Any:
