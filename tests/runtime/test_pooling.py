@@ -66,6 +66,19 @@ def test_any_chunks(make_engine: EngineFactory, pooling: str, chunk: int) -> Non
     assert engine.stats().num_prompt_tokens == 12 and engine.stats().num_generated_tokens == 0
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_prompt_that_was_computed_before(make_engine: EngineFactory, pooling: str) -> None:
+    """Whatever may be left of it: the mean needs the hidden state of every token, which no KV cache has."""
+    engine, _ = make_engine()
+    prompt = list(range(40, 100))
+    engine.add_request("before", prompt, SamplingParams(max_tokens=2, **GREEDY))
+    run(engine)
+    for _ in range(2):
+        output = embed(engine, prompt, pooling=pooling)
+        assert output.embedding is not None
+        np.testing.assert_allclose(output.embedding, expected(prompt, pooling), rtol=1e-6)
+
+
 def test_with_preemption_and_company_each_stays_itself(make_engine: EngineFactory) -> None:
     engine, runner = make_engine(config=EAGER, total_tokens=64, max_num_batched_tokens=8, max_num_seqs=4)
     prompts = [[50 + index, *range(60, 60 + 9 * index)] for index in range(4)]
