@@ -13,6 +13,7 @@ import heapq
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Generic
 
 from xllm_compile.runtime.policies.admission import HORIZON, fits, growth_of
@@ -77,8 +78,7 @@ class _Planner(Generic[S]):
     ) -> None:
         self.limits, self.capacity, self.model, self.rules = limits, capacity, model, rules
         self.now, self.token_s, self.elder = now, token_s, elder
-        self.alive = sorted(running, key=self._seniority)
-        """Running sequences, those admitted in this step included; the last one loses its place first."""
+        self.running = running
         self.alive_ids = {id(sequence) for sequence in running}
         self.chunks: dict[int, tuple[S, int]] = {}
         self.preempted: list[S] = []
@@ -93,10 +93,23 @@ class _Planner(Generic[S]):
         self.is_short = False
         """Running sequences had to be preempted for memory: no time for newcomers."""
 
+    @cached_property
+    def alive(self) -> list[S]:
+        """Running sequences, those admitted in this step included; the last one loses its place first."""
+        return sorted(self.running, key=self._seniority)
+
     def plan_decodes(self) -> None:
-        for sequence in [sequence for sequence in self.alive if sequence.num_uncomputed_tokens == 1]:
-            if id(sequence) in self.alive_ids:
-                self._plan_running(sequence)
+        decodes = [sequence for sequence in self.running if sequence.num_uncomputed_tokens == 1]
+        if len(decodes) <= self.blocks_left:
+            # Nobody can be short of anything: the usual step, planned without sorting.
+            for sequence in decodes:
+                self.chunks[id(sequence)] = (sequence, 1)
+                self.blocks_left -= sequence.num_computed_tokens % self.capacity.block_tokens == 0
+            self.tokens_left -= len(decodes)
+        else:
+            for sequence in sorted(decodes, key=self._seniority):
+                if id(sequence) in self.alive_ids:
+                    self._plan_running(sequence)
         decodes = [sequence for sequence, _ in self.chunks.values()]
         self.budget_s = step_budget_s(decodes, self.now)
         if self.budget_s < float("inf"):
@@ -104,7 +117,9 @@ class _Planner(Generic[S]):
                 self.load = self.load.plus(sequence.num_computed_tokens, 1)
 
     def plan_prefills(self, waiting: Iterable[S]) -> None:
-        prefills = sorted((s for s in self.alive if s.num_uncomputed_tokens > 1), key=self._rank)
+        prefills = sorted(
+            (s for s in self.running if s.num_uncomputed_tokens > 1 and id(s) in self.alive_ids), key=self._rank
+        )
         left = {id(sequence): sequence for sequence in prefills}
         for sequence in heapq.merge(prefills, self._ordered(waiting), key=self._rank):
             if left.pop(id(sequence), None) is not None:
@@ -186,6 +201,8 @@ class _Planner(Generic[S]):
         free = self.blocks_at_start + sum(victim.num_kv_blocks for victim in victims)
         if not others:
             return free > 0
+        if self.capacity.blocks(sequence.num_uncomputed_tokens) > free:
+            return False
         horizon = self.rules.admission_horizon
         growths = [growth_of(one, self.capacity, horizon) for one in (*others, sequence)]
         return fits(growths, free, self.capacity.block_tokens)

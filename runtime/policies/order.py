@@ -17,10 +17,12 @@ Sources: the deadline order with late requests last follows ProServe, arXiv:2512
 no weights; equal priorities never preempting each other is vllm-project/vllm#40004 and #41951.
 """
 
+import heapq
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
+from operator import attrgetter
 from typing import Any, Literal, get_args
 
 from xllm_compile.runtime.policies.state import S, Schedulable
@@ -29,6 +31,8 @@ PolicyName = Literal["fcfs", "priority", "deadline"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 Key = tuple[Any, ...]
+
+_number = attrgetter("number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +58,14 @@ class Order:
         """Order of prefills, running and waiting. token_s: predicted seconds to prefill one token."""
         if self.policy != "deadline":
             return self.seniority(sequence)
+        is_late = self._is_late(sequence, now, token_s)
         due_s = sequence.first_deadline_s
-        is_late = due_s == math.inf or now + sequence.num_uncomputed_tokens * token_s > due_s > -math.inf
         return (*self.tier(sequence), is_late, sequence.number if is_late else due_s, sequence.number)
+
+    def _is_late(self, sequence: Schedulable, now: float, token_s: float) -> bool:
+        """Whether there is no deadline that it could keep. One that has lost its place is not late: it goes first."""
+        due_s = sequence.first_deadline_s
+        return due_s == math.inf or now + sequence.num_uncomputed_tokens * token_s > due_s > -math.inf
 
     def ordered(self, waiting: Iterable[S], now: float, token_s: float) -> Iterator[S]:
         """The waiting queue, which is sorted by queue_key, by rank."""
@@ -64,10 +73,20 @@ class Order:
             yield from waiting
             return
         for _, tier in groupby(waiting, key=self.tier):
-            late: list[S] = []
-            for sequence in tier:
-                if self.rank(sequence, now, token_s)[2]:
-                    late.append(sequence)
-                else:
-                    yield sequence
-            yield from sorted(late, key=lambda sequence: sequence.number)
+            yield from self._by_deadline(tier, now, token_s)
+
+    def _by_deadline(self, tier: Iterator[S], now: float, token_s: float) -> Iterator[S]:
+        """One tier of the waiting queue by rank."""
+        late: list[S] = []
+        without: Iterator[S] = iter(())
+        for sequence in tier:
+            if sequence.first_deadline_s == math.inf:
+                # From here on nobody has a target, and all come by arrival.
+                without = chain([sequence], tier)
+                break
+            if self._is_late(sequence, now, token_s):
+                late.append(sequence)
+            else:
+                yield sequence
+        late.sort(key=_number)
+        yield from heapq.merge(late, without, key=_number)
