@@ -163,9 +163,11 @@ class AsyncEngine:
         Raises ValueError on a bad prompt, option or an id in use; QueueFullError, EngineDrainingError,
         EngineDeadError. prompt_text is shown in the outputs beside a prompt of token ids.
         """
+        loop = asyncio.get_running_loop()
+        if self._error is not None or self._is_stopping:
+            raise self._dead_error()
         if params.structured is not None:
             # Here the request waits for its grammar, and nobody else does.
-            loop = asyncio.get_running_loop()
             request = await loop.run_in_executor(
                 self._compilers, self.engine.make_request, request_id, prompt, params, prompt_text
             )
@@ -173,7 +175,6 @@ class AsyncEngine:
             request = await asyncio.to_thread(self.engine.make_request, request_id, prompt, params, prompt_text)
         else:
             request = self.engine.make_request(request_id, prompt, params, prompt_text)
-        loop = asyncio.get_running_loop()
         with self._wake:
             self._check_admission(request)
             stream = RequestStream(self, request, self._mailbox_of(loop))

@@ -24,6 +24,8 @@ from xllm_compile.runtime.candidates import Kept, keep_candidates
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.token_matcher import GrammarError, TokenMatcher
 
+IMPROBABLE = "the model gives no probability to anything that the structured output allows"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprobs:
@@ -120,10 +122,14 @@ class SamplingState:
             row[ids] -= params.presence_penalty + params.frequency_penalty * counts
         if params.logit_bias:
             row[self._bias_ids] += self._bias
+        mask = None if self.matcher is None else self.matcher.mask()
         if self.num_output_tokens < params.min_tokens:
-            row[self._stop_ids[self._stop_ids < len(row)]] = -math.inf
-        if self.matcher is not None:
-            self.matcher.mask().forbid(row)
+            stop_ids = self._stop_ids[self._stop_ids < len(row)]
+            # A structured output that is complete ends, however short it is.
+            if mask is None or not mask.is_within(stop_ids):
+                row[stop_ids] = -math.inf
+        if mask is not None:
+            mask.forbid(row)
         return row
 
     def _seen_tokens(self, vocab_size: int) -> Tensor:
@@ -197,7 +203,7 @@ def _greedy_in_grammar(
         return SampledToken(token_id=best)
     token_id = mask.argmax(row)
     if not math.isfinite(row[token_id]):
-        return SamplingFailure(reason="the model gives no probability to anything that the structured output allows")
+        return SamplingFailure(reason=IMPROBABLE)
     return SampledToken(token_id=token_id)
 
 
@@ -220,8 +226,9 @@ def prepare_row(row: Tensor, state: SamplingState) -> Tensor | SamplingFailure:
     except GrammarError as err:
         return _grammar_failure(err)
     if not edited.amax().isfinite():
-        what = "min_tokens and logit_bias" + (" and the structured output" if state.matcher is not None else "")
-        return SamplingFailure(reason=f"{what} leave no token to choose; relax them")
+        if state.matcher is not None:
+            return SamplingFailure(reason=IMPROBABLE)
+        return SamplingFailure(reason="min_tokens and logit_bias leave no token to choose; relax them")
     return edited
 
 

@@ -53,7 +53,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     """Most tokens to generate; None goes on to the model's length limit."""
     min_tokens: int = 0
-    """No stop string, stop token or end-of-sequence counts before this many tokens."""
+    """No stop string, stop token or end-of-sequence counts before this many tokens, unless `structured` is complete."""
     logprobs: int | None = None
     """Log-probabilities of the chosen token and of this many most probable ones; 0 gives the chosen one's only."""
     prompt_logprobs: int | None = None

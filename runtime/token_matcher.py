@@ -43,6 +43,10 @@ class TokenMask:
             return int(self._few[row[self._few].argmax()])
         return int(np.where(self.allowed, row, -np.inf).argmax())
 
+    def is_within(self, token_ids: Tensor) -> bool:
+        """Whether nothing but these, each named once, is allowed."""
+        return bool(np.count_nonzero(self.allowed) == np.count_nonzero(self.allowed[token_ids.numpy()]))
+
     def forbid(self, row: Tensor) -> None:
         """Set the others of a row [V] to minus infinity, in place."""
         row[torch.from_numpy(~self.allowed)] = -torch.inf

@@ -1,6 +1,8 @@
 """Requests with structured outputs in the engine: every output fits, alone, together and step by step."""
 
+import asyncio
 import json
+import threading
 from typing import Any
 
 import jsonschema
@@ -8,7 +10,10 @@ import pytest
 
 from tests.runtime.fakes import EngineFactory
 from xllm_compile.benchmarks.random_schemas import random_schema
+from xllm_compile.runtime import grammar
+from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.grammar import Grammar, GrammarCompiler
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.structured_output import ReasoningText, StructuredOutput
@@ -66,13 +71,56 @@ def test_reasoning_comes_first_and_free(make_engine: EngineFactory, tokenizer: A
     assert completion.finish_reason == "stop"
 
 
-def test_a_request_that_leaves_nothing_to_choose_fails_alone(make_engine: EngineFactory) -> None:
-    engine, _ = make_engine()
-    add(engine, "bad", StructuredOutput.choice(["a"]), min_tokens=5, max_tokens=10)
+def test_a_grammar_that_becomes_too_complex_fails_its_request_alone(
+    make_engine: EngineFactory, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "NUM_PROBE_TOKENS", 0)
+    engine, runner = make_engine(max_model_len=256)
+    runner.script([43], tokenizer.encode("a") * 200)
+    nested = StructuredOutput(kind="regex", source="((a{0,100}){0,100}){0,100}")
+    add(engine, "bad", nested, max_tokens=200, temperature=0)
     add(engine, "good", StructuredOutput.choice(["the end"]), max_tokens=10)
     final = run(engine)
     assert final["good"].outputs[0].text == "the end"
-    assert "the structured output" in str(final["bad"].outputs[0].stop_reason)
+    assert final["bad"].outputs[0].finish_reason == "abort"
+    assert "the structured output cannot go on: " in str(final["bad"].outputs[0].stop_reason)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_complete_output_ends_before_min_tokens(make_engine: EngineFactory, temperature: float) -> None:
+    engine, _ = make_engine()
+    add(engine, "short", StructuredOutput.choice(["abc"]), min_tokens=20, max_tokens=30, temperature=temperature)
+    add(engine, "longer", StructuredOutput(kind="regex", source="z*"), min_tokens=20, max_tokens=20, temperature=0)
+    final = run(engine)
+    assert (final["short"].outputs[0].text, final["short"].outputs[0].finish_reason) == ("abc", "stop")
+    assert set(final["longer"].outputs[0].text) == {"z"}
+    assert len(final["longer"].outputs[0].token_ids) == 20
+
+
+async def test_others_go_on_while_a_grammar_is_compiled(
+    make_sync_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    compile_now = GrammarCompiler.compile
+
+    def compile_later(compiler: GrammarCompiler, structured: StructuredOutput) -> Grammar:
+        assert go_on.wait(timeout=60)
+        return compile_now(compiler, structured)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", compile_later)
+    engine, _ = make_sync_engine()
+    server = AsyncEngine(engine)
+    try:
+        params = SamplingParams(structured=StructuredOutput.choice(["yes"]), max_tokens=9)
+        waiting = asyncio.create_task(server.submit("structured", [40], params))
+        free = SamplingParams(max_tokens=4, ignore_eos=True)
+        assert [output.finished async for output in server.generate("free", [41], free)][-1]
+        assert not waiting.done()
+        go_on.set()
+        assert [output.outputs[0].text async for output in await waiting][-1] == "yes"
+    finally:
+        go_on.set()
+        server.shutdown()
 
 
 def test_what_cannot_be_compiled_is_refused_when_the_request_is_made(make_sync_engine: EngineFactory) -> None:
