@@ -20,12 +20,15 @@ class QueueBound:
     """Most sequences."""
     max_tokens: int
     """Most prompt tokens."""
+    whose: str = ""
+    """Said in refusals, where it is not everybody's."""
 
     def offline(self) -> "QueueBound":
         """The part that offline requests may fill."""
         return QueueBound(
             max_waiting=max(1, int(self.max_waiting * OFFLINE_SHARE)),
             max_tokens=max(1, int(self.max_tokens * OFFLINE_SHARE)),
+            whose=" for offline requests",
         )
 
 
@@ -65,12 +68,13 @@ def check_queue(
     retry_after_s = time.drain_s(num_ahead, round(num_ahead * mean_tokens))
     if seqs_over > 0:
         raise QueueFullError(
-            f"{num_waiting} sequences wait and {num_new} more exceed max_waiting={bound.max_waiting}; retry later",
+            f"{num_waiting} sequences wait and {num_new} more exceed max_waiting={bound.max_waiting}{bound.whose}; "
+            "retry later",
             retry_after_s,
         )
     if tokens_over > 0:
         raise QueueFullError(
             f"{num_waiting_tokens} prompt tokens wait and {num_new_tokens} more exceed "
-            f"max_waiting_tokens={bound.max_tokens}; retry later",
+            f"max_waiting_tokens={bound.max_tokens}{bound.whose}; retry later",
             retry_after_s,
         )

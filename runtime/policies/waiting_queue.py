@@ -14,6 +14,8 @@ class WaitingQueue(Generic[S]):
     def __init__(self, key: Callable[[S], Key]) -> None:
         self._key = key
         self._items: list[S] = []
+        self._tokens: dict[int, int] = {}
+        """By id: what each was counted with. It may find some of them computed while it waits."""
         self.num_tokens = 0
         """Tokens that its sequences have to prefill."""
         self.num_offline = 0
@@ -26,14 +28,13 @@ class WaitingQueue(Generic[S]):
 
     def add(self, sequence: S) -> None:
         insort(self._items, sequence, key=self._key)
-        self._count(sequence, 1)
+        self._tokens[id(sequence)] = sequence.num_uncomputed_tokens
+        self.num_tokens += sequence.num_uncomputed_tokens
+        self.num_offline += sequence.is_offline
 
     def remove(self, sequence: S) -> None:
         index = bisect_left(self._items, self._key(sequence), key=self._key)
         found = self._items.pop(index)
         assert found is sequence, "the key of a waiting sequence does not change"
-        self._count(sequence, -1)
-
-    def _count(self, sequence: S, sign: int) -> None:
-        self.num_tokens += sign * sequence.num_uncomputed_tokens
-        self.num_offline += sign * sequence.is_offline
+        self.num_tokens -= self._tokens.pop(id(sequence))
+        self.num_offline -= sequence.is_offline

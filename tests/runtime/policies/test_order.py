@@ -55,6 +55,8 @@ def test_the_queue_counts_what_it_holds() -> None:
         queue.add(item)
     assert [item.name for item in queue] == ["a", "c", "b"]
     assert (len(queue), queue.num_tokens, queue.num_offline) == (3, 15, 1)
+    # Found in a cache while it waits.
+    items[1].num_computed_tokens = 4
     queue.remove(items[1])
     queue.remove(items[0])
     assert (len(queue), queue.num_tokens, queue.num_offline) == (1, 3, 0)
