@@ -51,16 +51,23 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in runners}
         for runner in runners.values():
             runner.execute(step)
+        others_cpu_s: dict[str, list[float]] = {name: [] for name in runners}
         for _ in range(args.repeats):
             for name, runner in runners.items():
-                began = time.perf_counter()
+                began, others = time.perf_counter(), _others_cpu_s()
                 runner.execute(step)
                 seconds[name].append(time.perf_counter() - began)
-        measured[str(num_tokens)] = {"seconds": seconds}
+                others_cpu_s[name].append(_others_cpu_s() - others)
+        measured[str(num_tokens)] = {"seconds": seconds, "others_cpu_s": others_cpu_s}
     largest = _prefill(args.tokens[-1])
     measured["traces"] = {name: _trace(runner, largest) for name, runner in runners.items()}
     print(json.dumps(measured), flush=True)
     group.close()
+
+
+def _others_cpu_s() -> float:
+    """CPU time of every thread but this one: what the collectives take of the core that computes."""
+    return time.process_time() - time.thread_time()
 
 
 def _runner(root: Path, manifest: Manifest, weights: dict[str, torch.Tensor]) -> CompiledModelRunner:
