@@ -77,8 +77,9 @@ class CompiledModelRunner:
         """See ModelRunner.execute. Raises RuntimeError when a kernel refuses its arguments."""
         if self._promoter is not None:
             self._promoter.between_steps(self._token_graphs)
-        # Let go before the step, so that the pool is empty.
-        self._pooled = torch.empty(0, self.embedding_size)
+        if len(self._pooled):
+            # Let go before the step, so that the pool is empty.
+            self._pooled = torch.empty(0, self.embedding_size)
         with self.pool:
             state, split = self._run_layers(step)
             logits = self._run_head(step, state, split)
