@@ -93,3 +93,54 @@ def test_a_step_that_took_no_time_is_not_counted() -> None:
     predictor = StepPredictor(PRIOR)
     predictor.observe(StepLoad(1, 1, 1), 0.0)
     assert predictor.num_observed == 0
+
+
+# Qwen3-0.6B in bfloat16 on two cores (benchmarks/results/cost_model_cpu.json): sequences as (how many, new tokens,
+# context), and the median seconds of the step.
+RECORDED = [
+    ([(1, 1, 64)], 0.0447),
+    ([(1, 1, 500)], 0.0474),
+    ([(1, 1, 2000)], 0.0588),
+    ([(2, 1, 300)], 0.0509),
+    ([(4, 1, 1000)], 0.0735),
+    ([(8, 1, 128)], 0.0577),
+    ([(8, 1, 1500)], 0.1326),
+    ([(16, 1, 200)], 0.0812),
+    ([(24, 1, 400)], 0.1246),
+    ([(32, 1, 100)], 0.1225),
+    ([(1, 24, 24)], 0.0592),
+    ([(1, 96, 96)], 0.1079),
+    ([(1, 200, 200)], 0.1493),
+    ([(1, 384, 384)], 0.2497),
+    ([(1, 512, 512)], 0.3313),
+    ([(1, 256, 1280)], 0.2511),
+    ([(1, 512, 2048)], 0.5729),
+    ([(1, 120, 120), (8, 1, 500)], 0.146),
+    ([(1, 500, 500), (4, 1, 1200)], 0.3695),
+    ([(1, 240, 1000), (16, 1, 256)], 0.2628),
+]
+BUILD_TIMES = StepTimes(
+    sizes=(1, 24, 96, 200, 384, 512), seconds=(0.0457, 0.0539, 0.0856, 0.143, 0.245, 0.3252), dynamic_overhead=1.1
+)
+
+
+def test_recorded_steps_are_predicted_better_than_the_build_does() -> None:
+    prior = prior_of(
+        {"T": BUILD_TIMES}, kv_bytes_per_token=114_688, weights_bytes=1_192_000_000, max_num_batched_tokens=512
+    )
+    steps = []
+    for groups, seconds in RECORDED:
+        load = StepLoad()
+        for count, new, context in groups:
+            for _ in range(count):
+                load = load.plus(context - new, new)
+        steps.append((load, seconds))
+    predictor, rng = StepPredictor(prior), random.Random(0)
+
+    def error() -> float:
+        return sum(abs(predictor.seconds(load) / seconds - 1) for load, seconds in steps) / len(steps)
+
+    assert error() == pytest.approx(0.14, abs=0.01)
+    for load, seconds in rng.choices(steps, k=100):
+        predictor.observe(load, seconds)
+    assert error() < 0.07
