@@ -140,16 +140,17 @@ class _Device:
         step, drafts = self._speculator.draft(batch) if self._speculator else (batch.step, [])
         drafted_s = time.monotonic()
         logits = self._runner.execute(step)
-        prompt_logprobs = _prompt_logprobs(batch, logits, sum(len(draft.token_ids) for draft in drafts))
+        num_drafted = [len(draft.token_ids) for draft in drafts]
+        prompt_logprobs = _prompt_logprobs(batch, logits, sum(num_drafted))
         states = [sequence.sampling for sequence in batch.sampled]
-        sampled = verify(logits, states, drafts) if self._speculator else _sample(logits, states)
+        sampled = verify(logits, states, drafts) if any(num_drafted) else _sample(logits, states)
         self._last_tokens[batch.sampled_slots] = [_token_id(results[-1]) for results in sampled]
         self._masks.prepare(state.matcher for state in states)
         if self._speculator is not None:
             self._speculator.learn(batch, drafts, sampled, time.monotonic() - drafted_s)
         return StepResult(
             sampled=sampled,
-            num_drafted=[len(draft.token_ids) for draft in drafts[: len(batch.drafting)]],
+            num_drafted=num_drafted[: len(batch.drafting)],
             prompt_logprobs=prompt_logprobs,
             pooled=_pooled(batch, self._runner),
             outcome=self._runner.last_outcome(),

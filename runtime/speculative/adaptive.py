@@ -18,7 +18,7 @@ _MARGIN = 1.01
 # Guesses less likely than this never pay.
 _LEAST_CHANCE = 0.02
 # Chances for a draft between two probes, while none pays. It doubles with every probe in vain.
-_FIRST_PROBE_AFTER = 32
+_FIRST_PROBE_AFTER = 64
 _LAST_PROBE_AFTER = 512
 _PROBE_LENGTH = 2
 
@@ -75,10 +75,6 @@ class Acceptance:
 class StepSeconds:
     """Seconds of a step by its rows: as measured, or as ``predict`` says in proportion to what was measured."""
 
-    _WEIGHT = 0.1
-    # A step that the machine interrupted says nothing about its size.
-    _OUTLIER = 2.0
-
     def __init__(self, predict: Callable[[int], float]) -> None:
         self._predict = predict
         self._measured: dict[int, float] = {}
@@ -89,16 +85,18 @@ class StepSeconds:
         return measured if measured is not None else self._predict(num_rows) * (self._ratio or 1.0)
 
     def observe(self, num_rows: int, seconds: float) -> None:
-        ratio = seconds / self._predict(num_rows)
-        if self._ratio is None:
-            self._ratio = ratio
-        ratio = min(ratio, self._OUTLIER * self._ratio)
-        self._ratio += self._WEIGHT * (ratio - self._ratio)
-        known = self._measured.get(num_rows)
-        if known is None:
-            self._measured[num_rows] = min(seconds, self._OUTLIER * self._ratio * self._predict(num_rows))
-        else:
-            self._measured[num_rows] = known + self._WEIGHT * (min(seconds, self._OUTLIER * known) - known)
+        ratio = smoothed(self._ratio, seconds / self._predict(num_rows))
+        self._ratio = ratio
+        known = self._measured.get(num_rows, ratio * self._predict(num_rows))
+        self._measured[num_rows] = smoothed(known, seconds)
+
+
+def smoothed(known: float | None, measured: float) -> float:
+    """Of a time that interruptions only lengthen: short ones count more, and long ones not as long as they were."""
+    if known is None:
+        return measured
+    weight = 0.3 if measured < known else 0.05
+    return known + weight * (min(measured, 2 * known) - known)
 
 
 def draft_lengths(

@@ -12,7 +12,7 @@ from xllm_compile.runtime.batch import Batch
 from xllm_compile.runtime.outputs import SpeculationStats
 from xllm_compile.runtime.sampler import SampledToken
 from xllm_compile.runtime.sampling_params import SamplingParams
-from xllm_compile.runtime.speculative.adaptive import Acceptance, StepSeconds, draft_lengths
+from xllm_compile.runtime.speculative.adaptive import Acceptance, StepSeconds, draft_lengths, smoothed
 from xllm_compile.runtime.speculative.draft_step import with_drafts
 from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft, Proposer, Speculation
 from xllm_compile.runtime.speculative.verify import Verified
@@ -110,10 +110,7 @@ class Speculator:
         longest = max(len(draft.token_ids) for draft in drafts)
         if is_costly and longest:
             seconds = (self._clock() - began) / longest
-            known = self._draft_token_seconds
-            self._draft_token_seconds = (
-                seconds if known is None else known + _WEIGHT * (min(seconds, 2 * known) - known)
-            )
+            self._draft_token_seconds = smoothed(self._draft_token_seconds, seconds)
         return drafts
 
     def _count(self, sequence: Speculation, num_drafted: int, num_accepted: int) -> None:
@@ -144,6 +141,8 @@ class Speculator:
             sequence.num_wanted = 0
             if sequence.kind is not None:
                 candidates.append((sequence, self._acceptance(sequence)))
+        if not candidates:
+            return
         lengths = draft_lengths(
             [acceptance.survival for _, acceptance in candidates],
             num_others=len(sequences) - len(candidates),
