@@ -88,6 +88,19 @@ def latency_command(shape: str, work_dir: Path, seed: int, results: Path, rounds
     run_latency(_shape(shape), work_dir, results, _command_line(), seed=seed, rounds=rounds, num_checked=checked)
 
 
+@command.command("speculation")
+@click.option("--rounds", type=click.IntRange(1), default=7, help="Rounds of all methods in turns.")
+@click.option("--output-tokens", type=click.IntRange(2), default=256, help="Tokens to generate per prompt.")
+@click.option("--every", type=click.IntRange(1), default=6, help="Continue one in this many held-out files.")
+@click.option("--work-dir", type=click.Path(path_type=Path), default=Path(".cache/bench"), help="Keeps the artifacts.")
+@results_option
+def speculation_command(rounds: int, output_tokens: int, every: int, work_dir: Path, results: Path) -> None:
+    """Speculative decoding against plain on demo-code -> speculation_demo_code.json."""
+    from xllm_compile.benchmarks.bench_speculation import run_speculation
+
+    run_speculation(work_dir, results, _command_line(), rounds=rounds, output_tokens=output_tokens, every=every)
+
+
 @command.command("ablation")
 @model_options
 @click.option("--rounds", type=click.IntRange(2), default=15, help="Rounds of all variants in turns.")

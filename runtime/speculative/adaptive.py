@@ -5,6 +5,7 @@ the first j are all accepted, it brings 1 + s_1 + ... + s_k tokens instead of on
 Source of the model: Leviathan et al., arXiv:2211.17192, section 3.3; by position, because guesses get worse with it.
 """
 
+from bisect import bisect, insort
 from collections.abc import Callable, Sequence
 
 # Chance of acceptance before anything is known, and the weight of a prior in observations.
@@ -21,6 +22,8 @@ _LEAST_CHANCE = 0.02
 _FIRST_PROBE_AFTER = 64
 _LAST_PROBE_AFTER = 512
 _PROBE_LENGTH = 2
+# Steps after which what one without drafts takes is measured again.
+_STALE_AFTER = 128
 
 
 class Acceptance:
@@ -73,22 +76,50 @@ class Acceptance:
 
 
 class StepSeconds:
-    """Seconds of a step by its rows: as measured, or as ``predict`` says in proportion to what was measured."""
+    """Seconds of a step by its rows: as measured, or as ``predict`` says in proportion to what was measured.
+
+    A step is never taken to be slower than a larger one. What was not measured for long, or once in a bad moment, is to
+    be measured again before it is compared with what is measured all the time: see `is_stale`.
+    """
 
     def __init__(self, predict: Callable[[int], float]) -> None:
         self._predict = predict
         self._measured: dict[int, float] = {}
+        self._believed: dict[int, float] = {}
+        self._sizes: list[int] = []
+        """Those measured, ascending."""
+        self._measured_at: dict[int, int] = {}
+        self._num_observed = 0
         self._ratio: float | None = None
 
     def __call__(self, num_rows: int) -> float:
-        measured = self._measured.get(num_rows)
-        return measured if measured is not None else self._predict(num_rows) * (self._ratio or 1.0)
+        believed = self._believed.get(num_rows)
+        if believed is not None:
+            return believed
+        predicted = self._predict(num_rows) * (self._ratio or 1.0)
+        at = bisect(self._sizes, num_rows)
+        return max(predicted, self._believed[self._sizes[at - 1]]) if at else predicted
+
+    def is_stale(self, num_rows: int) -> bool:
+        """Whether a step of so many rows should run now, to know what it takes."""
+        at = self._measured_at.get(num_rows)
+        return at is None or self._num_observed - at > _STALE_AFTER
 
     def observe(self, num_rows: int, seconds: float) -> None:
+        """Take in what a step of so many rows took."""
+        is_stale = self.is_stale(num_rows)
+        self._num_observed += 1
+        self._measured_at[num_rows] = self._num_observed
         ratio = smoothed(self._ratio, seconds / self._predict(num_rows))
         self._ratio = ratio
-        known = self._measured.get(num_rows, ratio * self._predict(num_rows))
-        self._measured[num_rows] = smoothed(known, seconds)
+        if num_rows not in self._measured:
+            insort(self._sizes, num_rows)
+        usual = ratio * self._predict(num_rows)
+        self._measured[num_rows] = min(seconds, 2 * usual) if is_stale else smoothed(self._measured[num_rows], seconds)
+        least = float("inf")
+        for size in reversed(self._sizes):
+            least = min(least, self._measured[size])
+            self._believed[size] = least
 
 
 def smoothed(known: float | None, measured: float) -> float:

@@ -110,7 +110,8 @@ class Speculator:
         longest = max(len(draft.token_ids) for draft in drafts)
         if is_costly and longest:
             seconds = (self._clock() - began) / longest
-            self._draft_token_seconds = smoothed(self._draft_token_seconds, seconds)
+            # The first draft of a text computes all of it: a start from what is likely takes that for an outlier.
+            self._draft_token_seconds = smoothed(self._draft_seconds(1), seconds)
         return drafts
 
     def _count(self, sequence: Speculation, num_drafted: int, num_accepted: int) -> None:
@@ -141,7 +142,7 @@ class Speculator:
             sequence.num_wanted = 0
             if sequence.kind is not None:
                 candidates.append((sequence, self._acceptance(sequence)))
-        if not candidates:
+        if not candidates or self._step_seconds.is_stale(len(sequences)):
             return
         lengths = draft_lengths(
             [acceptance.survival for _, acceptance in candidates],

@@ -91,3 +91,20 @@ def test_step_times_are_measured_and_the_rest_is_scaled() -> None:
     for taken in (80.0, *[1.0] * 20):
         seconds.observe(1, taken)
     assert seconds(1) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_small_step_is_not_taken_to_be_slower_than_a_larger_one() -> None:
+    seconds = StepSeconds(lambda rows: 1 + 0.001 * rows)
+    assert seconds.is_stale(1)
+    seconds.observe(1, 90.0)
+    for _ in range(100):
+        seconds.observe(5, 2.0)
+    # Nothing but drafts of four tokens since: plain decoding must not look dear for ever.
+    assert seconds(1) <= seconds(3) <= seconds(5) == pytest.approx(2.0, rel=0.05)
+    assert not seconds.is_stale(1)
+    for _ in range(30):
+        seconds.observe(5, 2.0)
+    assert seconds.is_stale(1)
+    seconds.observe(1, 1.0)
+    assert seconds(1) == pytest.approx(1.0, rel=0.1) and seconds(3) < 2.1
+    assert draft_lengths([[0.1, 0.05]], num_others=0, step_seconds=seconds, draft_seconds=lambda k: 0.3 * k) == [0]

@@ -53,6 +53,9 @@ class FixedSeconds(StepSeconds):
     def observe(self, num_rows: int, seconds: float) -> None:
         pass
 
+    def is_stale(self, num_rows: int) -> bool:
+        return False
+
 
 def speculator(proposer: Proposer) -> Speculator:
     return Speculator(proposer, max_length=MAX_LENGTH, step_seconds=FixedSeconds(), clock=lambda: 0.0)
