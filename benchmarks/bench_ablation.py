@@ -82,6 +82,7 @@ def _open(artifacts: Mapping[str, Path], prefill: int) -> dict[str, CompiledMode
     model = manifests[ALL].model
     native.load_kernels(artifacts[ALL] / cpu_kernels(artifacts[ALL], manifests[ALL]).path)
     room = max(prefill, _CONTEXT) + 1
+    page_slack = 2 << 20
     config = KVCacheConfig(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
@@ -89,9 +90,13 @@ def _open(artifacts: Mapping[str, Path], prefill: int) -> dict[str, CompiledMode
         dtype=getattr(torch, model.dtype),
         max_model_len=room,
         num_slots=max(_BATCHES),
-        kv_memory_bytes=max(_BATCHES) * room * model.kv_bytes_per_token,
+        kv_memory_bytes=max(_BATCHES) * (room * model.kv_bytes_per_token * 17 // 16 + page_slack),
     )
     cache = KVCache(config)
+    for _ in range(config.num_slots):
+        # Nothing but mapped pages may be touched.
+        has_room = cache.extend(cache.allocate(), room)
+        assert has_room
     return {
         name: CompiledModelRunner(
             root,

@@ -56,6 +56,10 @@ class SimulatedSequence:
         return self.num_computed_tokens
 
     @property
+    def num_unheld_blocks(self) -> int:
+        return 0
+
+    @property
     def first_deadline_s(self) -> float:
         if self.num_outputs:
             return -math.inf

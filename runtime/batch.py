@@ -61,7 +61,9 @@ class Batch:
         return len(self.sampled) == len(self.step.token_ids)
 
 
-def build_batch(chunks: Items[tuple[Sequence, int]], granted: Mapping[Sequence, int] | None = None) -> Batch:
+def build_batch(
+    chunks: Items[tuple[Sequence, int]], page_ops: Int32Array, granted: Mapping[Sequence, int] | None = None
+) -> Batch:
     """Arrays for the next `count` tokens of each sequence. Each sequence must own a slot. Changes nothing.
 
     granted: drafted tokens that the decoding sequences may verify besides.
@@ -136,6 +138,7 @@ def build_batch(chunks: Items[tuple[Sequence, int]], granted: Mapping[Sequence, 
         slot=np.array(slots, dtype=np.int32),
         logits_at=np.array(sampled_at + prompt_at, dtype=np.int32),
         pool_at=np.array(pool_at, dtype=np.int32),
+        page_ops=page_ops,
     )
     shifted = [replace(rows, begin=rows.begin + len(sampled)) for rows in prompt_rows]
     return Batch(

@@ -30,6 +30,7 @@ from xllm_compile.runtime.policies.queue_bound import QueueBound, ServiceTime, c
 from xllm_compile.runtime.policies.state import Capacity, Limits, Schedule
 from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
 from xllm_compile.runtime.pooling import make_embedding
+from xllm_compile.runtime.prefix_sharing import look_up, readable_chain, without_followers
 from xllm_compile.runtime.sampler import SampledToken, SamplingFailure, SamplingState
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
@@ -139,7 +140,11 @@ class Engine:
         self._running: list[Sequence] = []
         self._speculator = speculator
         self._executor = StepExecutor(
-            runner, kv_cache.num_slots, is_async=self.config.async_scheduling, speculator=speculator
+            runner,
+            kv_cache.xtensor,
+            kv_cache.num_slots,
+            is_async=self.config.async_scheduling,
+            speculator=speculator,
         )
         self._in_flight: deque[_InFlight] = deque()
         """Launched steps that are not yet completed, oldest first: two at most, one between calls of step."""
@@ -274,6 +279,7 @@ class Engine:
     def close(self) -> None:
         """Wait for the device to be idle. No step comes after."""
         self._executor.close()
+        self._kv_cache.close()
 
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""
@@ -282,6 +288,9 @@ class Engine:
             num_waiting=len(self._waiting),
             kv_tokens_used=self._kv_cache.used_tokens,
             kv_tokens_total=self._kv_cache.total_tokens,
+            kv_pages=self._kv_cache.num_pages_by_state(),
+            prefix_queried_tokens=self._kv_cache.stats.num_queried_tokens,
+            prefix_hit_tokens=self._kv_cache.stats.num_hit_tokens,
             num_steps=self._stats.num_steps,
             busy_s=self._stats.busy_s,
             gap_s=self._stats.gap_s,
@@ -312,12 +321,16 @@ class Engine:
             finish_length(sequence)
             self._report(sequence, changed)
         now = self._clock()
-        for sequence, count in plan.chunks:
+        plan.chunks = list(without_followers(plan.chunks, self._kv_cache))
+        # All that is shared is held before anybody takes pages.
+        for sequence, _ in plan.chunks:
             if sequence.slot is None:
                 self._start(sequence, now)
+        plan.chunks = [(sequence, min(count, sequence.num_uncomputed_tokens)) for sequence, count in plan.chunks]
+        for sequence, count in plan.chunks:
             assert sequence.slot is not None
             has_room = self._kv_cache.extend(sequence.slot, count)
-            assert has_room, "the scheduler counts the same tokens as the cache"
+            assert has_room, "the scheduler counts no fewer pages than the cache"
         self._forget_finished()
         return plan
 
@@ -342,12 +355,16 @@ class Engine:
 
     def _plan(self) -> Schedule[Sequence]:
         now = self._clock()
-        total = self._kv_cache.total_tokens
         capacity = Capacity(
-            num_blocks=total,
-            num_free_blocks=total - self._kv_cache.used_tokens,
+            num_blocks=self._kv_cache.num_pages,
+            num_free_blocks=self._kv_cache.num_free_pages,
+            block_tokens=self._kv_cache.page_tokens,
             num_held_seqs=sum(len(step.ended) for step in self._in_flight),
         )
+        look_up(self._kv_cache, self._waiting, self._limits.max_num_seqs)
+        for sequence in self._running:
+            assert sequence.slot is not None
+            sequence.num_kv_blocks = self._kv_cache.num_own_pages(sequence.slot)
         return schedule(
             self._waiting,
             self._running,
@@ -378,19 +395,24 @@ class Engine:
 
     def _start(self, sequence: Sequence, now: float) -> None:
         self._waiting.remove(sequence)
-        sequence.slot = self._kv_cache.allocate()
+        num_cached = sequence.num_computed_tokens
+        sequence.slot = self._kv_cache.allocate(readable_chain(sequence), sequence.num_tokens, num_cached)
+        sequence.num_computed_tokens, sequence.num_unheld_blocks = self._kv_cache.length(sequence.slot), 0
         sequence.status = SequenceStatus.RUNNING
         self._running.append(sequence)
-        if sequence.request.metrics.scheduled_s is None:
-            sequence.request.metrics.scheduled_s = now
+        request = sequence.request
+        if request.metrics.scheduled_s is None:
+            request.metrics.scheduled_s = now
+            request.num_cached_tokens = sequence.num_computed_tokens
 
     def _launch(self, plan: Schedule[Sequence]) -> _InFlight:
         """Hand the step to the device. From here on its sequences count as computed, with a token to come."""
         granted = self._grant_drafts(plan.chunks)
-        batch = build_batch(plan.chunks, granted)
+        batch = build_batch(plan.chunks, self._kv_cache.ops.take(), granted)
         load = load_of((sequence, count + granted.get(sequence, 0)) for sequence, count in plan.chunks)
         for sequence, count in plan.chunks:
             sequence.num_computed_tokens += count
+            self._commit(sequence)
         for sequence, count in granted.items():
             sequence.num_draft_tokens += count
         for sequence in batch.sampled:
@@ -433,6 +455,7 @@ class Engine:
             with suppress(Exception):
                 step.wait()
             self._free(step.ended)
+        self._kv_cache.forget()
 
     def _free(self, slots: Items[int]) -> None:
         for slot in slots:
@@ -529,9 +552,17 @@ class Engine:
             self._waiting.remove(sequence)
         self._release(sequence)
 
+    def _commit(self, sequence: Sequence) -> None:
+        """Let others find its full blocks. Of tokens that launched steps sample the ids are not known yet."""
+        assert sequence.slot is not None
+        if sequence.chain is not None:
+            sequence.chain.update(sequence.token_ids)
+        self._kv_cache.commit(sequence.slot, sequence.chain, sequence.num_computed_tokens)
+
     def _release(self, sequence: Sequence) -> None:
         if sequence.slot is None:
             return
+        self._commit(sequence)
         if self._in_flight:
             self._in_flight[-1].ended.append(sequence.slot)
         else:
@@ -556,6 +587,7 @@ class Engine:
                 index=index,
                 matcher=None if grammar is None else grammar.matcher(),
             ),
+            chain=self._kv_cache.new_chain(),
             detokenizer=make_detokenizer(
                 self.tokenizer,
                 skip_special_tokens=params.skip_special_tokens,

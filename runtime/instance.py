@@ -10,6 +10,8 @@ from xllm_compile.runtime.artifact import TOKENIZER, Manifest, check_artifact, c
 from xllm_compile.runtime.engine import Engine, EngineConfig
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES
+from xllm_compile.runtime.memory.page_ops import replay
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.policies.order import PolicyName
@@ -18,7 +20,7 @@ from xllm_compile.runtime.speculative.config import SpeculativeConfig
 from xllm_compile.runtime.speculative.open_speculator import open_speculator, read_draft_manifest
 from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_predictor import prior_of
-from xllm_compile.runtime.tensor_parallel import LeaderRunner, RankGroup, Release
+from xllm_compile.runtime.tensor_parallel import LeaderRunner, RankGroup
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.weights import map_weights
 
@@ -40,6 +42,8 @@ class InstanceConfig:
     max_waiting: int = 1024
     """Most sequences that wait; likewise prompt tokens."""
     max_waiting_tokens: int = 4 * 1024 * 1024
+    prefix_cache: bool = True
+    """Keep the KV of what was computed for requests that start alike."""
     scheduling_policy: PolicyName = "fcfs"
     ttft_slo_ms: float | None = None
     """Wanted time to the first token of requests that name none; likewise between tokens."""
@@ -112,9 +116,7 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
             }
         )
         group.connect()
-        leader = LeaderRunner(runner, group)
-        kv_cache.on_release = leader.release
-        runner = leader
+        runner = LeaderRunner(runner, group)
     if config.warm_up:
         own_runner.warm_up()
     tokenizer = Tokenizer.from_directory(root / TOKENIZER)
@@ -164,10 +166,8 @@ def follow(root: Path, group: RankGroup) -> None:
     if config.warm_up:
         runner.warm_up()
     while (message := group.receive()) is not None:
-        if isinstance(message, Release):
-            kv_cache.release_pages(message.slot, message.keep, message.extent)
-        else:
-            runner.execute(message)
+        replay(message.page_ops, kv_cache.xtensor)
+        runner.execute(message)
     group.close()
 
 
@@ -212,24 +212,33 @@ def _kv_config(manifest: Manifest, config: InstanceConfig, draft: Manifest | Non
         )
     # The draft model's cache holds the same tokens and shares the budget.
     token_bytes = model.kv_bytes_per_token + (draft.model.kv_bytes_per_token if draft else 0)
-    budget = config.kv_memory_bytes
-    if budget is None:
-        wanted = config.max_num_seqs * limit * token_bytes
-        # The ranks of an instance are taken to share one machine.
-        free = _available_memory_bytes() // manifest.tensor_parallel_size
-        budget = min(wanted, int(free * _DEFAULT_KV_SHARE))
-        if config.max_model_len is None:
-            # Nobody asked for the full length: serve what fits rather than refuse to start.
-            limit = min(limit, max(budget // token_bytes, 1))
-    return KVCacheConfig(
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=getattr(torch, model.dtype),
-        max_model_len=limit,
-        num_slots=config.max_num_seqs,
-        kv_memory_bytes=budget * model.kv_bytes_per_token // token_bytes,
-    )
+    shape: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "num_kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "dtype": getattr(torch, model.dtype),
+        "num_slots": config.max_num_seqs,
+        "prefix_cache": config.prefix_cache and not _depends_on_length(manifest),
+    }
+    share = model.kv_bytes_per_token / token_bytes
+    if config.kv_memory_bytes is not None:
+        return KVCacheConfig(**shape, max_model_len=limit, kv_memory_bytes=int(config.kv_memory_bytes * share))
+    # A sequence's last page may be all but empty, and a page counts in whole tokens.
+    wanted = config.max_num_seqs * (limit * model.kv_bytes_per_token * 17 // 16 + HUGE_PAGE_BYTES)
+    # The ranks of an instance are taken to share one machine.
+    free = _available_memory_bytes() // manifest.tensor_parallel_size
+    budget = min(wanted, int(free * _DEFAULT_KV_SHARE * share))
+    if config.max_model_len is None:
+        # Nobody asked for the full length: serve what fits rather than refuse to start.
+        least = KVCacheConfig(**shape, max_model_len=1, kv_memory_bytes=budget)
+        limit = min(limit, least.num_pages * least.page_tokens)
+    return KVCacheConfig(**shape, max_model_len=limit, kv_memory_bytes=budget)
+
+
+def _depends_on_length(manifest: Manifest) -> bool:
+    """Whether the KV of a token depends on the length of its prompt, so that others cannot share it."""
+    rope: dict[str, Any] = manifest.model_config["rope"]
+    return bool(rope["rope_type"] == "dynamic")
 
 
 def _available_memory_bytes() -> int:

@@ -1,25 +1,30 @@
-"""Key/value memory of one instance: contiguous slots in reserved address space, a budget counted in tokens.
+"""Key/value memory of one instance: slots for sequences over a pool of physical pages, and the cache of prefixes.
 
-Every layer is one tensor [num_slots, max_model_len, 2, num_kv_heads, head_dim] over an anonymous mapping that
-reserves addresses only; the kernel hands out a page when it is first written. So many more slots may exist than
-memory would hold full ones, and the budget limits the tokens that are live at the same time.
+``allocate`` gives a sequence a slot. What is cached of its tokens is there already: whole pages are mapped where they
+are (one page in many slots), the rest of the last block, which the sequence goes on writing behind, is copied.
+``extend`` maps pages as tokens come and the next one ahead of time; ``commit`` makes full blocks findable; ``free``
+leaves the pages Reusable, mapped where they are, until somebody needs them.
 
-A slot's **length** is what its sequence has stored, its **extent** (>= length) is what was ever written and not given
-back. A freed slot keeps its extent, because pages that are present need no page fault. When the budget is needed
-elsewhere, the tail beyond the length is given back with madvise. Two things follow: live lengths alone decide
-whether a sequence can grow, and the extents of all slots together never exceed the budget.
+A page with content that may be found, or that two sequences hold, is never written: sequences only write behind what
+they share.
 """
 
-import math
-import mmap
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-# Python names it from 3.13 on; the number is the same on every Linux this runs on.
-MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory, max_mappings
+from xllm_compile.runtime.memory.page_ops import PageOps
+from xllm_compile.runtime.memory.page_pool import PagePool
+from xllm_compile.runtime.memory.prefix_cache import BlockChain, PrefixCache
+from xllm_compile.runtime.memory.virtual_memory import VirtualMemory
+from xllm_compile.runtime.memory.xtensor import XTensor
+
+_SMALLEST_PAGE_BYTES = 4096
+_LARGEST_PAGE_BYTES = 64 << 20
 
 
 class KVCacheFullError(RuntimeError):
@@ -39,55 +44,141 @@ class KVCacheConfig:
     num_slots: int
     """Most sequences that hold KV at the same time."""
     kv_memory_bytes: int
-    """Budget of physical memory over all layers. Partly filled pages at the two ends of a slot come on top."""
+    """Budget of physical memory over all layers, in whole pages."""
+    prefix_cache: bool = True
+    """Keep the KV of what was computed and share it between sequences that start alike."""
+    block_tokens: int = 16
+    """Tokens of a block, the unit in which prefixes are shared."""
+    page_bytes: int | None = None
+    """Physical page; None takes 2 MiB, less for a model whose blocks are small, more where the system allows too few
+    mappings for as many pages."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_kv_heads", "head_dim", "max_model_len", "num_slots"):
+        for name in ("num_layers", "num_kv_heads", "head_dim", "max_model_len", "num_slots", "block_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        affordable = self.kv_memory_bytes // self.bytes_per_token
-        if affordable < self.max_model_len:
-            needed = self.max_model_len * self.bytes_per_token
+        if self.page_bytes is None:
+            object.__setattr__(self, "page_bytes", self._fitting_page_bytes())
+        if self.page_size < self.bytes_per_token:
+            raise ValueError(f"page_bytes={self.page_bytes} is less than a token's {self.bytes_per_token} bytes")
+        if self.num_pages < self.pages_per_slot:
+            needed = self.pages_per_slot * self.page_size
+            fitting = self.num_pages * self.page_tokens
             raise ValueError(
-                f"kv_memory_bytes={self.kv_memory_bytes} holds {affordable} tokens of {self.bytes_per_token} bytes, "
+                f"kv_memory_bytes={self.kv_memory_bytes} holds {fitting} tokens of {self.bytes_per_token} bytes, "
                 f"one sequence of max_model_len={self.max_model_len} needs {needed} bytes; "
-                f"raise kv_memory_bytes to at least {needed} or lower max_model_len to at most {affordable}"
+                f"raise kv_memory_bytes to at least {needed} or lower max_model_len to at most {fitting}"
             )
 
     @property
-    def layer_token_bytes(self) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+    def token_shape(self) -> tuple[int, int, int, int]:
+        return (self.num_layers, 2, self.num_kv_heads, self.head_dim)
 
     @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * self.layer_token_bytes
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def page_size(self) -> int:
+        assert self.page_bytes is not None
+        return self.page_bytes
+
+    @property
+    def num_pages(self) -> int:
+        return self.kv_memory_bytes // self.page_size
+
+    @property
+    def page_tokens(self) -> int:
+        """Whole tokens of a page. Scheduling counts a page for each so many; the rest, under one token, is slack."""
+        return self.page_size // self.bytes_per_token
+
+    @property
+    def pages_per_slot(self) -> int:
+        """What scheduling counts for one sequence of full length."""
+        return -(-self.max_model_len // self.page_tokens)
 
     @property
     def total_tokens(self) -> int:
-        """Tokens that may be live at the same time."""
-        return min(self.kv_memory_bytes // self.bytes_per_token, self.num_slots * self.max_model_len)
+        """Tokens that one sequence without end could hold."""
+        return min(self.num_pages * self.page_tokens, self.num_slots * self.max_model_len)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that num_tokens touch."""
+        return -(-num_tokens * self.bytes_per_token // self.page_size)
+
+    def _fitting_page_bytes(self) -> int:
+        size = _SMALLEST_PAGE_BYTES
+        while size < min(self.block_tokens * self.bytes_per_token, HUGE_PAGE_BYTES) or size < self.bytes_per_token:
+            size *= 2
+        # Each page may become a mapping of its own, and each slot ends in one.
+        while self.kv_memory_bytes // size + 2 * self.num_slots > max_mappings() and size < _LARGEST_PAGE_BYTES:
+            size *= 2
+        return size
+
+
+@dataclass(kw_only=True, slots=True)
+class KVCacheStats:
+    """Counters only grow."""
+
+    num_queried_tokens: int = 0
+    """Tokens of sequences that were looked up."""
+    num_hit_tokens: int = 0
+    """Tokens that need not be computed."""
+    num_shared_pages: int = 0
+    """Pages mapped into one more range instead of being computed again."""
+    num_copied_bytes: int = 0
+    """Copied at the boundary of shared prefixes."""
+    num_maps: int = 0
+    num_maps_ahead: int = 0
+    """Of these, made by another thread before the page was needed."""
+    num_evicted_pages: int = 0
+    """Pages taken although their content could still be found."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Live:
+    """A sequence's slot."""
+
+    length: int
+    num_committed: int
+    """Blocks whose content can be found, or was found."""
+    num_pages: int = 0
+    """Positions that hold its tokens: the pages behind them are left over or mapped ahead."""
 
 
 class KVCache:
     """The slots of one instance. Not thread-safe: it belongs to the engine's thread."""
 
-    def __init__(self, config: KVCacheConfig) -> None:
+    def __init__(self, config: KVCacheConfig, memory: VirtualMemory | None = None) -> None:
+        """``memory`` is the device's, config.num_pages of config.page_size; None is this machine's.
+
+        Raises ValueError when the system does not allow as many addresses or mappings.
+        """
         self.config = config
-        self._maps = [_reserve(_layer_bytes(config)) for _ in range(config.num_layers)]
-        shape = (config.num_slots, config.max_model_len, 2, config.num_kv_heads, config.head_dim)
-        self.layers: list[Tensor] = [
-            # The count keeps the bytes that round the mapping up to a page out of the tensor.
-            torch.frombuffer(mapping, dtype=config.dtype, count=math.prod(shape)).view(shape)
-            for mapping in self._maps
-        ]
+        memory = memory or CpuMemory(config.num_pages, config.page_size)
+        needed = config.num_pages + 2 * config.num_slots
+        if needed > memory.max_mappings:
+            raise ValueError(
+                f"kv_memory_bytes={config.kv_memory_bytes} are {config.num_pages} pages, which may need {needed}"
+                f" mappings where the system allows {memory.max_mappings}; raise vm.max_map_count by at least"
+                f" {needed - memory.max_mappings} (sysctl -w vm.max_map_count=...), or lower kv_memory_bytes"
+            )
+        self.xtensor = XTensor(memory, config.num_slots, config.max_model_len * config.bytes_per_token)
+        self.ops = PageOps()
+        """What other ranks have to do alike, and the copies of this one: for the next step."""
+        used = config.max_model_len * config.bytes_per_token
+        tokens = self.xtensor.ranges[:, :used].view(config.dtype)
+        by_token = tokens.unflatten(1, (config.max_model_len, *config.token_shape))
+        self.layers: list[Tensor] = list(by_token.unbind(2))
         """One tensor [num_slots, max_model_len, 2, num_kv_heads, head_dim] per layer, at a fixed address."""
-        self._lengths: dict[int, int] = {}
-        self._extents = [0] * config.num_slots
+        self.stats = KVCacheStats()
+        self._pool = PagePool(config.num_pages)
+        self._prefixes = PrefixCache()
+        self._live: dict[int, _Live] = {}
         self._idle = set(range(config.num_slots))
         self._used_tokens = 0
-        self._touched_tokens = 0
-        self.on_release: Callable[[int, int, int], None] = lambda slot, keep, extent: None
-        """Hears of pages that are given back, for the ranks that hold the same slots: see release_pages."""
+        self._num_counted = 0
+        """Pages of live sequences as scheduling counts them, shared ones for each."""
 
     @property
     def num_slots(self) -> int:
@@ -103,117 +194,281 @@ class KVCache:
 
     @property
     def used_tokens(self) -> int:
-        """Tokens of live sequences."""
+        """Tokens of live sequences, what they share counted for each."""
         return self._used_tokens
 
     @property
-    def touched_tokens(self) -> int:
-        """Tokens whose pages are present, those kept for reuse included; never above total_tokens."""
-        return self._touched_tokens
+    def num_pages(self) -> int:
+        return self.config.num_pages
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens for which scheduling counts a page."""
+        return self.config.page_tokens
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that live sequences may still get, each counted as `page_tokens` does.
+
+        Cached content is no obstacle: it gives way.
+        """
+        return self._pool.num_available - self._num_counted + sum(live.num_pages for live in self._live.values())
+
+    def num_pages_by_state(self) -> dict[str, int]:
+        return self._pool.num_by_state()
 
     def length(self, slot: int) -> int:
-        return self._lengths[slot]
+        return self._live[slot].length
 
-    def can_append(self, num_tokens: int) -> bool:
-        """Whether live sequences may grow by num_tokens in all."""
-        return self._used_tokens + num_tokens <= self.total_tokens
+    def num_own_pages(self, slot: int) -> int:
+        """By how much num_free_pages grows when the slot's sequence ends: it does not for what others share."""
+        live = self._live[slot]
+        pages = (self._page(slot, position) for position in range(live.num_pages))
+        return self._counted(live.length) - sum(self._pool.num_holders(page) > 1 for page in pages)
 
-    def allocate(self) -> int:
-        """An empty slot, the idle one with the most pages present. Raises KVCacheFullError when none is idle."""
+    def new_chain(self, salt: bytes = b"") -> BlockChain:
+        """For the tokens of one sequence."""
+        return BlockChain(self.config.block_tokens, salt)
+
+    def find(self, chain: BlockChain | None, num_tokens: int) -> int:
+        """Tokens at the start of a sequence of num_tokens that are cached; its last token never is."""
+        if chain is None or not self.config.prefix_cache:
+            return 0
+        size = self.config.block_tokens
+        limit = min(len(chain.digests), max(num_tokens - 1, 0) // size)
+        return self._prefixes.match(chain.digests, limit) * size
+
+    def num_unheld_pages(self, chain: BlockChain, num_cached: int) -> int:
+        """By how much num_free_pages falls when a sequence starts that finds num_cached tokens.
+
+        Pages that live sequences hold already cost nothing.
+        """
+        if num_cached == 0:
+            return 0
+        shared, _ = self._shared_pages(chain, num_cached)
+        return self._counted(num_cached) - sum(self._pool.num_holders(page) > 0 for page in shared)
+
+    def allocate(self, chain: BlockChain | None = None, num_tokens: int = 0, num_cached: int = 0) -> int:
+        """A slot for a sequence of num_tokens; its `length` is what is cached of them, num_cached at most.
+
+        Takes `num_unheld_pages` of the free ones. Raises KVCacheFullError when no slot is idle.
+        """
         if not self._idle:
             raise KVCacheFullError(f"all {self.num_slots} KV slots are in use; free one first or raise num_slots")
-        slot = max(self._idle, key=lambda idle: (self._extents[idle], -idle))
+        cached = min(self.find(chain, num_tokens), num_cached)
+        shared, boundary = self._shared_pages(chain, cached)
+        if self._mappings_with(shared) > self.xtensor.memory.max_mappings:
+            # Sharing pages takes mappings but no pages: without, the pages are the tighter limit.
+            cached, shared, boundary = 0, [], None
+        for page in shared:
+            self._pool.hold(page)
+        slot = self._choose_slot(shared, self.config.pages_for(num_tokens))
         self._idle.remove(slot)
-        self._lengths[slot] = 0
+        live = self._live[slot] = _Live(length=cached, num_committed=cached // self.config.block_tokens)
+        self._clear_for(slot, shared)
+        for position, page in enumerate(shared):
+            if self.xtensor.page(slot, position) != page:
+                self._map(slot, position, page)
+        live.num_pages = len(shared)
+        if boundary is not None:
+            self._copy_boundary(slot, live, boundary)
+        self._used_tokens += cached
+        self._num_counted += self._counted(cached)
+        if chain is not None and self.config.prefix_cache:
+            self.stats.num_queried_tokens += num_tokens
+        self.stats.num_hit_tokens += cached
+        self.stats.num_shared_pages += len(shared)
         return slot
 
     def extend(self, slot: int, num_tokens: int) -> bool:
-        """Let the slot's sequence store num_tokens more. False, and no change, when the budget does not allow it."""
-        length = self._lengths[slot] + num_tokens
+        """Let the slot's sequence store num_tokens more. False, and no change, when there are not enough pages."""
+        live = self._live[slot]
+        length = live.length + num_tokens
         if length > self.config.max_model_len:
             raise ValueError(
                 f"slot {slot} would hold {length} tokens, max_model_len={self.config.max_model_len}; "
                 "finish the sequence before it outgrows its slot"
             )
-        if not self.can_append(num_tokens):
+        if self._counted(length) - self._counted(live.length) > self.num_free_pages:
             return False
-        growth = length - self._extents[slot]
-        self._lengths[slot] = length
-        if growth > 0:
-            self._make_room(growth)
-            self._extents[slot] = length
-            self._touched_tokens += growth
+        needed = self.config.pages_for(length)
+        for position in range(live.num_pages, needed):
+            self._hold_or_map(slot, position)
+        live.num_pages = max(needed, live.num_pages)
+        self._num_counted += self._counted(length) - self._counted(live.length)
+        live.length = length
         self._used_tokens += num_tokens
+        self._map_ahead(slot, live)
         return True
 
     def shrink(self, slot: int, num_tokens: int) -> None:
-        """Take back the last num_tokens that the slot was extended by. Their pages stay for now."""
-        self._lengths[slot] -= num_tokens
+        """Take back the last num_tokens that the slot was extended by. Pages without tokens stay mapped for now."""
+        live = self._live[slot]
+        length = live.length - num_tokens
+        needed = self.config.pages_for(length)
+        for position in range(needed, live.num_pages):
+            self._pool.let_go(self._page(slot, position))
+        live.num_pages = min(needed, live.num_pages)
+        self._num_counted += self._counted(length) - self._counted(live.length)
         self._used_tokens -= num_tokens
+        live.length = length
+
+    def commit(self, slot: int, chain: BlockChain | None, num_computed: int) -> None:
+        """Let others find the blocks that lie in the slot's first num_computed tokens.
+
+        For steps that are launched after the one that computes them: steps run in order.
+        """
+        if chain is None or not self.config.prefix_cache:
+            return
+        live = self._live[slot]
+        for index in range(live.num_committed, min(num_computed // self.config.block_tokens, len(chain.digests))):
+            live.num_committed = index + 1
+            if chain.digests[index] in self._prefixes:
+                continue
+            pages = [self._page(slot, position) for position in self._positions_of_block(index)]
+            self._prefixes.add(chain.digests[index], pages)
+            self._pool.index(pages)
 
     def free(self, slot: int) -> None:
-        """End the slot's sequence. Its pages stay until they are needed elsewhere."""
-        self._used_tokens -= self._lengths.pop(slot)
+        """End the slot's sequence. Its pages stay mapped until they are needed elsewhere."""
+        live = self._live.pop(slot)
+        # The last ones are taken back first: what follows a prefix is of no use without it.
+        for position in reversed(range(live.num_pages)):
+            self._pool.let_go(self._page(slot, position))
+        self._used_tokens -= live.length
+        self._num_counted -= self._counted(live.length)
         self._idle.add(slot)
 
-    def _make_room(self, num_tokens: int) -> None:
-        """Give back pages until num_tokens more may be touched: idle slots first, the fullest last."""
-        excess = self._touched_tokens + num_tokens - self.total_tokens
-        if excess <= 0:
+    def forget(self) -> None:
+        """Nothing that was computed is found any more: a step failed, or the content is gone."""
+        for page in range(self.num_pages):
+            if self._pool.is_indexed(page):
+                self._unindex(page)
+
+    def give_back(self) -> None:
+        """Give the memory of all pages without a live sequence back to the system. No step may be under way."""
+        for page in self._pool.idle_pages():
+            self._release_page(page)
+            self._pool.free(page)
+        for page in self._pool.free_pages():
+            self.xtensor.memory.discard(page)
+
+    def close(self) -> None:
+        """End the thread that maps ahead."""
+        self.xtensor.close()
+
+    def _counted(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.page_tokens)
+
+    def _positions_of_block(self, index: int) -> range:
+        size = self.config.block_tokens * self.config.bytes_per_token
+        return range(index * size // self.config.page_size, -(-(index + 1) * size // self.config.page_size))
+
+    def _shared_pages(self, chain: BlockChain | None, num_cached: int) -> tuple[list[int], int | None]:
+        """Pages that num_cached tokens fill, by position, and the one that they begin to fill."""
+        if chain is None or num_cached == 0:
+            return [], None
+        pages: dict[int, int] = {}
+        for index in range(num_cached // self.config.block_tokens):
+            # Of blocks that touch the same page the last one knows: it was computed behind the others.
+            pages.update(zip(self._positions_of_block(index), self._prefixes.pages(chain.digests[index]), strict=True))
+        num_full = num_cached * self.config.bytes_per_token // self.config.page_size
+        return [pages[position] for position in range(num_full)], pages.get(num_full)
+
+    def _choose_slot(self, shared: Sequence[int], num_pages: int) -> int:
+        """The idle slot that maps most of the shared pages already; among equals the one of the nearest size."""
+
+        def fitness(slot: int) -> tuple[int, int, int]:
+            pages = (self.xtensor.page(slot, position) == page for position, page in enumerate(shared))
+            alike = sum(1 for _ in takewhile(bool, pages))
+            return -alike, abs(self.xtensor.num_mapped(slot) - num_pages), slot
+
+        return min(self._idle, key=fitness)
+
+    def _clear_for(self, slot: int, shared: Sequence[int]) -> None:
+        """Unmap what the slot's new sequence may not write, behind what it shares."""
+        begin = end = 0
+        for position, page in self.xtensor.mapped(slot):
+            is_own = self._pool.num_holders(page) == 0 and not self._pool.is_indexed(page)
+            if position < len(shared) or (is_own and len(self.xtensor.places(page)) == 1):
+                continue
+            if position != end:
+                self._unmap(slot, begin, end)
+                begin = position
+            end = position + 1
+        self._unmap(slot, begin, end)
+
+    def _copy_boundary(self, slot: int, live: _Live, source: int) -> None:
+        num_bytes = live.length * self.config.bytes_per_token - live.num_pages * self.config.page_size
+        self._pool.touch(source)
+        self._hold_or_map(slot, live.num_pages)
+        # Where no other page was left it is the same one: what was to be copied is there.
+        if self._page(slot, live.num_pages) != source:
+            self.ops.copy(source, slot, live.num_pages, num_bytes)
+            self.stats.num_copied_bytes += num_bytes
+        live.num_pages += 1
+
+    def _hold_or_map(self, slot: int, position: int) -> None:
+        """Make the page at the position, a new one if there is none, the live sequence's."""
+        self.xtensor.settle(slot, position)
+        page = self.xtensor.page(slot, position)
+        if page is None:
+            page = self._take()
+            self._map(slot, position, page)
+        assert self._pool.num_holders(page) == 0 and not self._pool.is_indexed(page)
+        self._pool.hold(page)
+
+    def _map_ahead(self, slot: int, live: _Live) -> None:
+        """Have the page for the next token but one mapped now, so that no step waits for it."""
+        position = live.num_pages
+        if self.config.pages_for(min(live.length + 2, self.config.max_model_len)) <= position:
             return
-        idle = sorted(
-            (slot for slot in self._idle if self._extents[slot]), key=lambda slot: (self._extents[slot], slot)
-        )
-        # A live slot can hold pages beyond its length, left from the longer sequence that had it before.
-        surplus = {slot: self._extents[slot] - length for slot, length in self._lengths.items()}
-        live = sorted((slot for slot in surplus if surplus[slot] > 0), key=lambda slot: (-surplus[slot], slot))
-        for slot in (*idle, *live):
-            if excess <= 0:
-                return
-            excess -= self._release_tail(slot)
-        assert excess <= 0, "live lengths fit the budget, so the tails beyond them must be enough"
+        # Not at the cost of cached content, which a step would take only if it had to, nor of a page mapped ahead.
+        if self.xtensor.page(slot, position) is None and self._pool.num_spare > len(self._live):
+            page = self._take()
+            self._map(slot, position, page, is_ahead=True)
+            self._pool.keep(page)
 
-    def _release_tail(self, slot: int) -> int:
-        """Give back what the slot holds beyond its length; returns the tokens that this frees."""
-        keep = self._lengths.get(slot, 0)
-        extent = self._extents[slot]
-        self.release_pages(slot, keep, extent)
-        self.on_release(slot, keep, extent)
-        self._extents[slot] = keep
-        self._touched_tokens -= extent - keep
-        return extent - keep
+    def _take(self) -> int:
+        page = self._pool.take()
+        self._release_page(page)
+        return page
 
-    def release_pages(self, slot: int, keep: int, extent: int) -> None:
-        """Give the pages of the slot's tokens [keep, extent) back to the system. Keeps no account."""
-        token_bytes = self.config.layer_token_bytes
-        base = slot * self.config.max_model_len * token_bytes
-        begin, end = whole_pages(base + keep * token_bytes, base + extent * token_bytes)
+    def _release_page(self, page: int) -> None:
+        """Take a page that no live sequence holds out of the index and of all ranges."""
+        if self._pool.is_indexed(page):
+            self.stats.num_evicted_pages += 1
+            self._unindex(page)
+        for slot, position in self.xtensor.places(page):
+            self._unmap(slot, position, position + 1)
+
+    def _unindex(self, page: int) -> None:
+        for orphan in self._prefixes.evict(page):
+            self._pool.unindex(orphan)
+
+    def _page(self, slot: int, position: int) -> int:
+        page = self.xtensor.page(slot, position)
+        assert page is not None
+        return page
+
+    def _mappings_with(self, shared: Sequence[int]) -> int:
+        """Mappings of live sequences if one shared these pages and all others were taken by somebody."""
+        held = sum(live.num_pages for live in self._live.values())
+        return held + len(shared) + self._pool.num_available + self.num_slots
+
+    def _map(self, slot: int, position: int, page: int, *, is_ahead: bool = False) -> None:
+        if self.xtensor.num_mappings + 2 * self.num_slots >= self.xtensor.memory.max_mappings:
+            self._unmap_idle_slots()
+        self.ops.map(slot, position, page)
+        self.xtensor.map(slot, position, page, is_ahead=is_ahead)
+        self.stats.num_maps += 1
+        self.stats.num_maps_ahead += is_ahead
+
+    def _unmap(self, slot: int, begin: int, end: int) -> None:
         if begin < end:
-            for mapping in self._maps:
-                mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+            self.ops.unmap(slot, begin, end)
+            self.xtensor.unmap(slot, begin, end)
 
-
-def whole_pages(begin: int, end: int) -> tuple[int, int]:
-    """The byte range of the pages that lie inside [begin, end). Pages shared with a neighbour stay out."""
-    page = mmap.PAGESIZE
-    first = -(-begin // page) * page
-    return first, max(first, end // page * page)
-
-
-def _layer_bytes(config: KVCacheConfig) -> int:
-    return config.num_slots * config.max_model_len * config.layer_token_bytes
-
-
-def _reserve(num_bytes: int) -> mmap.mmap:
-    # Private, because MADV_DONTNEED gives nothing back on shared anonymous memory.
-    try:
-        mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-    except (OSError, OverflowError) as err:
-        raise ValueError(
-            f"the system refuses {num_bytes} bytes of addresses for one layer's KV cache ({err}); lower num_slots or "
-            "max_model_len, or set vm.overcommit_memory to 0 or 1"
-        ) from err
-    # A huge page would bring 2 MiB per slot and layer on the first token, and the budget would mean nothing.
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        mapping.madvise(mmap.MADV_NOHUGEPAGE)
-    return mapping
+    def _unmap_idle_slots(self) -> None:
+        for slot in self._idle:
+            self._unmap(slot, 0, self.xtensor.pages_per_slot)

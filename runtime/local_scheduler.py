@@ -80,6 +80,7 @@ class _Planner(Generic[S]):
         self.now, self.token_s, self.elder = now, token_s, elder
         self.running = running
         self.alive_ids = {id(sequence) for sequence in running}
+        self.running_ids = frozenset(self.alive_ids)
         self.chunks: dict[int, tuple[S, int]] = {}
         self.preempted: list[S] = []
         self.too_large: list[S] = []
@@ -159,7 +160,8 @@ class _Planner(Generic[S]):
 
     def _admit(self, sequence: S) -> bool:
         """Take the waiting sequence in. False when it has to wait, and all behind it."""
-        if self.capacity.blocks(sequence.num_uncomputed_tokens) > self.capacity.num_blocks:
+        num_tokens = sequence.num_computed_tokens + sequence.num_uncomputed_tokens
+        if self.capacity.blocks(num_tokens) > self.capacity.num_blocks:
             self.too_large.append(sequence)
             return True
         if self.is_short or self._within_budget(sequence, 1) == 0:
@@ -200,8 +202,8 @@ class _Planner(Generic[S]):
             return False
         free = self.blocks_at_start + sum(victim.num_kv_blocks for victim in victims)
         if not others:
-            return free > 0
-        if self.capacity.blocks(sequence.num_uncomputed_tokens) > free:
+            return free > sequence.num_unheld_blocks
+        if self._new_blocks(sequence, sequence.num_uncomputed_tokens) > free:
             return False
         horizon = self.rules.admission_horizon
         growths = [growth_of(one, self.capacity, horizon) for one in (*others, sequence)]
@@ -210,7 +212,7 @@ class _Planner(Generic[S]):
     def _room(self, sequence: S) -> int:
         """Tokens that the sequence could store now."""
         block_tokens, computed = self.capacity.block_tokens, sequence.num_computed_tokens
-        return -computed % block_tokens + self.blocks_left * block_tokens
+        return -computed % block_tokens + (self.blocks_left - sequence.num_unheld_blocks) * block_tokens
 
     def _within_budget(self, sequence: S, most: int) -> int:
         """How many of ``most`` tokens the step's time budget leaves to a prefill."""
@@ -234,7 +236,7 @@ class _Planner(Generic[S]):
 
     def _new_blocks(self, sequence: S, count: int) -> int:
         computed = sequence.num_computed_tokens
-        return self.capacity.blocks(computed + count) - self.capacity.blocks(computed)
+        return self.capacity.blocks(computed + count) - self.capacity.blocks(computed) + sequence.num_unheld_blocks
 
     def _preempt(self, sequence: S) -> None:
         self._drop(sequence)
@@ -256,7 +258,7 @@ class _Planner(Generic[S]):
         return (sequence is not self.elder, *self.rules.order.rank(sequence, self.now, self.token_s))
 
     def _ordered(self, waiting: Iterable[S]) -> Iterable[S]:
-        if self.elder is not None and self.elder.num_computed_tokens == 0 and id(self.elder) not in self.alive_ids:
+        if self.elder is not None and id(self.elder) not in self.running_ids:
             yield self.elder
         for sequence in self.rules.order.ordered(waiting, self.now, self.token_s):
             if sequence is not self.elder:

@@ -78,6 +78,7 @@ def make_output(request: Request) -> RequestOutput | None:
         finished=request.is_finished,
         metrics=request.metrics,
         prompt_logprobs=prompt_logprobs,
+        num_cached_tokens=request.num_cached_tokens,
         embedding=request.sequences[0].embedding,
     )
 

@@ -116,6 +116,12 @@ class EngineStats:
     num_waiting: int = 0
     kv_tokens_used: int = 0
     kv_tokens_total: int = 0
+    kv_pages: dict[str, int] = field(default_factory=dict)
+    """Physical pages that are free, allocated, mapped and reusable."""
+    prefix_queried_tokens: int = 0
+    """Tokens of sequences that were looked up in the prefix cache."""
+    prefix_hit_tokens: int = 0
+    """Tokens found there."""
     num_steps: int = 0
     busy_s: float = 0.0
     """Seconds that steps took on the device: forward and sampling."""

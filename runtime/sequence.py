@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from xllm_compile.runtime.detokenizer import Detokenizer
+from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.runtime.outputs import FinishReason, Logprob, RequestMetrics
 from xllm_compile.runtime.sampler import SamplingState
 from xllm_compile.runtime.sampling_params import SamplingParams
@@ -39,8 +40,15 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     number: int = 0
     """Grows with arrival at the engine, which sets it."""
+    num_kv_blocks: int = 0
+    """KV pages that no other sequence shares, as of the step that is being planned."""
+    num_unheld_blocks: int = 0
+    """While it waits: KV pages of num_computed_tokens that nobody holds, likewise."""
+    chain: BlockChain | None = None
+    """Digests of its blocks of tokens."""
     num_computed_tokens: int = 0
-    """Tokens whose keys and values are in the slot, or will be once the launched steps have run."""
+    """While it waits: tokens that it would find in the prefix cache. Then tokens whose keys and values are in the slot,
+    or will be once the launched steps have run."""
     num_pending_tokens: int = 0
     """Tokens sampled by launched steps whose results have not arrived: part of num_tokens, not yet of token_ids."""
     num_draft_tokens: int = 0
@@ -107,10 +115,6 @@ class Sequence:
         return max(0, self.request.max_output_tokens - self.num_output_tokens - self.num_pending_tokens - 1)
 
     @property
-    def num_kv_blocks(self) -> int:
-        return self.num_computed_tokens
-
-    @property
     def is_offline(self) -> bool:
         return self.request.params.offline
 
@@ -153,7 +157,7 @@ class Sequence:
     def rewind(self) -> None:
         """Back to waiting with nothing computed; what was generated stays and so does the random generator."""
         self.status = SequenceStatus.WAITING
-        self.num_computed_tokens = 0
+        self.num_computed_tokens = self.num_kv_blocks = 0
         self.pooled = None
         self.slot = None
 
@@ -177,6 +181,8 @@ class Request:
     """Grows with the chunks; None when not asked for."""
     num_prompt_logprobs_asked: int = 1
     """Prompt positions whose log-probabilities launched steps bring; the first position never has any."""
+    num_cached_tokens: int = 0
+    """Of the prompt, when its first sequence was first started."""
     is_prompt_sent: bool = False
 
     @property

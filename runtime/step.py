@@ -33,6 +33,8 @@ class Step:
     """[R] rows of the step whose logits are wanted."""
     pool_at: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     """[P] rows whose final hidden states are wanted, for embeddings."""
+    page_ops: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    """What happens to pages of the KV cache before the step, as runtime/memory/page_ops.py writes it."""
 
 
 class ModelRunner(Protocol):

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from xllm_compile.runtime.batch import Batch
 from xllm_compile.runtime.mask_worker import MaskWorker
+from xllm_compile.runtime.memory.page_ops import run_copies
+from xllm_compile.runtime.memory.xtensor import XTensor
 from xllm_compile.runtime.pooling import pool_chunk
 from xllm_compile.runtime.sampler import (
     SampledToken,
@@ -85,10 +87,16 @@ class StepExecutor:
     """Runs batches one after the other. Between `launch` and the result, the batch's sampling states are its own."""
 
     def __init__(
-        self, runner: ModelRunner, num_slots: int, *, is_async: bool, speculator: Speculator | None = None
+        self,
+        runner: ModelRunner,
+        xtensor: XTensor,
+        num_slots: int,
+        *,
+        is_async: bool,
+        speculator: Speculator | None = None,
     ) -> None:
-        """num_slots is of the KV cache; is_async runs steps in a thread of their own."""
-        self._device = _Device(runner, num_slots, speculator)
+        """xtensor and num_slots are the KV cache's; is_async runs steps in a thread of their own."""
+        self._device = _Device(runner, xtensor, num_slots, speculator)
         self._queue: SimpleQueue[_Launched | None] | None = None
         if is_async:
             self._queue = SimpleQueue()
@@ -127,8 +135,9 @@ def _serve(queue: "SimpleQueue[_Launched | None]", run: Callable[[Batch], StepRe
 class _Device:
     """What the device's thread owns."""
 
-    def __init__(self, runner: ModelRunner, num_slots: int, speculator: Speculator | None) -> None:
+    def __init__(self, runner: ModelRunner, xtensor: XTensor, num_slots: int, speculator: Speculator | None) -> None:
         self._runner = runner
+        self._xtensor = xtensor
         self._speculator = speculator
         self._masks = MaskWorker()
         self._last_tokens = np.zeros(num_slots, dtype=np.int32)
@@ -139,6 +148,7 @@ class _Device:
         batch.step.token_ids[batch.pending_rows] = self._last_tokens[batch.pending_slots]
         step, drafts = self._speculator.draft(batch) if self._speculator else (batch.step, [])
         drafted_s = time.monotonic()
+        run_copies(step.page_ops, self._xtensor)
         logits = self._runner.execute(step)
         num_drafted = [len(draft.token_ids) for draft in drafts]
         prompt_logprobs = _prompt_logprobs(batch, logits, sum(num_drafted))

@@ -6,7 +6,6 @@ arrays to the others; then all ranks execute it, meeting in the collectives of t
 
 import contextlib
 import json
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -28,7 +27,7 @@ JOIN_TIMEOUT_S = 120.0
 
 # An idle leader sends nothing for as long as there are no requests. A leader that dies closes its connections.
 _IDLE_TIMEOUT = timedelta(days=3650)
-_STEP, _RELEASE, _STOP = range(3)
+_STEP, _STOP = range(2)
 _ARRAYS = [field.name for field in fields(Step)]
 
 
@@ -49,15 +48,6 @@ class RankConfig:
         host, _, port = self.address.rpartition(":")
         if not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"address={self.address!r} is no host:port, such as 127.0.0.1:29500")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Release:
-    """The pages of a slot's tokens [keep, extent) are given back."""
-
-    slot: int
-    keep: int
-    extent: int
 
 
 class RankGroup:
@@ -131,18 +121,13 @@ class RankGroup:
         self._send([_STEP, *(len(array) for array in arrays)])
         self._broadcast(torch.from_numpy(np.concatenate(arrays)))
 
-    def send_release(self, release: Release) -> None:
-        self._send([_RELEASE, release.slot, release.keep, release.extent])
-
-    def receive(self) -> Step | Release | None:
+    def receive(self) -> Step | None:
         """Follower: what rank 0 sends next; None is the end. Raises RuntimeError when rank 0 is gone."""
         header = torch.zeros(1 + len(_ARRAYS), dtype=torch.int64)
         self._broadcast(header, _IDLE_TIMEOUT)
         kind, *values = header.tolist()
         if kind == _STOP:
             return None
-        if kind == _RELEASE:
-            return Release(slot=values[0], keep=values[1], extent=values[2])
         payload = torch.empty(sum(values), dtype=torch.int32)
         self._broadcast(payload)
         parts = np.split(payload.numpy(), np.cumsum(values)[:-1])
@@ -173,17 +158,9 @@ class LeaderRunner:
         self.embedding_size = runner.embedding_size
         self._runner = runner
         self._group = group
-        self._releases: deque[Release] = deque()
-
-    def release(self, slot: int, keep: int, extent: int) -> None:
-        """Have the followers give back these pages before their next step. From any thread."""
-        # Only the thread that executes sends: messages and the collectives of a step share one connection.
-        self._releases.append(Release(slot=slot, keep=keep, extent=extent))
 
     def execute(self, step: Step) -> Tensor:
         """See ModelRunner.execute. Raises RuntimeError when a follower is gone."""
-        while self._releases:
-            self._group.send_release(self._releases.popleft())
         self._group.send_step(step)
         return self._runner.execute(step)
 

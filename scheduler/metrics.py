@@ -100,6 +100,13 @@ class _Snapshot(Collector):
         yield GaugeMetricFamily("xllm_kv_cache_usage_ratio", "Used part of the KV cache, 0 to 1", usage)
         yield GaugeMetricFamily("xllm_kv_cache_tokens_used", "Tokens in the KV cache", stats.kv_tokens_used)
         yield GaugeMetricFamily("xllm_kv_cache_tokens_total", "Tokens the KV cache can hold", stats.kv_tokens_total)
+        pages = GaugeMetricFamily("xllm_kv_pages", "Physical pages of the KV cache by state", labels=["state"])
+        for state, count in stats.kv_pages.items():
+            pages.add_metric([state], count)
+        yield pages
+        queried, hit = stats.prefix_queried_tokens, stats.prefix_hit_tokens
+        yield CounterMetricFamily("xllm_prefix_cache_queried_tokens", "Tokens looked up in the prefix cache", queried)
+        yield CounterMetricFamily("xllm_prefix_cache_hit_tokens", "Tokens found there, not computed again", hit)
         yield CounterMetricFamily("xllm_engine_steps", "Steps the engine ran", stats.num_steps)
         yield CounterMetricFamily("xllm_step_seconds", "Time of steps on the device", stats.busy_s)
         yield CounterMetricFamily("xllm_step_gap_seconds", "Time the device waited for its next step", stats.gap_s)

@@ -81,6 +81,7 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> Abst
     config = InstanceConfig(
         **given,
         async_scheduling=options["async_scheduling"],
+        prefix_cache=options["prefix_cache"],
         enforce_eager=options["enforce_eager"],
         promotion=promotion,
         warm_up=options["warm_up"],

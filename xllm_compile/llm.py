@@ -14,7 +14,8 @@ class LLM(LLMBase):
 
     model: an artifact, or a Hugging Face model directory, which is compiled into the user's cache on first use
     (with a progress bar on a terminal). dtype: auto, bfloat16 or float32; an artifact has its own.
-    max_model_len, max_num_seqs and kv_memory_bytes bound the instance as in runtime.instance.InstanceConfig.
+    max_model_len, max_num_seqs and kv_memory_bytes bound the instance as in runtime.instance.InstanceConfig;
+    prefix_cache keeps the KV of what was computed for prompts that start alike.
     speculative (suffix, ngram or draft, with draft_model) guesses tokens as runtime.speculative.config has it.
     Raises ValueError, OSError and the build's errors, each naming the next step.
     """
@@ -27,6 +28,7 @@ class LLM(LLMBase):
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         kv_memory_bytes: int | None = None,
+        prefix_cache: bool = True,
         enforce_eager: bool = False,
         speculative: str | None = None,
         draft_model: str | os.PathLike[str] | None = None,
@@ -47,6 +49,7 @@ class LLM(LLMBase):
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 kv_memory_bytes=kv_memory_bytes,
+                prefix_cache=prefix_cache,
                 enforce_eager=enforce_eager,
                 speculative=config,
             ),

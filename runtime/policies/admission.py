@@ -37,7 +37,7 @@ def growth_of(sequence: Schedulable, capacity: Capacity, horizon: int) -> Growth
     left = sequence.num_growth_tokens
     return Growth(
         num_tokens=computed + uncomputed,
-        num_held_blocks=capacity.blocks(computed),
+        num_held_blocks=capacity.blocks(computed) - sequence.num_unheld_blocks,
         num_freed_blocks=sequence.num_kv_blocks,
         steps=min(left, horizon),
         ends=left <= horizon and computed > 0 and uncomputed <= 1,

@@ -34,7 +34,7 @@ class Schedulable(Protocol):
 
     @property
     def num_computed_tokens(self) -> int:
-        """Tokens it holds in the KV cache."""
+        """Tokens it holds in the KV cache or, while it waits, would find there."""
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -51,6 +51,10 @@ class Schedulable(Protocol):
     @property
     def num_kv_blocks(self) -> int:
         """KV blocks that come free when it gives up its KV: those that no other sequence shares."""
+
+    @property
+    def num_unheld_blocks(self) -> int:
+        """KV blocks of num_computed_tokens that it has yet to take: while it waits, those that nobody holds."""
 
 
 S = TypeVar("S", bound=Schedulable)

@@ -42,4 +42,5 @@ def with_drafts(step: Step, sequences: Sequence[Speculation], drafts: Sequence[D
         slot=step.slot,
         logits_at=joined(range(len(token_ids)), step.logits_at[count:] + num_more),
         pool_at=step.pool_at + num_more,
+        page_ops=step.page_ops,
     )

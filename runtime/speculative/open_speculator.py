@@ -7,6 +7,7 @@ import torch
 from xllm_compile.runtime.artifact import ArtifactMismatchError, Manifest, check_artifact, cpu_kernels, read_manifest
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.speculative.adaptive import StepSeconds
 from xllm_compile.runtime.speculative.config import MAX_SPECULATIVE_TOKENS, SpeculativeConfig
@@ -78,9 +79,14 @@ def _open_draft_model(
             dtype=getattr(torch, model.dtype),
             max_model_len=min(model.max_model_len, kv_config.max_model_len),
             num_slots=kv_config.num_slots,
-            # The target has room for all texts; a draft that was refused may take some more here.
+            # The target has room for all texts; a draft that was refused may take some more here, and pages of another
+            # size are filled otherwise.
             kv_memory_bytes=(kv_config.total_tokens + kv_config.num_slots * MAX_SPECULATIVE_TOKENS)
-            * model.kv_bytes_per_token,
+            * model.kv_bytes_per_token
+            * 17
+            // 16
+            + kv_config.num_slots * HUGE_PAGE_BYTES,
+            prefix_cache=False,
         )
     )
     runner = CompiledModelRunner(

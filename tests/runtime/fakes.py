@@ -164,8 +164,12 @@ class HistoryRunner:
             assert (step.rope_len[rows] >= step.positions[rows] + 1).all()
 
 
-def make_kv_cache(*, max_model_len: int = 64, num_slots: int = 8, total_tokens: int = 512) -> KVCache:
-    num_layers, head_dim = 2, 8
+def make_kv_cache(
+    *, max_model_len: int = 64, num_slots: int = 8, total_tokens: int = 512, block_tokens: int | None = None
+) -> KVCache:
+    # A page holds one token, so that tests may count memory in tokens; with a prefix cache it is no whole block.
+    page_tokens = 1 if block_tokens is None else 3
+    num_layers, head_dim = 2, 256
     bytes_per_token = num_layers * 2 * head_dim * torch.float32.itemsize
     return KVCache(
         KVCacheConfig(
@@ -176,6 +180,9 @@ def make_kv_cache(*, max_model_len: int = 64, num_slots: int = 8, total_tokens: 
             max_model_len=max_model_len,
             num_slots=num_slots,
             kv_memory_bytes=total_tokens * bytes_per_token,
+            page_bytes=page_tokens * bytes_per_token,
+            prefix_cache=block_tokens is not None,
+            block_tokens=block_tokens or 16,
         )
     )
 
@@ -196,8 +203,12 @@ class EngineFactory:
         max_num_batched_tokens: int = 32,
         poison: int | None = None,
         make_speculator: Callable[[HistoryRunner], Speculator] | None = None,
+        block_tokens: int | None = None,
     ) -> tuple[Engine, HistoryRunner]:
-        kv_cache = make_kv_cache(max_model_len=max_model_len, num_slots=num_slots, total_tokens=total_tokens)
+        """block_tokens turns the prefix cache on."""
+        kv_cache = make_kv_cache(
+            max_model_len=max_model_len, num_slots=num_slots, total_tokens=total_tokens, block_tokens=block_tokens
+        )
         runner = HistoryRunner(
             kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, poison=poison
         )

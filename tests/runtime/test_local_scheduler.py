@@ -242,3 +242,11 @@ def test_swapping_is_chosen_where_the_cache_can_and_it_pays() -> None:
 def test_bad_rules(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         SchedulingRules(**fields)
+
+
+def test_what_a_newcomer_finds_cached_takes_blocks_but_no_tokens_of_the_step() -> None:
+    newcomer = Item("a", 100, num_computed_tokens=90, num_unheld_blocks=23, block_tokens=4)
+    # 25 blocks of 4 tokens, and one that the other may take at any time.
+    for kv, admitted in ((27, True), (26, False)):
+        plan = schedule([newcomer], [decoding("b", 4, block_tokens=4)], limits(), kv=kv, block_tokens=4)
+        assert names(plan) == ([("b", 1), ("a", 10)] if admitted else [("b", 1)])

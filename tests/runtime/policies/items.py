@@ -22,6 +22,7 @@ class Item:
     next_due_s: float = math.inf
     tpot_slo_s: float | None = None
     block_tokens: int = 1
+    num_unheld_blocks: int = 0
     number: int = field(default_factory=lambda: next(_numbers))
 
     @property
