@@ -110,6 +110,9 @@ class SamplingState:
 
     def edited(self, row: Tensor) -> Tensor:
         """A copy of the row [V] with penalties, biases, min_tokens and grammar applied. Raises GrammarError."""
+        mask = None if self.matcher is None else self.matcher.mask()
+        if mask is not None and not self.edits_logits:
+            return mask.applied(row)
         row = row.clone()
         params = self.params
         if self._is_repetition_penalised:
@@ -122,15 +125,12 @@ class SamplingState:
             row[ids] -= params.presence_penalty + params.frequency_penalty * counts
         if params.logit_bias:
             row[self._bias_ids] += self._bias
-        mask = None if self.matcher is None else self.matcher.mask()
         if self.num_output_tokens < params.min_tokens:
             stop_ids = self._stop_ids[self._stop_ids < len(row)]
             # A structured output that is complete ends, however short it is.
             if mask is None or not mask.is_within(stop_ids):
                 row[stop_ids] = -math.inf
-        if mask is not None:
-            mask.forbid(row)
-        return row
+        return row if mask is None else mask.applied(row)
 
     def _seen_tokens(self, vocab_size: int) -> Tensor:
         """[V] bool, the tokens of prompt and output; built on first use, then kept up by record()."""

@@ -47,9 +47,10 @@ class TokenMask:
         """Whether nothing but these, each named once, is allowed."""
         return bool(np.count_nonzero(self.allowed) == np.count_nonzero(self.allowed[token_ids.numpy()]))
 
-    def forbid(self, row: Tensor) -> None:
-        """Set the others of a row [V] to minus infinity, in place."""
-        row[torch.from_numpy(~self.allowed)] = -torch.inf
+    def applied(self, row: Tensor) -> Tensor:
+        """A copy of the row [V] with the others at minus infinity."""
+        # Half the time of masked_fill_, which branches.
+        return torch.where(torch.from_numpy(self.allowed), row, -torch.inf)
 
 
 class GrammarError(RuntimeError):
@@ -72,6 +73,8 @@ class TokenMatcher:
         self._lock = threading.Lock()
         self._mask: TokenMask | None = None
         """For the present state; None until it is computed."""
+        self._accepted: list[int] = []
+        """Tokens that the grammar has not seen: it does with the next mask, in whatever thread that is computed."""
         self._is_ended = False
         """The end-of-sequence token came. What a step that was already under way samples behind it is thrown away."""
         self._error: str | None = None
@@ -79,6 +82,8 @@ class TokenMatcher:
     def copy(self) -> "TokenMatcher":
         """An independent matcher in the same state, for another sequence."""
         with self._lock:
+            if self._mask is None and self._error is None:
+                self._compute()
             other = TokenMatcher(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids, self._kept_masks)
             other._mask, other._is_ended, other._error = self._mask, self._is_ended, self._error
         return other
@@ -101,15 +106,23 @@ class TokenMatcher:
     def accept(self, token_id: int) -> None:
         """The sequence goes on with this token. One that the mask forbids makes every later mask an error."""
         with self._lock:
-            if self._is_ended or self._error is not None:
-                return
+            self._accepted.append(token_id)
             self._mask = None
-            if token_id in self._eos_token_ids and self._matcher.is_accepting():
-                self._is_ended = True
-            elif not self._matcher.consume_token(token_id):
-                self._error = f"token {token_id} is not allowed here"
+
+    def _consume(self, token_id: int) -> None:
+        if self._is_ended or self._error is not None:
+            return
+        if token_id in self._eos_token_ids and self._matcher.is_accepting():
+            self._is_ended = True
+        elif not self._matcher.consume_token(token_id):
+            self._error = f"token {token_id} is not allowed here"
 
     def _compute(self) -> None:
+        for token_id in self._accepted:
+            self._consume(token_id)
+        self._accepted.clear()
+        if self._error is not None:
+            return
         if self._is_ended:
             self._mask = TokenMask.of(self._eos_token_ids, self._vocab_size)
             return
