@@ -34,6 +34,7 @@ from xllm_compile.runtime.prefix_sharing import look_up, readable_chain, without
 from xllm_compile.runtime.sampler import SampledToken, SamplingFailure, SamplingState
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
+from xllm_compile.runtime.speculative.proposer import Speculation
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_executor import StepExecutor, StepResult
@@ -541,6 +542,11 @@ class Engine:
         self._ended[request.request_id] = request
         self._stop_speculating(request)
 
+    def _speculation(self, request: Request) -> Speculation | None:
+        if self._speculator is None or request.params.pooling is not None:
+            return None
+        return self._speculator.start(request.params, request.prompt_token_ids, request.max_output_tokens)
+
     def _stop_speculating(self, request: Request) -> None:
         for sequence in request.sequences:
             if self._speculator is not None and sequence.speculation is not None:
@@ -594,7 +600,7 @@ class Engine:
                 stop=params.stop,
                 include_stop=params.include_stop_str_in_output,
             ),
-            speculation=None if self._speculator is None else self._speculator.start(params, request.prompt_token_ids),
+            speculation=self._speculation(request),
         )
 
     def _check_prompt(self, token_ids: Items[int], num_new: int) -> None:

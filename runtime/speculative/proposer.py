@@ -36,14 +36,18 @@ class Speculation:
     token_ids: list[int]
     """Prompt and output, as the device knows them: up to a step ahead of the host."""
     num_prompt_tokens: int
+    max_output_tokens: int
     acceptance: dict[int, Acceptance] = field(default_factory=dict)
     """How drafts of each kind fared."""
     kind: int | None = None
     """Of the draft that the proposer would make now."""
     num_wanted: int = 0
     """Drafted tokens worth verifying in the next step. The host reads it, one step late."""
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
+
+    @property
+    def num_left_tokens(self) -> int:
+        """Tokens that may still be generated."""
+        return self.num_prompt_tokens + self.max_output_tokens - len(self.token_ids)
 
 
 class Proposer(Protocol):

@@ -42,9 +42,14 @@ class Speculator:
         self._ended: deque[Speculation] = deque()
         self._stats = SpeculationStats(drafted_by_position=[0] * max_length, accepted_by_position=[0] * max_length)
 
-    def start(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> Speculation:
+    def start(self, params: SamplingParams, prompt_token_ids: Sequence[int], max_output_tokens: int) -> Speculation:
         """For a new sequence."""
-        return Speculation(params=params, token_ids=list(prompt_token_ids), num_prompt_tokens=len(prompt_token_ids))
+        return Speculation(
+            params=params,
+            token_ids=list(prompt_token_ids),
+            num_prompt_tokens=len(prompt_token_ids),
+            max_output_tokens=max_output_tokens,
+        )
 
     def reserve(self, sequence: Speculation | None) -> int:
         """Most drafted tokens for the next step of the sequence, asked by the host when it plans it."""
@@ -138,7 +143,8 @@ class Speculator:
     def _choose_lengths(self, sequences: Sequence[Speculation]) -> None:
         candidates = []
         for sequence in sequences:
-            sequence.kind = self._proposer.observe(sequence)
+            # The last token needs no draft, and a request for one token no look at its prompt.
+            sequence.kind = self._proposer.observe(sequence) if sequence.num_left_tokens > 1 else None
             sequence.num_wanted = 0
             if sequence.kind is not None:
                 candidates.append((sequence, self._acceptance(sequence)))

@@ -12,6 +12,8 @@ from xllm_compile.runtime.speculative.suffix_index import Matches, PairIndex, Te
 # A draft is at most this many times as long as its match. The trees of SuffixDecoding use the same factor.
 MAX_FACTOR = 1.0
 MIN_TOKEN_PROB = 0.1
+# Of a longer prompt the end is read: a microsecond takes about two tokens.
+MAX_PROMPT_TOKENS = 16384
 # Kinds of drafts from finished outputs follow those from the request's own text.
 _KINDS = 8
 
@@ -68,8 +70,8 @@ class SuffixProposer:
 
     def _read(self, reader: _Reader, text: list[int]) -> None:
         if reader.num_read == 0:
-            # Of a prompt only the end has to be matched.
-            for end in range(2, len(text)):
+            # Of a prompt only the end has to be matched, and the step waits for it.
+            for end in range(max(2, len(text) - MAX_PROMPT_TOKENS), len(text)):
                 reader.pairs.add(text, end)
             reader.num_read = len(text) - 1
         for end in range(reader.num_read + 1, len(text) + 1):

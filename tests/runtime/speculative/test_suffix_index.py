@@ -95,7 +95,9 @@ def test_a_store_is_bounded(texts: list[list[int]]) -> None:
 
 
 def speculation(token_ids: list[int]) -> Speculation:
-    return Speculation(params=SamplingParams(), token_ids=token_ids, num_prompt_tokens=len(token_ids))
+    return Speculation(
+        params=SamplingParams(), token_ids=token_ids, num_prompt_tokens=len(token_ids), max_output_tokens=99
+    )
 
 
 def test_finished_outputs_serve_other_requests_and_prompts_do_not() -> None:
