@@ -90,7 +90,8 @@ class ScriptedRunner(CountingRunner):
     def __init__(self, text: str = "") -> None:
         super().__init__()
         self.text = text
-        self._prompt_len: dict[int, int] = {}
+        self._written: dict[int, tuple[int, int, int]] = {}
+        """By slot: the position and id of the last token written, and how many there were."""
 
     def execute(self, step: Step) -> Tensor:
         self.num_steps += 1
@@ -98,11 +99,13 @@ class ScriptedRunner(CountingRunner):
         script = [*self.text.encode(), EOS_ID]
         for row, at in enumerate(step.logits_at.tolist()):
             sequence = int(step.seq_start.searchsorted(at, side="right")) - 1
-            slot, length = int(step.slot[sequence]), int(step.positions[at]) + 1
-            if step.positions[step.seq_start[sequence]] == 0:
-                self._prompt_len[slot] = length
-            done = length - self._prompt_len[slot]
-            logits[row, script[min(done, len(script) - 1)]] = 10.0
+            slot, position = int(step.slot[sequence]), int(step.positions[at])
+            # A prompt may begin anywhere: what is known of it is not computed again.
+            *last, count = self._written.get(slot, (-1, -1, 0))
+            done = count if last == [position, int(step.token_ids[at])] else 0
+            token_id = script[min(done, len(script) - 1)]
+            logits[row, token_id] = 10.0
+            self._written[slot] = (position + 1, token_id, done + 1)
         return logits
 
 
