@@ -1,13 +1,15 @@
 """Speculation in the engine changes how many steps an output takes, and nothing of it."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tests.runtime.fakes import EngineFactory, HistoryRunner, make_kv_cache
 from tests.runtime.test_async_scheduling import mixed_requests, run, seen
-from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.engine import Engine, EngineConfig
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.speculative.adaptive import StepSeconds
 from xllm_compile.runtime.speculative.draft_model import DraftModel
@@ -189,3 +191,42 @@ def test_a_model_that_drafts_for_itself_is_always_right(make_engine: EngineFacto
         assert stats is not None and stats.num_drafts > 0
         assert stats.num_accepted_tokens == stats.num_draft_tokens
         assert len(runner.steps) < 16
+
+
+class Blurred(HistoryRunner):
+    """The model, less sure of itself: drafts drawn from it are now accepted and now refused."""
+
+    def row(self, history: Sequence[int]) -> Tensor:
+        return 0.1 * super().row(history)
+
+
+def test_requests_without_a_seed_keep_their_distribution(make_engine: EngineFactory) -> None:
+    """Pearson's test of three tokens of 1,500 completions, of which the last two are drafted."""
+
+    def make(runner: HistoryRunner) -> Speculator:
+        kv_cache = make_kv_cache()
+        return speculator(DraftModel(Blurred(kv_cache), kv_cache))
+
+    engine, runner = make_engine(make_speculator=make, config=EngineConfig(max_waiting=2000))
+    top_k, prompt = 3, [50, 51]
+    params = SamplingParams(temperature=1.0, top_k=top_k, n=125, max_tokens=4, ignore_eos=True)
+    for index in range(12):
+        engine.add_request(str(index), prompt, params)
+    found = Counter(tuple(completion.token_ids[:3]) for output in run(engine).values() for completion in output.outputs)
+    total = sum(found.values())
+    expected: dict[tuple[int, ...], float] = {(): float(total)}
+    for _ in range(3):
+        longer: dict[tuple[int, ...], float] = {}
+        for before, count in expected.items():
+            best = runner.row(prompt + list(before)).topk(top_k)
+            for token, chance in zip(best.indices.tolist(), best.values.softmax(0).tolist(), strict=True):
+                longer[(*before, token)] = count * chance
+        expected = longer
+    assert set(found) <= set(expected)
+    # Rare ones together: the test's statistic needs some of each.
+    pairs = [(found[tokens], count) for tokens, count in expected.items() if count >= 5]
+    pairs.append((total - sum(seen for seen, _ in pairs), total - sum(count for _, count in pairs)))
+    # At most 26 degrees of freedom: a right sampler is above it once in ten million.
+    assert sum((seen - count) ** 2 / count for seen, count in pairs if count > 1e-6) < 84
+    stats = engine.stats().speculation
+    assert stats is not None and 0.2 < stats.num_accepted_tokens / stats.num_draft_tokens < 0.98
