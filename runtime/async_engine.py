@@ -175,6 +175,10 @@ class AsyncEngine:
             request = await asyncio.to_thread(self.engine.make_request, request_id, prompt, params, prompt_text)
         else:
             request = self.engine.make_request(request_id, prompt, params, prompt_text)
+        reading = self.engine.prefetch(request)
+        if reading is not None:
+            # Others are computed while this one's KV comes from disk.
+            await asyncio.wrap_future(reading)
         with self._wake:
             self._check_admission(request)
             stream = RequestStream(self, request, self._mailbox_of(loop))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from xllm_compile.runtime.memory.page_ops import Restore
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sequence import Sequence
 from xllm_compile.runtime.speculative.proposer import Speculation
@@ -54,6 +55,8 @@ class Batch:
     accepts: the device makes their rows anew. They are the first sampled ones, with one row each."""
     num_granted: list[int]
     """Most drafted tokens of each."""
+    restores: Items[Restore]
+    """To be in the KV cache before the step."""
 
     @property
     def is_decode_only(self) -> bool:
@@ -62,11 +65,14 @@ class Batch:
 
 
 def build_batch(
-    chunks: Items[tuple[Sequence, int]], page_ops: Int32Array, granted: Mapping[Sequence, int] | None = None
+    chunks: Items[tuple[Sequence, int]],
+    page_ops: Int32Array,
+    granted: Mapping[Sequence, int] | None = None,
+    restores: Items[Restore] = (),
 ) -> Batch:
     """Arrays for the next `count` tokens of each sequence. Each sequence must own a slot. Changes nothing.
 
-    granted: drafted tokens that the decoding sequences may verify besides.
+    granted: drafted tokens that the decoding sequences may verify besides. restores: KV that comes back from a tier.
     """
     granted = granted or {}
     # Those whose rows the device may make anew come first.
@@ -147,6 +153,7 @@ def build_batch(
         sampled_slots=np.array(sampled_slots, dtype=np.int32),
         prompt_rows=shifted,
         pool_rows=pool_rows,
+        restores=restores,
         pending_rows=np.array(pending_rows, dtype=np.int32),
         pending_slots=np.array(pending_slots, dtype=np.int32),
         drafting=[sequence.speculation for sequence, _ in chunks if sequence in granted and sequence.speculation],

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -213,6 +214,17 @@ class Engine:
         request.sequences = [self._make_sequence(request, index, grammar) for index in range(params.n)]
         return request
 
+    def prefetch(self, request: Request) -> "Future[None] | None":
+        """Start to read from disk what is there of the prompt's KV; None where there is nothing to wait for.
+
+        May be called from any thread, before `add`.
+        """
+        chain = readable_chain(request.sequences[0])
+        if chain is None or self._kv_cache.tiers is None:
+            return None
+        chain.update(request.prompt_token_ids)
+        return self._kv_cache.tiers.prefetch(chain.digests)
+
     def check_queue(self, request: Request, *, num_waiting: int, num_waiting_tokens: int) -> None:
         """Raise QueueFullError when the request does not fit behind what waits. May be called from any thread."""
         bound = QueueBound(max_waiting=self.config.max_waiting, max_tokens=self.config.max_waiting_tokens)
@@ -292,6 +304,7 @@ class Engine:
             kv_pages=self._kv_cache.num_pages_by_state(),
             prefix_queried_tokens=self._kv_cache.stats.num_queried_tokens,
             prefix_hit_tokens=self._kv_cache.stats.num_hit_tokens,
+            kv_tiers=self._kv_cache.tiers.stats if self._kv_cache.tiers else None,
             num_steps=self._stats.num_steps,
             busy_s=self._stats.busy_s,
             gap_s=self._stats.gap_s,
@@ -409,7 +422,8 @@ class Engine:
     def _launch(self, plan: Schedule[Sequence]) -> _InFlight:
         """Hand the step to the device. From here on its sequences count as computed, with a token to come."""
         granted = self._grant_drafts(plan.chunks)
-        batch = build_batch(plan.chunks, self._kv_cache.ops.take(), granted)
+        ops = self._kv_cache.ops
+        batch = build_batch(plan.chunks, ops.take(), granted, ops.take_restores())
         load = load_of((sequence, count + granted.get(sequence, 0)) for sequence, count in plan.chunks)
         for sequence, count in plan.chunks:
             sequence.num_computed_tokens += count

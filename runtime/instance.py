@@ -1,16 +1,19 @@
 """One instance: an artifact opened on this machine, ready to take requests."""
 
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from xllm_compile.runtime.artifact import TOKENIZER, Manifest, check_artifact, cpu_kernels, read_manifest
 from xllm_compile.runtime.engine import Engine, EngineConfig
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES
+from xllm_compile.runtime.memory.kv_tiers import DiskTier, KVTiers
 from xllm_compile.runtime.memory.page_ops import replay
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
@@ -44,6 +47,12 @@ class InstanceConfig:
     max_waiting_tokens: int = 4 * 1024 * 1024
     prefix_cache: bool = True
     """Keep the KV of what was computed for requests that start alike."""
+    kv_host_bytes: int | None = None
+    """Host memory for KV that lost its pages; None keeps none. Needs the prefix cache."""
+    kv_disk: Path | None = None
+    """Folder for what host memory has no room for; None keeps nothing on disk."""
+    kv_disk_bytes: int = 16 << 30
+    """Bound of the folder."""
     scheduling_policy: PolicyName = "fcfs"
     ttft_slo_ms: float | None = None
     """Wanted time to the first token of requests that name none; likewise between tokens."""
@@ -69,10 +78,16 @@ class InstanceConfig:
             "kv_memory_bytes",
             "max_waiting",
             "max_waiting_tokens",
+            "kv_host_bytes",
+            "kv_disk_bytes",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.kv_disk is not None and self.kv_host_bytes is None:
+            raise ValueError(f"kv_disk={self.kv_disk} lies below host memory; give kv_host_bytes as well")
+        if self.kv_host_bytes is not None and not self.prefix_cache:
+            raise ValueError(f"kv_host_bytes={self.kv_host_bytes} needs prefix_cache, which is off; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +120,8 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
     native.load_kernels(root / kernels.path)
     _check_group(root, manifest, group)
     draft = read_draft_manifest(config.speculative, manifest) if config.speculative else None
-    kv_cache = KVCache(_kv_config(manifest, config, draft))
+    kv_config = _kv_config(manifest, config, draft)
+    kv_cache = KVCache(kv_config, tiers=_kv_tiers(manifest, config, kv_config))
     own_runner = _runner(root, manifest, kv_cache, config)
     runner: ModelRunner = own_runner
     if group is not None:
@@ -233,6 +249,30 @@ def _kv_config(manifest: Manifest, config: InstanceConfig, draft: Manifest | Non
         least = KVCacheConfig(**shape, max_model_len=1, kv_memory_bytes=budget)
         limit = min(limit, least.num_pages * least.page_tokens)
     return KVCacheConfig(**shape, max_model_len=limit, kv_memory_bytes=budget)
+
+
+def _kv_tiers(manifest: Manifest, config: InstanceConfig, kv: KVCacheConfig) -> KVTiers | None:
+    if config.kv_host_bytes is None:
+        return None
+    if manifest.tensor_parallel_size > 1:
+        raise ValueError(
+            f"kv_host_bytes={config.kv_host_bytes}: tiers hold the KV of one rank, and the artifact has"
+            f" {manifest.tensor_parallel_size}; leave it out"
+        )
+    if not kv.prefix_cache:
+        raise ValueError(
+            f"kv_host_bytes={config.kv_host_bytes}: this model's KV depends on the length of its prompt and cannot be"
+            " used again; leave it out"
+        )
+    disk = None
+    if config.kv_disk is not None:
+        values = {**_kv_values(kv), "weights": manifest.weights_key, "config": manifest.config_hash}
+        # Of these the block's content does not depend on.
+        for name in ("max_model_len", "num_slots", "kv_memory_bytes", "page_bytes"):
+            del values[name]
+        layout = xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+        disk = DiskTier(config.kv_disk, max_bytes=config.kv_disk_bytes, layout=layout)
+    return KVTiers(host_bytes=config.kv_host_bytes, disk=disk)
 
 
 def _depends_on_length(manifest: Manifest) -> bool:

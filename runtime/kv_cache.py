@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory, max_mappings
+from xllm_compile.runtime.memory.kv_tiers import KVTiers
 from xllm_compile.runtime.memory.page_ops import PageOps
 from xllm_compile.runtime.memory.page_pool import PagePool
 from xllm_compile.runtime.memory.prefix_cache import BlockChain, PrefixCache
@@ -149,8 +150,12 @@ class _Live:
 class KVCache:
     """The slots of one instance. Not thread-safe: it belongs to the engine's thread."""
 
-    def __init__(self, config: KVCacheConfig, memory: VirtualMemory | None = None) -> None:
+    def __init__(
+        self, config: KVCacheConfig, memory: VirtualMemory | None = None, tiers: KVTiers | None = None
+    ) -> None:
         """``memory`` is the device's, config.num_pages of config.page_size; None is this machine's.
+
+        ``tiers`` take the blocks that lose their pages, and give them back.
 
         Raises ValueError when the system does not allow as many addresses or mappings.
         """
@@ -172,6 +177,7 @@ class KVCache:
         self.layers: list[Tensor] = list(by_token.unbind(2))
         """One tensor [num_slots, max_model_len, 2, num_kv_heads, head_dim] per layer, at a fixed address."""
         self.stats = KVCacheStats()
+        self.tiers = tiers
         self._pool = PagePool(config.num_pages)
         self._prefixes = PrefixCache()
         self._live: dict[int, _Live] = {}
@@ -236,7 +242,10 @@ class KVCache:
             return 0
         size = self.config.block_tokens
         limit = min(len(chain.digests), max(num_tokens - 1, 0) // size)
-        return self._prefixes.match(chain.digests, limit) * size
+        found = self._prefixes.match(chain.digests, limit)
+        while self.tiers is not None and found < limit and chain.digests[found] in self.tiers:
+            found += 1
+        return found * size
 
     def num_unheld_pages(self, chain: BlockChain, num_cached: int) -> int:
         """By how much num_free_pages falls when a sequence starts that finds num_cached tokens.
@@ -245,7 +254,7 @@ class KVCache:
         """
         if num_cached == 0:
             return 0
-        shared, _ = self._shared_pages(chain, num_cached)
+        shared, _ = self._shared_pages(chain, self._on_pages(chain, num_cached))
         return self._counted(num_cached) - sum(self._pool.num_holders(page) > 0 for page in shared)
 
     def allocate(self, chain: BlockChain | None = None, num_tokens: int = 0, num_cached: int = 0) -> int:
@@ -255,11 +264,12 @@ class KVCache:
         """
         if not self._idle:
             raise KVCacheFullError(f"all {self.num_slots} KV slots are in use; free one first or raise num_slots")
-        cached = min(self.find(chain, num_tokens), num_cached)
+        cached = self._on_pages(chain, min(self.find(chain, num_tokens), num_cached))
+        restored = self._read_tiers(chain, cached, num_cached)
         shared, boundary = self._shared_pages(chain, cached)
         if self._mappings_with(shared) > self.xtensor.memory.max_mappings:
             # Sharing pages takes mappings but no pages: without, the pages are the tighter limit.
-            cached, shared, boundary = 0, [], None
+            cached, shared, boundary, restored = 0, [], None, []
         for page in shared:
             self._pool.hold(page)
         slot = self._choose_slot(shared, self.config.pages_for(num_tokens))
@@ -272,6 +282,8 @@ class KVCache:
         live.num_pages = len(shared)
         if boundary is not None:
             self._copy_boundary(slot, live, boundary)
+        if restored:
+            cached += self._restore(slot, live, restored)
         self._used_tokens += cached
         self._num_counted += self._counted(cached)
         if chain is not None and self.config.prefix_cache:
@@ -326,7 +338,7 @@ class KVCache:
             if chain.digests[index] in self._prefixes:
                 continue
             pages = [self._page(slot, position) for position in self._positions_of_block(index)]
-            self._prefixes.add(chain.digests[index], pages)
+            self._prefixes.add(chain.digests[index], pages, index)
             self._pool.index(pages)
 
     def free(self, slot: int) -> None:
@@ -354,8 +366,10 @@ class KVCache:
             self.xtensor.memory.discard(page)
 
     def close(self) -> None:
-        """End the thread that maps ahead."""
+        """End the thread that maps ahead, and the tiers."""
         self.xtensor.close()
+        if self.tiers is not None:
+            self.tiers.close()
 
     def _counted(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_tokens)
@@ -408,6 +422,50 @@ class KVCache:
             self.stats.num_copied_bytes += num_bytes
         live.num_pages += 1
 
+    def _on_pages(self, chain: BlockChain | None, num_cached: int) -> int:
+        """Of num_cached tokens, those whose KV lies in pages: the rest is in a tier."""
+        if chain is None:
+            return 0
+        size = self.config.block_tokens
+        return self._prefixes.match(chain.digests, num_cached // size) * size
+
+    def _read_tiers(self, chain: BlockChain | None, begin: int, end: int) -> list[bytes]:
+        """The blocks of tokens [begin, end), up to the first that the tiers have lost meanwhile."""
+        if chain is None or self.tiers is None:
+            return []
+        size = self.config.block_tokens
+        found = (self.tiers.read(digest) for digest in chain.digests[begin // size : end // size])
+        return list(takewhile(lambda data: data is not None, found))  # type: ignore[arg-type]
+
+    def _restore(self, slot: int, live: _Live, blocks: Sequence[bytes]) -> int:
+        """Put the blocks behind what the slot holds; returns their number of tokens."""
+        assert self.tiers is not None
+        self.tiers.stats.num_restored += len(blocks)
+        num_tokens = len(blocks) * self.config.block_tokens
+        needed = self.config.pages_for(live.length + num_tokens)
+        for position in range(live.num_pages, needed):
+            self._hold_or_map(slot, position)
+        live.num_pages = max(needed, live.num_pages)
+        for data in blocks:
+            self.ops.restore(slot, live.length * self.config.bytes_per_token, data)
+            live.length += self.config.block_tokens
+        return num_tokens
+
+    def _offload(self, page: int) -> None:
+        """Leave the blocks on the page to the tiers: all of what they touch is still as it was."""
+        assert self.tiers is not None
+        page_size, left = self.config.page_size, 0
+        size = self.config.block_tokens * self.config.bytes_per_token
+        for digest in self._prefixes.blocks_on(page):
+            if digest in self.tiers:
+                continue
+            offset, left, parts = self._prefixes.index(digest) * size % page_size, size, []
+            for each in self._prefixes.pages(digest):
+                count = min(left, page_size - offset)
+                parts.append(self.xtensor.memory.read(each, offset, count))
+                offset, left = 0, left - count
+            self.tiers.offload(digest, b"".join(parts))
+
     def _hold_or_map(self, slot: int, position: int) -> None:
         """Make the page at the position, a new one if there is none, the live sequence's."""
         self.xtensor.settle(slot, position)
@@ -437,6 +495,8 @@ class KVCache:
     def _release_page(self, page: int) -> None:
         """Take a page that no live sequence holds out of the index and of all ranges."""
         if self._pool.is_indexed(page):
+            if self.tiers is not None:
+                self._offload(page)
             self.stats.num_evicted_pages += 1
             self._unindex(page)
         for slot, position in self.xtensor.places(page):

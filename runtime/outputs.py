@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from xllm_compile.runtime.memory.kv_tiers import TierStats
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -121,6 +123,8 @@ class EngineStats:
     prefix_queried_tokens: int = 0
     """Tokens of sequences that were looked up in the prefix cache."""
     prefix_hit_tokens: int = 0
+    kv_tiers: TierStats | None = None
+    """Of host memory and disk below the KV cache; None where there are none."""
     """Tokens found there."""
     num_steps: int = 0
     busy_s: float = 0.0

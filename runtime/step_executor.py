@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xllm_compile.runtime.batch import Batch
 from xllm_compile.runtime.mask_worker import MaskWorker
-from xllm_compile.runtime.memory.page_ops import run_copies
+from xllm_compile.runtime.memory.page_ops import run_copies, run_restores
 from xllm_compile.runtime.memory.xtensor import XTensor
 from xllm_compile.runtime.pooling import pool_chunk
 from xllm_compile.runtime.sampler import (
@@ -149,6 +149,7 @@ class _Device:
         step, drafts = self._speculator.draft(batch) if self._speculator else (batch.step, [])
         drafted_s = time.monotonic()
         run_copies(step.page_ops, self._xtensor)
+        run_restores(batch.restores, self._xtensor)
         logits = self._runner.execute(step)
         num_drafted = [len(draft.token_ids) for draft in drafts]
         prompt_logprobs = _prompt_logprobs(batch, logits, sum(num_drafted))

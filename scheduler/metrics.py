@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from xllm_compile.runtime.memory.kv_tiers import TierStats
 from xllm_compile.runtime.outputs import EngineStats, RequestMetrics, SpeculationStats
 from xllm_compile.scheduler.limits import StreamLimiter
 
@@ -107,6 +108,8 @@ class _Snapshot(Collector):
         queried, hit = stats.prefix_queried_tokens, stats.prefix_hit_tokens
         yield CounterMetricFamily("xllm_prefix_cache_queried_tokens", "Tokens looked up in the prefix cache", queried)
         yield CounterMetricFamily("xllm_prefix_cache_hit_tokens", "Tokens found there, not computed again", hit)
+        if stats.kv_tiers is not None:
+            yield from _of_tiers(stats.kv_tiers)
         yield CounterMetricFamily("xllm_engine_steps", "Steps the engine ran", stats.num_steps)
         yield CounterMetricFamily("xllm_step_seconds", "Time of steps on the device", stats.busy_s)
         yield CounterMetricFamily("xllm_step_gap_seconds", "Time the device waited for its next step", stats.gap_s)
@@ -167,3 +170,16 @@ def _by_class(stats: EngineStats) -> Iterator[Metric]:
     preempted.add_metric(["online"], stats.num_preemptions - stats.num_offline_preemptions)
     preempted.add_metric(["offline"], stats.num_offline_preemptions)
     yield preempted
+
+
+def _of_tiers(tiers: TierStats) -> Iterator[Metric]:
+    blocks = CounterMetricFamily(
+        "xllm_kv_tier_blocks", "KV blocks below the pages, by what became of them", labels=["event"]
+    )
+    for event in ("offloaded", "restored", "written", "read", "damaged", "dropped"):
+        blocks.add_metric([event], getattr(tiers, f"num_{event}"))
+    yield blocks
+    sizes = GaugeMetricFamily("xllm_kv_tier_bytes", "KV below the pages, by where it lies", labels=["tier"])
+    sizes.add_metric(["host"], tiers.host_bytes)
+    sizes.add_metric(["disk"], tiers.disk_bytes)
+    yield sizes

@@ -39,6 +39,14 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 @click.option("--max-model-len", type=click.IntRange(2), help="Longest prompt plus output, in tokens.")
 @click.option("--kv-memory", callback=parse_size_option, metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse the KV of prompts that start alike.")
+@click.option(
+    "--kv-host-memory",
+    callback=parse_size_option,
+    metavar="SIZE",
+    help="Host memory for prefixes that lost their pages.",
+)
+@click.option("--kv-disk", type=click.Path(path_type=Path), metavar="DIR", help="Keep what that has no room for here.")
+@click.option("--kv-disk-size", callback=parse_size_option, metavar="SIZE", help="Most of it.  [default: 16GiB]")
 @click.option("--max-waiting", type=click.IntRange(1), help="Sequences that may wait; more are answered 429.")
 @click.option(
     "--max-waiting-tokens", type=click.IntRange(1), help="Prompt tokens that may wait; more are answered 429."

@@ -112,6 +112,9 @@ class CpuMemory:
         while done < num_bytes:
             done += os.preadv(self._file, [target[done:]], page * self.page_bytes + done)
 
+    def read(self, page: int, offset: int, num_bytes: int) -> bytes:
+        return os.pread(self._file, num_bytes, page * self.page_bytes + offset)
+
     def discard(self, page: int) -> None:
         flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
         if self._libc.fallocate(self._file, flags, page * self.page_bytes, self.page_bytes) == 0:

@@ -35,6 +35,7 @@ class PrefixCache:
 
     def __init__(self) -> None:
         self._pages: dict[bytes, tuple[int, ...]] = {}
+        self._indices: dict[bytes, int] = {}
         self._digests: dict[int, list[bytes]] = {}
 
     def __len__(self) -> int:
@@ -53,10 +54,19 @@ class PrefixCache:
     def pages(self, digest: bytes) -> tuple[int, ...]:
         return self._pages[digest]
 
-    def add(self, digest: bytes, pages: Iterable[int]) -> None:
+    def index(self, digest: bytes) -> int:
+        """Which block of its sequence it is: where in its first page it begins follows from that."""
+        return self._indices[digest]
+
+    def blocks_on(self, page: int) -> list[bytes]:
+        """Digests of the blocks that touch the page."""
+        return list(self._digests.get(page, ()))
+
+    def add(self, digest: bytes, pages: Iterable[int], index: int) -> None:
         """Raises no error for a digest that is there: the pages it was first computed in stay."""
         if digest in self._pages:
             return
+        self._indices[digest] = index
         self._pages[digest] = tuple(pages)
         for page in self._pages[digest]:
             self._digests.setdefault(page, []).append(digest)
@@ -65,6 +75,7 @@ class PrefixCache:
         """Forget every block that touches the page. Returns the pages, this one among them, without blocks now."""
         orphans = [page] if page in self._digests else []
         for digest in self._digests.pop(page, ()):
+            del self._indices[digest]
             for other in self._pages.pop(digest):
                 if other == page:
                     continue

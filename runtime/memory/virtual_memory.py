@@ -37,6 +37,10 @@ class VirtualMemory(Protocol):
         """Copy the first bytes of the page to the address, where another page is mapped."""
         ...
 
+    def read(self, page: int, offset: int, num_bytes: int) -> bytes:
+        """Part of a page, on the host. Nobody may be writing it."""
+        ...
+
     def discard(self, page: int) -> None:
         """Give the page's physical memory back. It comes again, with any content, when the page is next mapped."""
         ...

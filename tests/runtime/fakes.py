@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xllm_compile.runtime.engine import Engine, EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.memory.kv_tiers import KVTiers
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step import Step
@@ -165,7 +166,12 @@ class HistoryRunner:
 
 
 def make_kv_cache(
-    *, max_model_len: int = 64, num_slots: int = 8, total_tokens: int = 512, block_tokens: int | None = None
+    *,
+    max_model_len: int = 64,
+    num_slots: int = 8,
+    total_tokens: int = 512,
+    block_tokens: int | None = None,
+    tiers: KVTiers | None = None,
 ) -> KVCache:
     # A page holds one token, so that tests may count memory in tokens; with a prefix cache it is no whole block.
     page_tokens = 1 if block_tokens is None else 3
@@ -183,7 +189,8 @@ def make_kv_cache(
             page_bytes=page_tokens * bytes_per_token,
             prefix_cache=block_tokens is not None,
             block_tokens=block_tokens or 16,
-        )
+        ),
+        tiers=tiers,
     )
 
 
@@ -204,10 +211,15 @@ class EngineFactory:
         poison: int | None = None,
         make_speculator: Callable[[HistoryRunner], Speculator] | None = None,
         block_tokens: int | None = None,
+        tiers: KVTiers | None = None,
     ) -> tuple[Engine, HistoryRunner]:
         """block_tokens turns the prefix cache on."""
         kv_cache = make_kv_cache(
-            max_model_len=max_model_len, num_slots=num_slots, total_tokens=total_tokens, block_tokens=block_tokens
+            max_model_len=max_model_len,
+            num_slots=num_slots,
+            total_tokens=total_tokens,
+            block_tokens=block_tokens,
+            tiers=tiers,
         )
         runner = HistoryRunner(
             kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, poison=poison

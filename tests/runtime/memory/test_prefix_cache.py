@@ -42,7 +42,7 @@ def test_salt_keeps_equal_tokens_apart() -> None:
 def test_match_ends_at_the_first_block_that_is_missing() -> None:
     cache, digests = PrefixCache(), chain_of(list(range(16)))
     for index in (0, 1, 3):
-        cache.add(digests[index], [index])
+        cache.add(digests[index], [index], index)
     assert cache.match(digests, 4) == 2
     assert cache.match(digests, 1) == 1
     assert cache.match(chain_of([9] * 16), 4) == 0
@@ -51,18 +51,18 @@ def test_match_ends_at_the_first_block_that_is_missing() -> None:
 def test_evicting_a_page_forgets_every_block_that_touches_it() -> None:
     cache, digests = PrefixCache(), chain_of(list(range(16)))
     for index, pages in enumerate(([0], [0, 1], [1, 2], [2])):
-        cache.add(digests[index], pages)
+        cache.add(digests[index], pages, index)
     assert sorted(cache.evict(1)) == [1]
     assert [digest in cache for digest in digests] == [True, False, False, True]
     assert sorted(cache.evict(2)) == [2]
     assert cache.evict(2) == [] and len(cache) == 1
-    cache.add(digests[1], [0, 3])
+    cache.add(digests[1], [0, 3], 1)
     assert sorted(cache.evict(0)) == [0, 3]
 
 
 def test_the_first_pages_of_a_block_stay() -> None:
     cache, (digest,) = PrefixCache(), chain_of([1, 2, 3, 4])
-    cache.add(digest, [5])
-    cache.add(digest, [6])
+    cache.add(digest, [5], 0)
+    cache.add(digest, [6], 0)
     assert cache.pages(digest) == (5,)
     assert cache.evict(6) == []
