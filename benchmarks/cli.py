@@ -361,6 +361,38 @@ def schedule_command(trace: Path, results: Path, **options: Any) -> None:
     run_schedule(trace, results, _command_line(), **options)
 
 
+@command.command("prefix-cache")
+@click.option("--trace", type=click.Path(path_type=Path), required=True, help="Requests with hash_ids of their blocks.")
+@click.option("--name", default="prefix_cache_mooncake", help="Name of the record.")
+@click.option(
+    "--capacity", "capacities", type=click.IntRange(1), multiple=True, default=(1000, 10000, 50000), help="Blocks."
+)
+@results_option
+def prefix_cache_command(trace: Path, results: Path, name: str, capacities: tuple[int, ...]) -> None:
+    """Hit rate of the prefix cache on a trace; nothing is computed -> NAME.json."""
+    from xllm_compile.benchmarks.bench_prefix_cache import run_prefix_cache
+
+    run_prefix_cache(trace, results, _command_line(), name=name, capacities=capacities)
+
+
+@command.command("xtensor")
+@click.option("--sequences", type=click.IntRange(1), default=64, help="Running at the same time.")
+@click.option("--steps", type=click.IntRange(1), default=2000, help="Decode steps that are played.")
+@click.option("--context", type=click.IntRange(16), default=2048, help="Keys per sequence of the attention.")
+@click.option("--batch", type=click.IntRange(1), default=4, help="Sequences of the attention.")
+@click.option("--rounds", type=click.IntRange(1), default=15, help="Of the attention kernels, in turns.")
+@click.option(
+    "--step-ms", type=click.FloatRange(0, min_open=True), default=100.0, help="Step that latency is set against."
+)
+@click.option("--prompt-token-ms", type=click.FloatRange(0), default=1.2, help="What a prompt token adds to it.")
+@results_option
+def xtensor_command(results: Path, **options: Any) -> None:
+    """Memory, allocation and attention of mapped ranges against a block table -> xtensor_memory.json."""
+    from xllm_compile.benchmarks.bench_xtensor import run_xtensor
+
+    run_xtensor(results, _command_line(), **options)
+
+
 @command.command("balance")
 @click.option("--device", default="ascend-910b2", help="On what: a device spec by name.")
 @click.option("--traces", type=click.Path(path_type=Path), help="Folder for Chrome traces of the plans.")

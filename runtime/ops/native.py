@@ -114,7 +114,7 @@ def _run_compiler(arguments: Sequence[str]) -> None:
         raise KernelBuildError(f"{compiler} failed with status {done.returncode}:\n{tail}")
 
 
-def build_kernels(output: Path, features: Sequence[str] | None = None) -> None:
+def build_kernels(output: Path, features: Sequence[str] | None = None, source_folder: Path = SOURCE_FOLDER) -> None:
     """Compiles the kernels for `features` (this machine's by default) into one shared library at `output`.
 
     The file appears complete or not at all. Raises CompilerNotFoundError or KernelBuildError.
@@ -131,7 +131,7 @@ def build_kernels(output: Path, features: Sequence[str] | None = None) -> None:
             return str(target)
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            objects = list(pool.map(compile_source, _sources()))
+            objects = list(pool.map(compile_source, sorted(source_folder.glob("*.cpp"))))
         library = Path(folder) / "kernels.so"
         # Linked against torch's libraries by name only: they are in the process before the kernels are loaded.
         _run_compiler(
