@@ -15,13 +15,15 @@ _PRIOR_WEIGHT = 3.0
 _DECAY = 0.95
 _SHARED_DECAY = 0.99
 # A longer draft has to promise this much more, because the estimates are noisy.
-_MARGIN = 1.01
+_MARGIN = 1.05
 # Guesses less likely than this never pay.
 _LEAST_CHANCE = 0.02
 # Chances for a draft between two probes, while none pays. It doubles with every probe in vain.
 _FIRST_PROBE_AFTER = 64
 _LAST_PROBE_AFTER = 512
 _PROBE_LENGTH = 2
+# Steps between two looks at whether drafts pay again, while nothing new is known of them.
+_LOOK_EVERY = 16
 # Steps after which what one without drafts takes is measured again.
 _STALE_AFTER = 128
 
@@ -54,6 +56,11 @@ class Acceptance:
         """Chance of acceptance at a position, given that all before it were accepted."""
         prior = _OPTIMISM if self._prior is None else self._prior.rate(position)
         return (self.accepted[position] + _PRIOR_WEIGHT * prior) / (self.tried[position] + _PRIOR_WEIGHT)
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether drafts did not pay a moment ago, which needs no second look in every step."""
+        return self._num_passed % _LOOK_EVERY != 0
 
     def probed(self, length: int) -> int:
         """The length to draft where ``length`` is what pays: now and then some although nothing does, to notice when

@@ -150,14 +150,17 @@ class Speculator:
                 candidates.append((sequence, self._acceptance(sequence)))
         if not candidates or self._step_seconds.is_stale(len(sequences)):
             return
+        awake = [(sequence, acceptance) for sequence, acceptance in candidates if not acceptance.is_resting]
         lengths = draft_lengths(
-            [acceptance.survival for _, acceptance in candidates],
-            num_others=len(sequences) - len(candidates),
+            [acceptance.survival for _, acceptance in awake],
+            num_others=len(sequences) - len(awake),
             step_seconds=self._step_seconds,
             draft_seconds=self._draft_seconds,
         )
-        for (sequence, acceptance), length in zip(candidates, lengths, strict=True):
-            sequence.num_wanted = acceptance.probed(length)
+        for (sequence, _), length in zip(awake, lengths, strict=True):
+            sequence.num_wanted = length
+        for sequence, acceptance in candidates:
+            sequence.num_wanted = acceptance.probed(sequence.num_wanted)
 
     def _draft_seconds(self, longest: int) -> float:
         if not self._proposer.is_costly:

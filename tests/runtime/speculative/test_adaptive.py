@@ -43,7 +43,7 @@ def test_no_other_choice_is_expected_to_bring_more(survivals: list[list[float]],
         found = tuple(lengths(survivals, row=row, draft=draft))
         best = max(rate(tuple(map(int, at))) for at in np.ndindex(*(len(s) + 1 for s in survivals)))
         # Longest first is not searched with costly drafts: the greedy order may miss what a common length would give.
-        assert rate(found) >= (0.97 if draft == 0 else 0.75) * best
+        assert rate(found) >= (0.95 if draft == 0 else 0.75) * best
 
 
 def test_acceptance_follows_what_happens_and_a_new_sequence_starts_from_the_others() -> None:
@@ -71,6 +71,18 @@ def test_probes_come_ever_more_rarely_until_drafts_pay() -> None:
     assert gaps == [64, 128]
     assert acceptance.probed(5) == 5
     assert [acceptance.probed(0) for _ in range(64)] == [0] * 63 + [2]
+
+
+def test_what_did_not_pay_is_looked_at_again_every_few_steps() -> None:
+    acceptance = Acceptance(8, Acceptance(8))
+    looks = []
+    for step in range(40):
+        if not acceptance.is_resting:
+            looks.append(step)
+        acceptance.probed(0)
+    assert looks == [0, 16, 32]
+    acceptance.probed(3)
+    assert not acceptance.is_resting
 
 
 def test_step_times_are_measured_and_the_rest_is_scaled() -> None:
