@@ -18,24 +18,22 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from xllm_compile.runtime.batch import Batch, PoolRows, build_batch
-from xllm_compile.runtime.detokenizer import make_detokenizer
-from xllm_compile.runtime.grammar import Grammar, GrammarCompiler
+from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.local_scheduler import SchedulingRules, schedule
 from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
-from xllm_compile.runtime.outputs import EngineStats, RequestMetrics, RequestOutput
-from xllm_compile.runtime.policies.admission import HORIZON
+from xllm_compile.runtime.outputs import EngineStats, RequestOutput
 from xllm_compile.runtime.policies.chunk import StepLoad, load_of
-from xllm_compile.runtime.policies.order import POLICIES, Order, PolicyName
+from xllm_compile.runtime.policies.order import Order
 from xllm_compile.runtime.policies.queue_bound import QueueBound, ServiceTime, check_queue
 from xllm_compile.runtime.policies.state import Capacity, Limits, Schedule
 from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
 from xllm_compile.runtime.pooling import make_embedding
 from xllm_compile.runtime.prefix_sharing import look_up, readable_chain, without_followers
-from xllm_compile.runtime.sampler import SampledToken, SamplingFailure, SamplingState
+from xllm_compile.runtime.request_factory import RequestFactory
+from xllm_compile.runtime.sampler import SampledToken, SamplingFailure
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
-from xllm_compile.runtime.speculative.proposer import Speculation
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_executor import StepExecutor, StepResult
@@ -47,46 +45,6 @@ logger = logging.getLogger(__name__)
 # Length of outputs before any has ended, and how much of the past their mean keeps.
 _FIRST_MEAN_TOKENS = 128.0
 _MEAN_DECAY = 0.95
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """Bounds of one engine. None takes the model runner's limit."""
-
-    max_num_seqs: int | None = None
-    """Most running sequences."""
-    max_num_batched_tokens: int | None = None
-    """Most tokens in one step: long prompts are cut into chunks of this size."""
-    max_waiting: int = 1024
-    """Most sequences that wait to be scheduled; more are refused with QueueFullError."""
-    max_waiting_tokens: int = 4 * 1024 * 1024
-    """Most prompt tokens that wait."""
-    async_scheduling: bool = False
-    """Plan a step and report the last one while the device runs the one between."""
-    scheduling_policy: PolicyName = "fcfs"
-    """Who goes first: policies/order.py."""
-    admission_horizon: int = HORIZON
-    """Decode steps that a newcomer must fit beside what runs, so that nobody is preempted; 0 counts its prompt only."""
-    starvation_s: float = 60.0
-    """Age from which the oldest sequence goes first and keeps its place, whatever the policy."""
-    ttft_slo_ms: float | None = None
-    """Wanted time to the first token of requests that name none."""
-    tpot_slo_ms: float | None = None
-    """Wanted time between tokens of requests that name none."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.scheduling_policy not in POLICIES:
-            raise ValueError(f"scheduling_policy={self.scheduling_policy!r} must be one of {', '.join(POLICIES)}")
-        if self.starvation_s < 0:
-            raise ValueError(f"starvation_s={self.starvation_s} must not be negative")
-        for name in ("ttft_slo_ms", "tpot_slo_ms"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be positive")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -121,7 +79,15 @@ class Engine:
         self.max_model_len = min(runner.max_model_len, kv_cache.config.max_model_len)
         self.vocab_size = runner.vocab_size
         self._runner = runner
-        self._grammars = GrammarCompiler(tokenizer, runner.vocab_size)
+        self._factory = RequestFactory(
+            runner,
+            tokenizer,
+            self.config,
+            max_model_len=self.max_model_len,
+            new_chain=kv_cache.new_chain,
+            speculator=speculator,
+            clock=clock,
+        )
         self._kv_cache = kv_cache
         self._clock = clock
         self._limits = Limits(
@@ -187,32 +153,8 @@ class Engine:
     def make_request(
         self, request_id: str, prompt: str | Items[int], params: SamplingParams, prompt_text: str | None = None
     ) -> Request:
-        """Tokenise, validate, compile a structured output. May be called from any thread.
-
-        prompt_text is shown with a prompt of token ids.
-        """
-        text = prompt if isinstance(prompt, str) else prompt_text
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        self._check_prompt(token_ids, num_new=0 if params.pooling else 1)
-        self._check_params(params)
-        grammar = None if params.structured is None else self._grammars.compile(params.structured)
-        # An embedding comes of the prompt alone, which may fill the context.
-        room = self.max_model_len - len(token_ids) if params.pooling is None else 1
-        request = Request(
-            request_id=request_id,
-            prompt=text,
-            prompt_token_ids=token_ids,
-            params=params,
-            metrics=RequestMetrics(arrival_s=self._clock()),
-            max_output_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
-            prompt_logprobs=None if params.prompt_logprobs is None else [None],
-        )
-        ttft_slo_ms = params.ttft_slo_ms or self.config.ttft_slo_ms
-        tpot_slo_ms = params.tpot_slo_ms or self.config.tpot_slo_ms
-        request.metrics.ttft_slo_s = None if ttft_slo_ms is None else ttft_slo_ms / 1e3
-        request.metrics.tpot_slo_s = None if tpot_slo_ms is None else tpot_slo_ms / 1e3
-        request.sequences = [self._make_sequence(request, index, grammar) for index in range(params.n)]
-        return request
+        """See RequestFactory.make. May be called from any thread."""
+        return self._factory.make(request_id, prompt, params, prompt_text)
 
     def prefetch(self, request: Request) -> "Future[None] | None":
         """Start to read from disk what is there of the prompt's KV; None where there is nothing to wait for.
@@ -556,11 +498,6 @@ class Engine:
         self._ended[request.request_id] = request
         self._stop_speculating(request)
 
-    def _speculation(self, request: Request) -> Speculation | None:
-        if self._speculator is None or request.params.pooling is not None:
-            return None
-        return self._speculator.start(request.params, request.prompt_token_ids, request.max_output_tokens)
-
     def _stop_speculating(self, request: Request) -> None:
         for sequence in request.sequences:
             if self._speculator is not None and sequence.speculation is not None:
@@ -592,58 +529,6 @@ class Engine:
     def _forget_finished(self) -> None:
         """Drop finished and preempted sequences from the running list."""
         self._running = [sequence for sequence in self._running if sequence.status is SequenceStatus.RUNNING]
-
-    def _make_sequence(self, request: Request, index: int, grammar: Grammar | None) -> Sequence:
-        params = request.params
-        eos_token_ids = () if params.ignore_eos else self.tokenizer.eos_token_ids
-        return Sequence(
-            request=request,
-            index=index,
-            token_ids=list(request.prompt_token_ids),
-            sampling=SamplingState(
-                params,
-                request.prompt_token_ids,
-                stop_ids=(*eos_token_ids, *params.stop_token_ids),
-                index=index,
-                matcher=None if grammar is None else grammar.matcher(),
-            ),
-            chain=self._kv_cache.new_chain(),
-            detokenizer=make_detokenizer(
-                self.tokenizer,
-                skip_special_tokens=params.skip_special_tokens,
-                stop=params.stop,
-                include_stop=params.include_stop_str_in_output,
-            ),
-            speculation=self._speculation(request),
-        )
-
-    def _check_prompt(self, token_ids: Items[int], num_new: int) -> None:
-        if not token_ids:
-            raise ValueError("the prompt has 0 tokens, at least 1 is needed; send a non-empty prompt")
-        if len(token_ids) + num_new > self.max_model_len:
-            more = " and one generated token" if num_new else ""
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens and max_model_len={self.max_model_len} must hold it{more}; "
-                "shorten the prompt or build the artifact with a larger max_model_len"
-            )
-        for token_id in (min(token_ids), max(token_ids)):
-            self._check_token_id("prompt token id", token_id)
-
-    def _check_params(self, params: SamplingParams) -> None:
-        if params.pooling is not None and (params.pooling.dimensions or 0) > self._runner.embedding_size:
-            raise ValueError(
-                f"dimensions={params.pooling.dimensions} is above the {self._runner.embedding_size} of the model's"
-                " hidden states; lower it"
-            )
-        for token_id in params.logit_bias:
-            self._check_token_id("logit_bias token id", token_id)
-
-    def _check_token_id(self, what: str, token_id: int) -> None:
-        if not 0 <= token_id < self.vocab_size:
-            raise ValueError(
-                f"{what} {token_id} is outside the vocabulary of {self.vocab_size} tokens; "
-                "use the tokenizer that belongs to the model"
-            )
 
 
 def _outputs(changed: dict[str, Request]) -> list[RequestOutput]:

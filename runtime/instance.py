@@ -9,7 +9,8 @@ import torch
 import xxhash
 
 from xllm_compile.runtime.artifact import TOKENIZER, Manifest, check_artifact, cpu_kernels, read_manifest
-from xllm_compile.runtime.engine import Engine, EngineConfig
+from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES

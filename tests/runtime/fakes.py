@@ -11,7 +11,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from xllm_compile.runtime.engine import Engine, EngineConfig
+from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.memory.kv_tiers import KVTiers
 from xllm_compile.runtime.outputs import GraphCacheStats

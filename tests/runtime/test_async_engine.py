@@ -6,7 +6,7 @@ import pytest
 
 from tests.runtime.fakes import EngineFactory, HistoryRunner
 from xllm_compile.runtime.async_engine import AsyncEngine, EngineDeadError, EngineDrainingError
-from xllm_compile.runtime.engine import EngineConfig
+from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.policies.queue_bound import QueueFullError
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams

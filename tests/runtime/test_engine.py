@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.fakes import VOCAB_SIZE, EngineFactory, HistoryRunner, train_byte_level
-from xllm_compile.runtime.engine import Engine, EngineConfig
+from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.outputs import CompletionOutput, RequestOutput
 from xllm_compile.runtime.policies.order import POLICIES, PolicyName
 from xllm_compile.runtime.policies.queue_bound import QueueFullError

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from tests.runtime.fakes import EngineFactory
-from xllm_compile.runtime.engine import EngineConfig
+from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.llm import LLMBase, Prompt, Prompts
 from xllm_compile.runtime.sampling_params import SamplingParams
 

@@ -5,7 +5,7 @@ import pytest
 
 from tests.scheduler.service_fixtures import MAX_MODEL_LEN, CountingRunner, counting_engine
 from xllm_compile.runtime.async_engine import AsyncEngine
-from xllm_compile.runtime.engine import EngineConfig
+from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.scheduler.http_api import build_app
 from xllm_compile.scheduler.service import Service
 

@@ -8,7 +8,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from xllm_compile.runtime.chat_template import ChatTemplate
-from xllm_compile.runtime.engine import Engine, EngineConfig
+from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.step import Step

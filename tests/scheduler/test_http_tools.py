@@ -11,7 +11,7 @@ import pytest
 from tests.scheduler.service_fixtures import ScriptedRunner, byte_tokenizer, counting_engine
 from tests.scheduler.test_http_completions import events_of
 from xllm_compile.runtime.async_engine import AsyncEngine
-from xllm_compile.runtime.engine import EngineConfig
+from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.scheduler import serve
 from xllm_compile.scheduler.chat_formats import ChatFormats
 from xllm_compile.scheduler.http_api import build_app

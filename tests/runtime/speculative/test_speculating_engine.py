@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.runtime.fakes import EngineFactory, HistoryRunner, make_kv_cache
 from tests.runtime.test_async_scheduling import mixed_requests, run, seen
-from xllm_compile.runtime.engine import Engine, EngineConfig
+from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.speculative.adaptive import StepSeconds
 from xllm_compile.runtime.speculative.draft_model import DraftModel
