@@ -318,9 +318,12 @@ class Engine:
             num_held_seqs=sum(len(step.ended) for step in self._in_flight),
         )
         look_up(self._kv_cache, self._waiting, self._limits.max_num_seqs)
-        for sequence in self._running:
-            assert sequence.slot is not None
-            sequence.num_kv_blocks = self._kv_cache.num_own_pages(sequence.slot)
+        most_new = len(self._running) + capacity.blocks(self._limits.max_num_batched_tokens)
+        if len(self._waiting) or capacity.num_free_blocks < most_new:
+            # Else nobody can lose its place in this step, and what it would free does not matter.
+            for sequence in self._running:
+                assert sequence.slot is not None
+                sequence.num_kv_blocks = self._kv_cache.num_own_pages(sequence.slot)
         return schedule(
             self._waiting,
             self._running,
