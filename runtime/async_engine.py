@@ -26,6 +26,8 @@ MAX_INLINE_CHARS = 4096
 NUM_GRAMMAR_COMPILERS = 2
 
 PauseMode = Literal["keep", "wait", "abort"]
+SleepMode = Literal["wait", "abort"]
+SleepLevel = Literal[1, 2]
 
 
 class EngineDeadError(RuntimeError):
@@ -34,6 +36,10 @@ class EngineDeadError(RuntimeError):
 
 class EngineDrainingError(RuntimeError):
     """The engine finishes what it has and takes nothing new; another instance should serve the request."""
+
+
+class EngineAsleepError(RuntimeError):
+    """The engine gave its memory back; it takes requests again once it is woken up."""
 
 
 class RequestStream:
@@ -113,13 +119,16 @@ class _Mailbox:
 class AsyncEngine:
     """Serves many concurrent requests on one Engine, which it owns from here on."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, release_weights: Callable[[bool], None] = lambda from_cache: None) -> None:
+        """release_weights gives the weights' memory back; True has the system forget the file as well."""
         self.engine = engine
+        self._release_weights = release_weights
+        self._is_asleep = False
         self._compilers = ThreadPoolExecutor(NUM_GRAMMAR_COMPILERS, thread_name_prefix="xllm-grammar")
         self._wake = threading.Condition()
         # Guarded by _wake:
-        self._inbox: list[Request | str] = []
-        """Requests to add and ids to abort, in order."""
+        self._inbox: list[Request | str | None] = []
+        """Requests to add and ids to abort, in order; None where a pause begins that lets those before it finish."""
         self._streams: dict[str, RequestStream] = {}
         self._mailboxes: dict[asyncio.AbstractEventLoop, _Mailbox] = {}
         self._num_waiting = 0
@@ -237,7 +246,7 @@ class AsyncEngine:
 
     @property
     def is_paused(self) -> bool:
-        return self._is_paused or self._holds_new
+        return self._is_paused or self._holds_new or None in self._inbox
 
     async def pause(self, mode: PauseMode = "keep") -> None:
         """Stop computing; returns when the device is idle and every token that was made has been sent.
@@ -249,7 +258,7 @@ class AsyncEngine:
             self._check_alive()
             self._at_rest.clear()
             if mode == "wait":
-                self._holds_new = True
+                self._inbox.append(None)
             else:
                 self._is_paused = True
             if mode == "abort":
@@ -263,9 +272,38 @@ class AsyncEngine:
         """Go on where `pause` stopped."""
         with self._wake:
             self._is_paused = self._holds_new = False
+            self._inbox = [item for item in self._inbox if item is not None]
             # Whoever still waits for the pause need not.
             self._at_rest.set()
             self._wake.notify()
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self._is_asleep
+
+    async def sleep(self, level: SleepLevel = 1, mode: SleepMode = "wait") -> None:
+        """Take nothing new, pause as `pause` does, and give back the memory of the KV cache and of the weights.
+
+        Level 1 leaves the weights to the system's page cache, level 2 has them read from disk again. Cached prefixes
+        go, to the tiers below if there are any. Raises EngineDeadError, ValueError for an artifact of several ranks.
+        """
+        with self._wake:
+            self._check_alive()
+            self._is_asleep = True
+        try:
+            await self.pause(mode)
+            # The engine's thread waits for the end of the pause.
+            await asyncio.to_thread(self.engine.release_memory)
+            await asyncio.to_thread(self._release_weights, level == 2)
+        except BaseException:
+            self.wake_up()
+            raise
+
+    def wake_up(self) -> None:
+        """Take requests again; what was given back comes as it is needed."""
+        with self._wake:
+            self._is_asleep = False
+        self.resume()
 
     def shutdown(self) -> None:
         """End the thread after its current step. Requests that still run fail with EngineDeadError."""
@@ -284,6 +322,8 @@ class AsyncEngine:
         self._check_alive()
         if self._is_draining:
             raise EngineDrainingError("the engine is draining; send the request to another instance")
+        if self._is_asleep:
+            raise EngineAsleepError("the engine is asleep; wake it up, or send the request to another instance")
         if request.request_id in self._streams:
             raise ValueError(f"request_id={request.request_id!r} is already in use; choose another")
         self.engine.check_queue(request, num_waiting=self._num_waiting, num_waiting_tokens=self._num_waiting_tokens)
@@ -340,7 +380,9 @@ class AsyncEngine:
         inbox, self._inbox = self._inbox, []
         aborted = {item for item in inbox if isinstance(item, str)}
         for item in inbox:
-            if isinstance(item, str):
+            if item is None:
+                self._holds_new = True
+            elif isinstance(item, str):
                 self.engine.abort(item)
             elif self._holds_new and item.request_id not in aborted:
                 self._inbox.append(item)

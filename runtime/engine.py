@@ -231,6 +231,10 @@ class Engine:
         self._last_ended_s = None
         return _outputs(changed)
 
+    def release_memory(self) -> None:
+        """Give the memory of KV that no running sequence holds back to the system. The device must be at rest."""
+        self._kv_cache.give_back()
+
     def close(self) -> None:
         """Wait for the device to be idle. No step comes after."""
         self._executor.close()

@@ -1,12 +1,15 @@
 """One instance: an artifact opened on this machine, ready to take requests."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
 
 from xllm_compile.runtime.artifact import TOKENIZER, Manifest, check_artifact, cpu_kernels, read_manifest
 from xllm_compile.runtime.engine import Engine
@@ -26,7 +29,7 @@ from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_predictor import prior_of
 from xllm_compile.runtime.tensor_parallel import LeaderRunner, RankGroup
 from xllm_compile.runtime.tokenizer import Tokenizer
-from xllm_compile.runtime.weights import map_weights
+from xllm_compile.runtime.weights import map_weights, release_weights
 
 _DEFAULT_KV_SHARE = 0.5
 
@@ -97,6 +100,8 @@ class Instance:
     manifest: Manifest
     engine: Engine
     tokenizer: Tokenizer
+    release_weights: Callable[[bool], None]
+    """Gives the memory of the weights back, for AsyncEngine.sleep."""
 
     @property
     def model_name(self) -> str:
@@ -123,7 +128,8 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
     draft = read_draft_manifest(config.speculative, manifest) if config.speculative else None
     kv_config = _kv_config(manifest, config, draft)
     kv_cache = KVCache(kv_config, tiers=_kv_tiers(manifest, config, kv_config))
-    own_runner = _runner(root, manifest, kv_cache, config)
+    own_weights = map_weights(root / manifest.weights[0].path)
+    own_runner = _runner(root, manifest, own_weights, kv_cache, config)
     runner: ModelRunner = own_runner
     if group is not None:
         group.publish(
@@ -162,7 +168,8 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
             warm_up=config.warm_up,
         )
     engine = Engine(runner, kv_cache, tokenizer, engine_config, prior=prior, speculator=speculator)
-    return Instance(root=root, manifest=manifest, engine=engine, tokenizer=tokenizer)
+    release = partial(_release_weights, root, manifest, own_weights)
+    return Instance(root=root, manifest=manifest, engine=engine, tokenizer=tokenizer, release_weights=release)
 
 
 def follow(root: Path, group: RankGroup) -> None:
@@ -178,7 +185,8 @@ def follow(root: Path, group: RankGroup) -> None:
     native.load_kernels(root / cpu_kernels(root, manifest).path)
     values = published["kv_cache"]
     kv_cache = KVCache(KVCacheConfig(**{**values, "dtype": getattr(torch, values["dtype"])}))
-    runner = _runner(root, manifest, kv_cache, config, group.config.rank)
+    weights = map_weights(root / manifest.weights[group.config.rank].path)
+    runner = _runner(root, manifest, weights, kv_cache, config)
     group.connect()
     if config.warm_up:
         runner.warm_up()
@@ -189,12 +197,12 @@ def follow(root: Path, group: RankGroup) -> None:
 
 
 def _runner(
-    root: Path, manifest: Manifest, kv_cache: KVCache, config: InstanceConfig, rank: int = 0
+    root: Path, manifest: Manifest, weights: dict[str, Tensor], kv_cache: KVCache, config: InstanceConfig
 ) -> CompiledModelRunner:
     return CompiledModelRunner(
         root,
         manifest,
-        map_weights(root / manifest.weights[rank].path),
+        weights,
         kv_cache.layers,
         max_model_len=kv_cache.config.max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -203,6 +211,15 @@ def _runner(
         # A rank that took a graph before the others would pad its steps, and its collectives, otherwise than they do.
         promotion=config.promotion if manifest.tensor_parallel_size == 1 else None,
     )
+
+
+def _release_weights(root: Path, manifest: Manifest, weights: dict[str, Tensor], from_cache: bool) -> None:
+    if manifest.tensor_parallel_size > 1:
+        raise ValueError(
+            f"an artifact of {manifest.tensor_parallel_size} ranks does not sleep: one rank cannot give back the memory"
+            " of the others; pause it instead"
+        )
+    release_weights(weights, root / manifest.weights[0].path, from_cache=from_cache)
 
 
 def _check_group(root: Path, manifest: Manifest, group: RankGroup | None) -> None:

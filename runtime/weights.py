@@ -3,10 +3,12 @@
 The format is safetensors. Packed tensors come first and the header is padded, so each of them starts on a cache line.
 """
 
+import ctypes
 import json
 import mmap
+import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -80,6 +82,24 @@ def map_weights(path: Path) -> dict[str, Tensor]:
         }
     except (struct.error, ValueError, KeyError, RuntimeError) as err:
         raise ArtifactMismatchError(f"{path} is damaged ({err}); rebuild the artifact with xllm-compile") from err
+
+
+def release_weights(weights: Mapping[str, Tensor], path: Path, *, from_cache: bool) -> None:
+    """Give the memory of what map_weights mapped from path back; it comes from the file again when it is next read.
+
+    The system still has the file in its page cache, unless ``from_cache``. No step may be under way.
+    """
+    begin = min(tensor.data_ptr() for tensor in weights.values())
+    end = max(tensor.data_ptr() + tensor.nbytes for tensor in weights.values())
+    begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    # Nothing was ever written to the private mapping, so dropping its pages loses nothing.
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if madvise(begin, end - begin, mmap.MADV_DONTNEED) != 0:
+        raise OSError(ctypes.get_errno(), f"the weights of {path} cannot be given back")
+    if from_cache:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _num_bytes(spec: WeightSpec) -> int:

@@ -1,33 +1,60 @@
-"""POST /pause and /resume, GET /is_paused: what whoever runs the server asks of it."""
+"""POST /pause, /resume, /sleep and /wake_up, GET /is_paused and /is_sleeping: for whoever runs the server."""
 
 import json
-from typing import get_args
+from collections.abc import Mapping
+from typing import TypeVar, get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from xllm_compile.runtime.async_engine import PauseMode
+from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.service import Service
+
+_PAUSE_MODES: dict[str, PauseMode] = {mode: mode for mode in get_args(PauseMode)}
+_SLEEP_MODES: dict[str, SleepMode] = {mode: mode for mode in get_args(SleepMode)}
+_SLEEP_LEVELS: dict[str, SleepLevel] = {str(level): level for level in get_args(SleepLevel)}
+
+T = TypeVar("T")
 
 
 class ControlApi:
     def __init__(self, service: Service) -> None:
-        self._service = service
+        self._engine = service.engine
 
     async def pause(self, request: Request) -> Response:
         """Answers once the device is idle. ?mode=keep (the default), wait or abort: see AsyncEngine.pause."""
-        asked = request.query_params.get("mode", "keep")
-        modes: dict[str, PauseMode] = {mode: mode for mode in get_args(PauseMode)}
-        if asked not in modes:
-            raise errors.invalid(f"mode={asked!r} must be one of {', '.join(modes)}.", param="mode")
-        await self._service.engine.pause(modes[asked])
+        await self._engine.pause(_choice(request, "mode", _PAUSE_MODES, "keep"))
         return Response(status_code=200)
 
     async def resume(self, request: Request) -> Response:
-        self._service.engine.resume()
+        self._engine.resume()
         return Response(status_code=200)
 
     async def is_paused(self, request: Request) -> Response:
-        content = json.dumps({"is_paused": self._service.engine.is_paused})
-        return Response(content, media_type="application/json")
+        return _json({"is_paused": self._engine.is_paused})
+
+    async def sleep(self, request: Request) -> Response:
+        """Answers once the memory is given back. ?level=1 (the default) or 2, ?mode=wait or abort: see AsyncEngine."""
+        level = _choice(request, "level", _SLEEP_LEVELS, "1")
+        await self._engine.sleep(level, _choice(request, "mode", _SLEEP_MODES, "wait"))
+        return Response(status_code=200)
+
+    async def wake_up(self, request: Request) -> Response:
+        self._engine.wake_up()
+        return Response(status_code=200)
+
+    async def is_sleeping(self, request: Request) -> Response:
+        return _json({"is_sleeping": self._engine.is_sleeping})
+
+
+def _choice(request: Request, name: str, choices: Mapping[str, T], default: str) -> T:
+    """Raises ApiError (400) with what there is to choose."""
+    asked = request.query_params.get(name, default)
+    if asked not in choices:
+        raise errors.invalid(f"{name}={asked!r} must be one of {', '.join(choices)}.", param=name)
+    return choices[asked]
+
+
+def _json(content: Mapping[str, bool]) -> Response:
+    return Response(json.dumps(content), media_type="application/json")

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from xllm_compile.runtime.async_engine import PauseMode
+from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 
@@ -32,6 +32,15 @@ class EngineClient(Protocol):
         ...
 
     def resume(self) -> None: ...
+
+    @property
+    def is_sleeping(self) -> bool: ...
+
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
+        """Returns when the memory of weights and KV is given back; new requests are refused until `wake_up`."""
+        ...
+
+    def wake_up(self) -> None: ...
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new, wait, then abort what is left. True when all finished in time."""

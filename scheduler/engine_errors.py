@@ -1,6 +1,6 @@
 """How the engine's errors read to a client."""
 
-from xllm_compile.runtime.async_engine import EngineDeadError, EngineDrainingError
+from xllm_compile.runtime.async_engine import EngineAsleepError, EngineDeadError, EngineDrainingError
 from xllm_compile.runtime.policies.queue_bound import QueueFullError
 from xllm_compile.scheduler import errors
 
@@ -14,6 +14,8 @@ def to_api_error(err: Exception) -> errors.ApiError:
             return errors.queue_full(str(err), err.retry_after_s)
         case EngineDrainingError():
             return errors.draining()
+        case EngineAsleepError():
+            return errors.asleep()
         case EngineDeadError():
             return errors.engine_dead()
         case ValueError():

@@ -88,6 +88,11 @@ def draining() -> ApiError:
     return ApiError(UNAVAILABLE, message, code="draining", retry_after_s=RETRY_AFTER_S)
 
 
+def asleep() -> ApiError:
+    message = "The server is asleep; POST /wake_up, or send the request to another instance."
+    return ApiError(UNAVAILABLE, message, code="asleep", retry_after_s=RETRY_AFTER_S)
+
+
 def queue_full(message: str, retry_after_s: float) -> ApiError:
     """retry_after_s is what the engine predicts; clients are told whole seconds, at least one."""
     return ApiError(OVERLOADED, message, code="queue_full", retry_after_s=max(RETRY_AFTER_S, math.ceil(retry_after_s)))

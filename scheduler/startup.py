@@ -124,7 +124,7 @@ def _run(instance: "Instance", options: Mapping[str, Any], http_socket: socket.s
     # They double every counter and histogram with the time it was made.
     prometheus_client.disable_created_metrics()
     host = options["host"]
-    engine = AsyncEngine(instance.engine)
+    engine = AsyncEngine(instance.engine, instance.release_weights)
     try:
         service = Service(
             engine=engine,

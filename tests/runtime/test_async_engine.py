@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.runtime.fakes import EngineFactory, HistoryRunner
-from xllm_compile.runtime.async_engine import AsyncEngine, EngineDeadError, EngineDrainingError
+from xllm_compile.runtime.async_engine import AsyncEngine, EngineAsleepError, EngineDeadError, EngineDrainingError
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.policies.queue_bound import QueueFullError
@@ -314,3 +314,34 @@ async def test_an_engine_that_dies_while_it_pauses_says_so(start: Start) -> None
     with pytest.raises(EngineDeadError):
         async for _ in stream:
             pass
+
+
+async def test_what_runs_ends_before_the_engine_sleeps_and_nothing_new_begins(start: Start) -> None:
+    engine, runner = start(block_tokens=4)
+    runner.gate.clear()
+    first = await engine.submit("one", PROMPT, greedy(12))
+    sleeping = asyncio.create_task(engine.sleep())
+    while not engine.is_sleeping:
+        await asyncio.sleep(0)
+    with pytest.raises(EngineAsleepError):
+        await engine.submit("two", PROMPT, greedy(1))
+    runner.gate.set()
+    await sleeping
+    assert [token async for output in first for token in output.outputs[0].token_ids] == runner.greedy(PROMPT, 12)
+    assert set(engine.stats().kv_pages.items()) >= {("reusable", 0), ("mapped", 0)}
+    engine.wake_up()
+    assert await collect(engine, "two", PROMPT, greedy(12)) == runner.greedy(PROMPT, 12)
+
+
+async def test_an_engine_that_cannot_give_its_memory_back_stays_awake(make_engine: EngineFactory) -> None:
+    inner, runner = make_engine()
+
+    def refuse(from_cache: bool) -> None:
+        raise ValueError("an artifact of 2 ranks does not sleep")
+
+    engine = AsyncEngine(inner, refuse)
+    with pytest.raises(ValueError, match="2 ranks"):
+        await engine.sleep()
+    assert not engine.is_sleeping and not engine.is_paused
+    assert await collect(engine, "one", PROMPT, greedy(3)) == runner.greedy(PROMPT, 3)
+    engine.shutdown()

@@ -12,7 +12,7 @@ from xllm_compile.runtime.artifact import ArtifactMismatchError
 from xllm_compile.runtime.ops.reference import pack_weight
 from xllm_compile.runtime.ops.spec import TensorSpec, WeightSpec
 from xllm_compile.runtime.program import RegionProgram
-from xllm_compile.runtime.weights import map_weights, write_weights
+from xllm_compile.runtime.weights import map_weights, release_weights, write_weights
 from xllm_compile.weight_builder import artifact_weights, build_weights, weights_key
 
 
@@ -85,6 +85,36 @@ def test_the_mapping_outlives_the_file_and_the_other_tensors(file):
     tensor = map_weights(file)["merged"]
     file.unlink()
     assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("from_cache", [False, True])
+def test_weights_that_were_given_back_come_again(tmp_path, from_cache):
+    path = tmp_path / "large.safetensors"
+    large = spec("large", shape=(1 << 18,))
+    write_weights(
+        path,
+        [large, spec("odd", shape=(3,), dtype="bfloat16")],
+        lambda each: torch.ones(each.shape).to(getattr(torch, each.dtype)),
+    )
+    weights = map_weights(path)
+    assert weights["large"].sum() == 1 << 18
+    before = _resident_kib(weights["large"])
+    release_weights(weights, path, from_cache=from_cache)
+    assert before >= 1024 and _resident_kib(weights["large"]) == 0
+    assert weights["large"].sum() == 1 << 18 and weights["odd"].sum() == 3
+
+
+def _resident_kib(tensor):
+    """Of the mapping that the tensor lies in, as the system counts it."""
+    address, found = tensor.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            begin, end = (int(part, 16) for part in words[0].split("-"))
+            found = begin <= address < end
+        elif found and words[0] == "Rss:":
+            return int(words[1])
+    raise AssertionError("the tensor lies in no mapping")
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:6], lambda b: b[:200], lambda b: b[:-1], lambda b: b"\xff" * len(b)])

@@ -28,3 +28,22 @@ async def test_a_dead_engine_does_not_pause(client, engine):
     await asyncio.to_thread(engine.shutdown)
     response = await client.post("/pause")
     assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_dead")
+
+
+async def test_a_server_asleep_refuses_requests_until_it_wakes_up(client):
+    assert (await client.post("/sleep?level=2&mode=abort")).status_code == 200
+    assert (await client.get("/is_sleeping")).json() == {"is_sleeping": True}
+    refused = await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "asleep")
+    assert "retry-after" in refused.headers
+    assert (await client.post("/wake_up")).status_code == 200
+    answer = await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3})
+    assert answer.json()["choices"][0]["text"] == "def"
+    assert (await client.get("/is_sleeping")).json() == {"is_sleeping": False}
+
+
+@pytest.mark.parametrize(("query", "choices"), [("level=3", "1, 2"), ("mode=keep", "wait, abort")])
+async def test_sleep_names_what_there_is_to_choose(client, query, choices):
+    response = await client.post(f"/sleep?{query}")
+    assert response.status_code == 400 and f"must be one of {choices}" in response.json()["error"]["message"]
+    assert (await client.get("/is_sleeping")).json() == {"is_sleeping": False}
