@@ -26,6 +26,8 @@ from xllm_compile.runtime.memory.xtensor import XTensor
 
 _SMALLEST_PAGE_BYTES = 4096
 _LARGEST_PAGE_BYTES = 64 << 20
+# Free pages whose memory is there before they are taken. The system may need milliseconds to find 2 MiB in one piece.
+_NUM_PREPARED = 64
 
 
 class KVCacheFullError(RuntimeError):
@@ -180,6 +182,8 @@ class KVCache:
         self.tiers = tiers
         self._pool = PagePool(config.num_pages)
         self._prefixes = PrefixCache()
+        self._prepared: set[int] = set()
+        """Pages that were asked for ahead, or have been used."""
         self._live: dict[int, _Live] = {}
         self._idle = set(range(config.num_slots))
         self._used_tokens = 0
@@ -303,14 +307,16 @@ class KVCache:
             )
         if self._counted(length) - self._counted(live.length) > self.num_free_pages:
             return False
-        needed = self.config.pages_for(length)
-        for position in range(live.num_pages, needed):
+        needed, num_before = self.config.pages_for(length), live.num_pages
+        for position in range(num_before, needed):
             self._hold_or_map(slot, position)
-        live.num_pages = max(needed, live.num_pages)
+        live.num_pages = max(needed, num_before)
         self._num_counted += self._counted(length) - self._counted(live.length)
         live.length = length
         self._used_tokens += num_tokens
         self._map_ahead(slot, live)
+        if needed > num_before:
+            self._prepare()
         return True
 
     def shrink(self, slot: int, num_tokens: int) -> None:
@@ -364,9 +370,10 @@ class KVCache:
             self._pool.free(page)
         for page in self._pool.free_pages():
             self.xtensor.memory.discard(page)
+            self._prepared.discard(page)
 
     def close(self) -> None:
-        """End the thread that maps ahead, and the tiers."""
+        """End the threads that map and prepare ahead, and the tiers."""
         self.xtensor.close()
         if self.tiers is not None:
             self.tiers.close()
@@ -487,8 +494,16 @@ class KVCache:
             self._map(slot, position, page, is_ahead=True)
             self._pool.keep(page)
 
+    def _prepare(self) -> None:
+        """Have the memory of the pages that are taken next brought by another thread. Once for each page."""
+        for page in self._pool.next_free(_NUM_PREPARED):
+            if page not in self._prepared:
+                self._prepared.add(page)
+                self.xtensor.prepare(page)
+
     def _take(self) -> int:
         page = self._pool.take()
+        self._prepared.add(page)
         self._release_page(page)
         return page
 

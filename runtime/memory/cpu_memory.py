@@ -14,6 +14,7 @@ import mmap
 import os
 import weakref
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -49,6 +50,9 @@ class CpuMemory:
         os.ftruncate(self._file, num_pages * page_bytes)
         self._present = bytearray(num_pages)
         """1 for the pages that have memory."""
+        self._preparing = Lock()
+        self._workbench: int | None = None
+        """Where pages are mapped to be prepared."""
         self._makes_huge = page_bytes % HUGE_PAGE_BYTES == 0
 
     def reserve(self, num_bytes: int) -> int:
@@ -86,6 +90,15 @@ class CpuMemory:
             self._present[page] = 1
             if self._makes_huge:
                 self._make_huge(address)
+
+    def prepare(self, page: int) -> None:
+        if self._present[page]:
+            return
+        with self._preparing:
+            if self._workbench is None:
+                self._workbench = self.reserve(self.page_bytes)
+            self.map(self._workbench, page)
+            self.unmap(self._workbench, self.page_bytes)
 
     def _make_huge(self, address: int) -> None:
         if self._libc.madvise(address, self.page_bytes, _MADV_COLLAPSE) == 0:

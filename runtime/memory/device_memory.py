@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,7 @@ class DeviceMemory:
         self.max_mappings = _MAX_MAPPINGS
         self._driver = driver
         self._window = driver.reserve(num_pages * page_bytes, page_bytes)
+        self._creating = Lock()
         self._handles: dict[int, int] = {}
         self._mapped: set[int] = set()
 
@@ -58,11 +60,15 @@ class DeviceMemory:
     def map(self, address: int, page: int) -> None:
         if address in self._mapped:
             self._driver.unmap(address, self.page_bytes)
-        if page not in self._handles:
-            self._handles[page] = self._driver.create(self.page_bytes)
-            self._driver.map(self._window + page * self.page_bytes, self.page_bytes, self._handles[page])
+        self.prepare(page)
         self._driver.map(address, self.page_bytes, self._handles[page])
         self._mapped.add(address)
+
+    def prepare(self, page: int) -> None:
+        with self._creating:
+            if page not in self._handles:
+                self._handles[page] = self._driver.create(self.page_bytes)
+                self._driver.map(self._window + page * self.page_bytes, self.page_bytes, self._handles[page])
 
     def unmap(self, address: int, num_bytes: int) -> None:
         for each in range(address, address + num_bytes, self.page_bytes):

@@ -112,6 +112,10 @@ class PagePool:
         self._reusable.pop(page, None)
         self._free.append(page)
 
+    def next_free(self, count: int) -> list[int]:
+        """The free pages that are taken next, the first one first."""
+        return self._free[: -count - 1 : -1]
+
     def idle_pages(self) -> list[int]:
         """All pages without a live holder but the free ones."""
         return [*self._reusable, *self._indexed]

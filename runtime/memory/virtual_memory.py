@@ -29,6 +29,13 @@ class VirtualMemory(Protocol):
         """Show the page at the address, in place of what was mapped there. Raises OutOfMappingsError."""
         ...
 
+    def prepare(self, page: int) -> None:
+        """Have the page's physical memory there, so that mapping it takes no longer than a mapping does.
+
+        Other calls may concern the page at the same time.
+        """
+        ...
+
     def unmap(self, address: int, num_bytes: int) -> None:
         """Show nothing from the address on. Touching it is a fault until something is mapped again."""
         ...

@@ -33,6 +33,7 @@ class XTensor:
         """Where each page is mapped: (slot, position)."""
         self._num_mapped = [0] * num_slots
         self._premapper = ThreadPoolExecutor(1, thread_name_prefix="xllm-premap")
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="xllm-prepare")
         self._under_way: dict[tuple[int, int], Future[None]] = {}
 
     @property
@@ -76,6 +77,11 @@ class XTensor:
         else:
             self._map_now(slot, position, page)
 
+    def prepare(self, page: int) -> None:
+        """Have another thread bring the page's memory; nobody waits for it."""
+        # Not the thread that maps ahead: a step may wait for that one.
+        self._preparer.submit(self.memory.prepare, page)
+
     def settle(self, slot: int, position: int) -> None:
         """Wait until what was mapped ahead is mapped. Raises OutOfMappingsError."""
         future = self._under_way.pop((slot, position), None)
@@ -92,8 +98,9 @@ class XTensor:
         return self._address + slot * self.slot_bytes + position * self.memory.page_bytes
 
     def close(self) -> None:
-        """End the thread that maps ahead."""
+        """End the threads that map and prepare ahead."""
         self._premapper.shutdown()
+        self._preparer.shutdown(cancel_futures=True)
 
     def _map_now(self, slot: int, position: int, page: int) -> None:
         self.memory.map(self.address(slot, position), page)

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig, KVCacheFullError
+from xllm_compile.runtime.memory.cpu_memory import CpuMemory
 from xllm_compile.runtime.memory.page_ops import run_copies
 from xllm_compile.runtime.memory.prefix_cache import BlockChain
 
@@ -60,6 +61,18 @@ def read(cache: KVCache, slot: int, num_tokens: int) -> list[int]:
     assert (first == first[:, :1, :1, :1]).all()
     found: Tensor = first[:, 0, 0, 0]
     return [int(value) for value in found.tolist()]
+
+
+def test_the_memory_of_the_next_free_pages_is_there_before_they_are_taken() -> None:
+    cache = KVCache(CONFIG)
+    memory = cache.xtensor.memory
+    assert isinstance(memory, CpuMemory)
+    start(cache, list(range(30)))
+    # Two pages are written, one is mapped ahead or not; the threads have done what they were asked for.
+    cache.xtensor._preparer.submit(lambda: None).result()
+    assert sum(memory._present) == CONFIG.num_pages
+    cache.give_back()
+    cache.close()
 
 
 def test_config_counts_memory_in_whole_pages() -> None:

@@ -1,6 +1,8 @@
 import ctypes
 import errno
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,34 @@ def test_addresses_go_back_with_the_last_tensor() -> None:
     assert resident_bytes(address, 1 << 30) > 0
     del view
     assert resident_bytes(address, 1 << 30) == 0
+
+
+def test_a_prepared_page_has_its_memory_and_keeps_its_content() -> None:
+    memory = CpuMemory(num_pages=4, page_bytes=PAGE)
+    memory.prepare(2)
+    assert os.fstat(memory._file).st_blocks > 0
+    address = memory.reserve(PAGE)
+    tensor = memory.tensor(address, PAGE)
+    memory.map(address, 2)
+    tensor[:] = 9
+    memory.prepare(2)
+    memory.discard(1)
+    assert (tensor == 9).all()
+    memory.discard(2)
+    memory.prepare(2)
+    memory.map(address, 2)
+    assert not tensor.any()
+
+
+def test_pages_are_prepared_while_others_are_mapped() -> None:
+    memory = CpuMemory(num_pages=64, page_bytes=HUGE_PAGE_BYTES)
+    address = memory.reserve(64 * HUGE_PAGE_BYTES)
+    tensor = memory.tensor(address, 64 * HUGE_PAGE_BYTES).view(64, -1)
+    with ThreadPoolExecutor(2) as pool:
+        preparing = [pool.submit(memory.prepare, page) for page in range(64)]
+        for page in range(64):
+            memory.map(address + page * HUGE_PAGE_BYTES, page)
+            tensor[page, :8] = page
+        for each in preparing:
+            each.result()
+    assert all((tensor[page, :8] == page).all() and not tensor[page, 8:].any() for page in range(64))

@@ -48,3 +48,12 @@ def test_what_lost_its_content_goes_before_what_has_it() -> None:
     pool.unindex(1)
     assert not pool.is_indexed(1)
     assert pool.take() == 1
+
+
+def test_the_next_free_pages_are_those_that_are_taken() -> None:
+    pool = PagePool(5)
+    pool.take()
+    coming = pool.next_free(3)
+    assert [pool.take() for _ in range(3)] == coming and pool.next_free(3) == [4]
+    pool.take()
+    assert pool.next_free(3) == []
