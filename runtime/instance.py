@@ -51,6 +51,8 @@ class InstanceConfig:
     max_waiting_tokens: int = 4 * 1024 * 1024
     prefix_cache: bool = True
     """Keep the KV of what was computed for requests that start alike."""
+    kv_pretouch: bool = False
+    """Have all of the KV cache's memory before the first request, instead of page by page."""
     kv_host_bytes: int | None = None
     """Host memory for KV that lost its pages; None keeps none. Needs the prefix cache."""
     kv_disk: Path | None = None
@@ -252,6 +254,7 @@ def _kv_config(manifest: Manifest, config: InstanceConfig, draft: Manifest | Non
         "head_dim": model.head_dim,
         "dtype": getattr(torch, model.dtype),
         "num_slots": config.max_num_seqs,
+        "pretouch": config.kv_pretouch,
         "prefix_cache": config.prefix_cache and not _depends_on_length(manifest),
     }
     share = model.kv_bytes_per_token / token_bytes
@@ -286,7 +289,7 @@ def _kv_tiers(manifest: Manifest, config: InstanceConfig, kv: KVCacheConfig) -> 
     if config.kv_disk is not None:
         values = {**_kv_values(kv), "weights": manifest.weights_key, "config": manifest.config_hash}
         # Of these the block's content does not depend on.
-        for name in ("max_model_len", "num_slots", "kv_memory_bytes", "page_bytes"):
+        for name in ("max_model_len", "num_slots", "kv_memory_bytes", "page_bytes", "pretouch"):
             del values[name]
         layout = xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
         disk = DiskTier(config.kv_disk, max_bytes=config.kv_disk_bytes, layout=layout)

@@ -52,6 +52,8 @@ class KVCacheConfig:
     """Keep the KV of what was computed and share it between sequences that start alike."""
     block_tokens: int = 16
     """Tokens of a block, the unit in which prefixes are shared."""
+    pretouch: bool = False
+    """Have all of the memory at once, instead of page by page as it is needed."""
     page_bytes: int | None = None
     """Physical page; None takes 2 MiB, less for a model whose blocks are small, more where the system allows too few
     mappings for as many pages."""
@@ -173,6 +175,9 @@ class KVCache:
         self.xtensor = XTensor(memory, config.num_slots, config.max_model_len * config.bytes_per_token)
         self.ops = PageOps()
         """What other ranks have to do alike, and the copies of this one: for the next step."""
+        if config.pretouch:
+            for page in range(config.num_pages):
+                memory.prepare(page)
         used = config.max_model_len * config.bytes_per_token
         tokens = self.xtensor.ranges[:, :used].view(config.dtype)
         by_token = tokens.unflatten(1, (config.max_model_len, *config.token_shape))

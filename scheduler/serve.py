@@ -38,6 +38,7 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 @click.option("--max-num-batched-tokens", type=click.IntRange(1), help="Most tokens in one step.")
 @click.option("--max-model-len", type=click.IntRange(2), help="Longest prompt plus output, in tokens.")
 @click.option("--kv-memory", callback=parse_size_option, metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
+@click.option("--kv-pretouch", is_flag=True, help="Have all of that memory before READY, not page by page.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse the KV of prompts that start alike.")
 @click.option(
     "--kv-host-memory",

@@ -85,6 +85,7 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> Abst
         **given,
         async_scheduling=options["async_scheduling"],
         prefix_cache=options["prefix_cache"],
+        kv_pretouch=options["kv_pretouch"],
         enforce_eager=options["enforce_eager"],
         promotion=promotion,
         warm_up=options["warm_up"],

@@ -75,6 +75,14 @@ def test_the_memory_of_the_next_free_pages_is_there_before_they_are_taken() -> N
     cache.close()
 
 
+def test_pretouch_has_all_of_the_memory_at_once() -> None:
+    cache = KVCache(dataclasses.replace(CONFIG, pretouch=True))
+    memory = cache.xtensor.memory
+    assert isinstance(memory, CpuMemory) and sum(memory._present) == CONFIG.num_pages
+    assert read(cache, start(cache, [7, 8, 9]), 3) == [7, 8, 9]
+    cache.close()
+
+
 def test_config_counts_memory_in_whole_pages() -> None:
     assert (CONFIG.bytes_per_token, CONFIG.num_pages, CONFIG.page_tokens) == (192, 12, 21)
     assert CONFIG.total_tokens == 252
