@@ -87,7 +87,7 @@ def _latency_bars(
         yield Bar(what=f"memory of a step's tokens, {how}, median", value=latency.median * 1e3, unit="ms")
         yield Bar(what=f"memory of a step's tokens, {how}, p99", value=latency.p99 * 1e3, unit="ms")
         yield Bar(
-            what=f"the same of a step of {step_ms:g} ms and {prompt_token_ms:g} per prompt token",
+            what=f"the same, {how}, of a step of {step_ms:g} ms and {prompt_token_ms:g} per prompt token",
             value=summarise(shares).p99,
             unit="of a step",
             bar="<= 0.01" if how == "pre-touched" else "",
