@@ -75,6 +75,30 @@ class CpuMemory:
         return address
 
     def map(self, address: int, page: int) -> None:
+        if self._present[page]:
+            self._map(address, page)
+        else:
+            with self._preparing:
+                self._map_first(address, page)
+
+    def prepare(self, page: int) -> None:
+        with self._preparing:
+            if self._present[page]:
+                return
+            if self._workbench is None:
+                self._workbench = self.reserve(self.page_bytes)
+            self._map_first(self._workbench, page)
+            self.unmap(self._workbench, self.page_bytes)
+
+    def _map_first(self, address: int, page: int) -> None:
+        """One page at a time: collapsing fails for a page that another thread maps meanwhile."""
+        self._map(address, page)
+        if not self._present[page]:
+            if self._makes_huge:
+                self._make_huge(address)
+            self._present[page] = 1
+
+    def _map(self, address: int, page: int) -> None:
         size = self.page_bytes
         flags = mmap.MAP_SHARED | _MAP_FIXED
         found = self._libc.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, self._file, page * size)
@@ -86,19 +110,6 @@ class CpuMemory:
             )
         # The access, not its value: it brings the page into the page table, off the step's path.
         ctypes.c_char.from_address(address).value  # noqa: B018
-        if not self._present[page]:
-            self._present[page] = 1
-            if self._makes_huge:
-                self._make_huge(address)
-
-    def prepare(self, page: int) -> None:
-        if self._present[page]:
-            return
-        with self._preparing:
-            if self._workbench is None:
-                self._workbench = self.reserve(self.page_bytes)
-            self.map(self._workbench, page)
-            self.unmap(self._workbench, self.page_bytes)
 
     def _make_huge(self, address: int) -> None:
         if self._libc.madvise(address, self.page_bytes, _MADV_COLLAPSE) == 0:

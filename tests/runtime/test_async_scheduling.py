@@ -128,7 +128,8 @@ def test_close_ends_the_device_thread(make_async_engine: EngineFactory) -> None:
     engine, runner = make_async_engine()
     _still_works(engine, runner)
     started = set(threading.enumerate()) - before
-    assert {thread.name.partition("_")[0] for thread in started} == {"xllm-device", "xllm-premap"}
+    names = {thread.name.partition("_")[0] for thread in started}
+    assert names == {"xllm-device", "xllm-premap", "xllm-prepare"}
     engine.close()
     engine.close()
     assert not any(thread.is_alive() for thread in started)
