@@ -68,7 +68,8 @@ def test_streams_beyond_the_limit_are_refused_and_the_server_stays_up(demo_artif
         for _ in range(50):
             refused = httpx.post(url, json=LONG_STREAM)
             assert refused.status_code == 429
-            assert refused.headers["retry-after"] == "1"
+            # How long is predicted from this machine's steps.
+            assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
         assert httpx.get(f"{server.http}/health").status_code == 200
         for connection in held:
@@ -86,7 +87,8 @@ def test_a_full_queue_is_429(demo_artifact):
             refused = httpx.post(url, json={"prompt": PROMPT})
             assert refused.status_code == 429
             assert refused.json()["error"]["code"] == "queue_full"
-            assert refused.headers["retry-after"] == "1"
+            # How long is predicted from this machine's steps.
+            assert int(refused.headers["retry-after"]) >= 1
 
 
 def test_connections_beyond_the_limit_are_refused(demo_artifact):
@@ -111,7 +113,8 @@ def test_a_signal_finishes_what_runs_and_refuses_the_rest(demo_artifact, number)
             until(lambda: httpx.get(f"{server.http}/health").status_code == 503)
             refused = httpx.post(f"{server.http}/v1/completions", json=LONG_STREAM)
             assert refused.status_code == 503
-            assert refused.headers["retry-after"] == "1"
+            # How long is predicted from this machine's steps.
+            assert int(refused.headers["retry-after"]) >= 1
             events += [line for line in lines if line]
         assert events[-1] == "data: [DONE]"
         assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
