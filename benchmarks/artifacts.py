@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xllm_compile.benchmarks.checkpoints import Shape, checkpoint
+from xllm_compile.benchmarks.parity import DEMO_MODEL
 from xllm_compile.runtime.artifact import Manifest, read_manifest
 
 
@@ -29,3 +30,10 @@ def artifact_of_shape(shape: Shape, work_dir: Path, *, seed: int, dtype: str = "
     output = work_dir / "artifacts" / f"{shape.name}-{dtype}-seed{seed}.xllm"
     compile_model(checkpoint(shape, work_dir, seed=seed), output, ["--dtype", dtype])
     return output, read_manifest(output)
+
+
+def artifact_of_demo(work_dir: Path) -> Path:
+    """The artifact of demo-code with the buckets of a plain build, up to date with the sources."""
+    output = work_dir / "artifacts" / "demo-code.xllm"
+    compile_model(DEMO_MODEL, output, ["--dtype", "bfloat16"])
+    return output

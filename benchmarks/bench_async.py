@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from xllm_compile.benchmarks.artifacts import artifact_of_shape, compile_model
+from xllm_compile.benchmarks.artifacts import artifact_of_demo, artifact_of_shape
 from xllm_compile.benchmarks.checkpoints import Shape
 from xllm_compile.benchmarks.console import finish, say, show_table
+from xllm_compile.benchmarks.decode_steps import time_decode
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
-from xllm_compile.benchmarks.parity import DEMO_MODEL
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.timing import Summary, measure_in_turns, summarise
 from xllm_compile.machine import num_cpus
@@ -53,11 +53,11 @@ def run_async(
     prompt_tokens: int,
 ) -> None:
     """Measure demo-code and the shape, write async_scheduling.json."""
-    demo = work_dir / "artifacts" / "demo-code-async.xllm"
-    say("compiling demo-code")
-    compile_model(DEMO_MODEL, demo, ["--dtype", "bfloat16"])
-    say(f"compiling {shape.name}")
-    artifacts = {"demo-code": demo, shape.name: artifact_of_shape(shape, work_dir, seed=seed)[0]}
+    say(f"compiling demo-code and {shape.name}")
+    artifacts = {
+        "demo-code": artifact_of_demo(work_dir),
+        shape.name: artifact_of_shape(shape, work_dir, seed=seed)[0],
+    }
     found: dict[str, dict[int, dict[int, Found]]] = {}
     foreign = {}
     for name, artifact in artifacts.items():
@@ -108,10 +108,16 @@ def _measure(
     step_s: dict[str, list[float]] = {mode: [] for mode in engines}
     gap_share: dict[str, list[float]] = {mode: [] for mode in engines}
 
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(3, 1000) for _ in range(prompt_tokens)] for _ in range(batch)]
+    params = SamplingParams(
+        temperature=0, ignore_eos=True, max_tokens=output_tokens, output_kind=RequestOutputKind.DELTA
+    )
+
     def decode(mode: str) -> None:
-        seconds, share = _decode(engines[mode], batch, prompt_tokens, output_tokens, random.Random(seed))
-        step_s[mode].append(seconds)
-        gap_share[mode].append(share)
+        found = time_decode(engines[mode], prompts, params)
+        step_s[mode].append(found.step_s)
+        gap_share[mode].append(found.gap_share)
 
     measure_in_turns({mode: partial(decode, mode) for mode in engines}, warmup=1, repeats=rounds)
     # The first run of each is the warm-up.
@@ -119,32 +125,6 @@ def _measure(
         step_s={mode: summarise(values[1:]) for mode, values in step_s.items()},
         gap_share={mode: summarise(values[1:]) for mode, values in gap_share.items()},
     )
-
-
-def _decode(
-    engine: Engine, batch: int, prompt_tokens: int, output_tokens: int, rng: random.Random
-) -> tuple[float, float]:
-    """Seconds a decode step from start to start, and the share of it in which the device stood still."""
-    params = SamplingParams(
-        temperature=0, ignore_eos=True, max_tokens=output_tokens, output_kind=RequestOutputKind.DELTA
-    )
-    for index in range(batch):
-        engine.add_request(str(index), [rng.randrange(3, 1000) for _ in range(prompt_tokens)], params)
-    before = engine.stats().num_generated_tokens
-    while engine.stats().num_generated_tokens < before + batch:
-        engine.step()
-    begin = engine.stats()
-    while engine.num_open > batch - 1:
-        engine.step()
-    end = engine.stats()
-    while engine.has_work:
-        engine.step()
-    num_steps, busy, gap = (
-        end.num_steps - begin.num_steps,
-        end.busy_s - begin.busy_s,
-        end.gap_s - begin.gap_s,
-    )
-    return (busy + gap) / num_steps, gap / (busy + gap)
 
 
 def _show(found: Mapping[str, Mapping[int, Mapping[int, Found]]]) -> None:

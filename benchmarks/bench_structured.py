@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from xllm_compile.benchmarks.artifacts import artifact_of_shape, compile_model
+from xllm_compile.benchmarks.artifacts import artifact_of_demo, artifact_of_shape
 from xllm_compile.benchmarks.checkpoints import Shape
 from xllm_compile.benchmarks.console import finish, say, show_table
+from xllm_compile.benchmarks.decode_steps import time_decode
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
-from xllm_compile.benchmarks.parity import DEMO_MODEL
 from xllm_compile.benchmarks.random_schemas import random_schema
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.timing import Summary, measure_in_turns, summarise
@@ -80,10 +80,8 @@ def run_structured(
     num_schemas: int,
 ) -> None:
     """Measure demo-code and the shape, write structured_output.json."""
-    demo = work_dir / "artifacts" / "demo-code-structured.xllm"
-    say("compiling demo-code")
-    compile_model(DEMO_MODEL, demo, ["--dtype", "bfloat16"])
-    say(f"compiling {shape.name}")
+    say(f"compiling demo-code and {shape.name}")
+    demo = artifact_of_demo(work_dir)
     artifacts = {"demo-code": demo, shape.name: artifact_of_shape(shape, work_dir, seed=seed)[0]}
     say(f"{num_schemas} random schemas on demo-code")
     validity = check_schemas(_open(demo, _PROMPT_TOKENS + _MAX_TOKENS), num_schemas, seed=seed)
@@ -167,6 +165,8 @@ def _open(artifact: Path, max_len: int) -> Engine:
 def _measure(engine: Engine, output_tokens: int, *, seed: int, rounds: int) -> Overhead:
     structured = {FREE: None, SCHEMA: StructuredOutput.json_schema(_ENDLESS)}
     tpot_s: dict[str, list[float]] = {mode: [] for mode in structured}
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(100, 1000) for _ in range(_PROMPT_TOKENS)] for _ in range(_BATCH)]
 
     def decode(mode: str) -> None:
         params = SamplingParams(
@@ -176,27 +176,11 @@ def _measure(engine: Engine, output_tokens: int, *, seed: int, rounds: int) -> O
             structured=structured[mode],
             output_kind=RequestOutputKind.DELTA,
         )
-        tpot_s[mode].append(_decode(engine, params, random.Random(seed)))
+        tpot_s[mode].append(time_decode(engine, prompts, params).step_s)
 
     measure_in_turns({mode: partial(decode, mode) for mode in structured}, warmup=1, repeats=rounds)
     # The first run of each is the warm-up.
     return Overhead(tpot_s={mode: summarise(values[1:]) for mode, values in tpot_s.items()})
-
-
-def _decode(engine: Engine, params: SamplingParams, rng: random.Random) -> float:
-    """Seconds a decode step of the whole batch, from start to start."""
-    for index in range(_BATCH):
-        engine.add_request(str(index), [rng.randrange(100, 1000) for _ in range(_PROMPT_TOKENS)], params)
-    before = engine.stats().num_generated_tokens
-    while engine.stats().num_generated_tokens < before + _BATCH:
-        engine.step()
-    begin = engine.stats()
-    while engine.num_open == _BATCH:
-        engine.step()
-    end = engine.stats()
-    while engine.has_work:
-        engine.step()
-    return (end.busy_s + end.gap_s - begin.busy_s - begin.gap_s) / (end.num_steps - begin.num_steps)
 
 
 def _show(overheads: Mapping[str, Overhead]) -> None:
