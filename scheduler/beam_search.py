@@ -1,6 +1,5 @@
 """Beam search over a service: the steps of one prompt's search, as Service.generate gives outputs."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
@@ -9,6 +8,7 @@ from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.service import Service
+from xllm_compile.scheduler.tasks import gather_or_cancel
 
 
 async def beam_search(
@@ -36,10 +36,4 @@ async def _ask(
                     return output
         raise errors.ApiError(errors.UNAVAILABLE, "The server ended this request early.", code="aborted")
 
-    tasks = [asyncio.create_task(ask(index, prompt)) for index, prompt in enumerate(prompts)]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await gather_or_cancel(ask(index, prompt) for index, prompt in enumerate(prompts))

@@ -20,6 +20,7 @@ from xllm_compile.scheduler.openai_types import EmbeddingRequest
 from xllm_compile.scheduler.openai_validation import parse_body
 from xllm_compile.scheduler.prompts import Prompt, completion_prompts
 from xllm_compile.scheduler.service import Service
+from xllm_compile.scheduler.tasks import gather_or_cancel
 
 # Inputs of one request that are in the engine at once: thousands would fill its queue for everybody.
 _MAX_AT_ONCE = 64
@@ -66,13 +67,7 @@ async def _embed_all(service: Service, prompts: list[Prompt], params: SamplingPa
             # Here, while others compute: encoding all at the end would hold up every open stream.
             return _encode(values, is_base64=is_base64)
 
-    tasks = [asyncio.create_task(encoded(index, prompt)) for index, prompt in enumerate(prompts)]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await gather_or_cancel(encoded(index, prompt) for index, prompt in enumerate(prompts))
 
 
 def _encode(values: npt.NDArray[np.float32], *, is_base64: bool) -> str:

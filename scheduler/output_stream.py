@@ -9,6 +9,7 @@ from typing import Any, Self
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.response_metrics import response_metrics
+from xllm_compile.scheduler.tasks import cancel_all
 
 
 class OutputStream:
@@ -43,9 +44,7 @@ class OutputStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
 
     async def _pump(self, prompt_index: int, iterator: AsyncGenerator[RequestOutput, None]) -> None:
         try:
