@@ -16,12 +16,6 @@ from torch import Tensor
 
 from xllm_compile.runtime.ops import native
 
-_CAPSULE = ctypes.pythonapi
-_CAPSULE.PyCapsule_GetPointer.restype = ctypes.c_void_p
-_CAPSULE.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_CAPSULE.PyCapsule_New.restype = ctypes.py_object
-_CAPSULE.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-
 
 class CompiledGraph:
     """A library written by AOTInductor, through the C interface that it exports. Raises RuntimeError."""
@@ -105,11 +99,11 @@ class GraphChain:
 def _new_handles(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
     """New references to the tensors, whoever gets the array deletes them."""
     capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
-    return (ctypes.c_void_p * len(tensors))(*(_CAPSULE.PyCapsule_GetPointer(capsule, None) for capsule in capsules))
+    return (ctypes.c_void_p * len(tensors))(*(native.get_pointer(capsule, None) for capsule in capsules))
 
 
 def _take_tensors(handles: "ctypes.Array[ctypes.c_void_p]") -> list[Tensor]:
-    capsules = [_CAPSULE.PyCapsule_New(handle, None, None) for handle in handles]
+    capsules = [native.new_capsule(handle, None, None) for handle in handles]
     tensors: list[Tensor] = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
     return tensors
 

@@ -140,12 +140,12 @@ def build_kernels(output: Path, features: Sequence[str] | None = None, source_fo
         os.replace(library, output)
 
 
-_get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_get_pointer.restype = ctypes.c_void_p
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-_new_capsule.restype = ctypes.py_object
+get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+get_pointer.restype = ctypes.c_void_p
+new_capsule = ctypes.pythonapi.PyCapsule_New
+new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+new_capsule.restype = ctypes.py_object
 
 _CTYPES: dict[str, Any] = {"int": ctypes.c_int64, "float": ctypes.c_double, "bool": ctypes.c_int32}
 
@@ -207,7 +207,7 @@ class Kernels:
                     if value.device.type != "cpu":
                         raise KernelError(f"xllm::{name}: a tensor is on {value.device}, expected cpu")
                     capsule = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(value)
-                    handles.append(_get_pointer(capsule, None))
+                    handles.append(get_pointer(capsule, None))
                     optional = kind.startswith("Optional")
                     converted.append(ctypes.byref(ctypes.c_void_p(handles[-1])) if optional else handles[-1])
                 results = [ctypes.c_void_p() for _ in range(num_results)]
@@ -216,7 +216,7 @@ class Kernels:
             finally:
                 for handle in handles:
                     self._delete(handle)
-            capsules = [_new_capsule(result, None, None) for result in results]
+            capsules = [new_capsule(result, None, None) for result in results]
             tensors = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
             return tensors[0] if num_results == 1 else tuple(tensors) if num_results > 1 else None
 
