@@ -457,14 +457,20 @@ def check_command(results: Path, strict: bool) -> None:
 
 
 def _command_line() -> list[str]:
-    """As it was typed, for the record; a key is nobody's business."""
-    words = ["xllm-bench", *sys.argv[1:]]
+    """As it was typed, for the record; a key is nobody's business, nor where this machine keeps its files."""
+    words = ["xllm-bench", *map(_without_folder, sys.argv[1:])]
     for index, word in enumerate(words):
         if word == "--api-key":
             words[index + 1 :] = ["...", *words[index + 2 :]]
         elif word.startswith("--api-key="):
             words[index] = "--api-key=..."
     return words
+
+
+def _without_folder(word: str) -> str:
+    """The word with an absolute path, alone or behind --option=, reduced to its last part."""
+    option, equals, value = word.rpartition("=")
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def main() -> NoReturn:
