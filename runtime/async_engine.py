@@ -184,6 +184,9 @@ class AsyncEngine:
             request = await asyncio.to_thread(self.engine.make_request, request_id, prompt, params, prompt_text)
         else:
             request = self.engine.make_request(request_id, prompt, params, prompt_text)
+        with self._wake:
+            # Before its KV is read: a request that is refused costs the disk nothing.
+            self._check_admission(request)
         reading = self.engine.prefetch(request)
         if reading is not None:
             # Others are computed while this one's KV comes from disk.

@@ -165,7 +165,7 @@ class Engine:
         if chain is None or self._kv_cache.tiers is None:
             return None
         chain.update(request.prompt_token_ids)
-        return self._kv_cache.tiers.prefetch(chain.digests)
+        return self._kv_cache.prefetch(chain)
 
     def check_queue(self, request: Request, *, num_waiting: int, num_waiting_tokens: int) -> None:
         """Raise QueueFullError when the request does not fit behind what waits. May be called from any thread."""

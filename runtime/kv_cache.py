@@ -10,6 +10,7 @@ they share.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -187,7 +188,7 @@ class KVCache:
         self.tiers = tiers
         self._pool = PagePool(config.num_pages)
         self._prefixes = PrefixCache()
-        self._prepared: set[int] = set()
+        self._prepared: set[int] = set(range(config.num_pages)) if config.pretouch else set()
         """Pages that were asked for ahead, or have been used."""
         self._live: dict[int, _Live] = {}
         self._idle = set(range(config.num_slots))
@@ -255,6 +256,16 @@ class KVCache:
         while self.tiers is not None and found < limit and chain.digests[found] in self.tiers:
             found += 1
         return found * size
+
+    def prefetch(self, chain: BlockChain) -> "Future[None] | None":
+        """Start to read from disk the blocks of the chain that neither pages nor host memory have.
+
+        None where there is nothing to wait for. From any thread: what changes meanwhile is read or computed again.
+        """
+        if self.tiers is None:
+            return None
+        on_pages = self._prefixes.match(chain.digests, len(chain.digests))
+        return self.tiers.prefetch(chain.digests[on_pages:])
 
     def num_unheld_pages(self, chain: BlockChain, num_cached: int) -> int:
         """By how much num_free_pages falls when a sequence starts that finds num_cached tokens.

@@ -194,7 +194,8 @@ class KVTiers:
     def close(self) -> None:
         """Write what is in host memory to disk, so that the next start finds it, and end the thread."""
         if self._disk is not None:
-            for digest, data in self._blocks.items():
+            blocks, self._blocks = self._blocks, OrderedDict()
+            for digest, data in blocks.items():
                 self._thread.submit(self._write, digest, data)
         self._thread.shutdown()
 
