@@ -7,6 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class KvTier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KV_TIER_DEVICE: _ClassVar[KvTier]
+    KV_TIER_HOST: _ClassVar[KvTier]
+    KV_TIER_DISK: _ClassVar[KvTier]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -19,6 +25,9 @@ class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POOLING_UNSPECIFIED: _ClassVar[Pooling]
     POOLING_LAST: _ClassVar[Pooling]
     POOLING_MEAN: _ClassVar[Pooling]
+KV_TIER_DEVICE: KvTier
+KV_TIER_HOST: KvTier
+KV_TIER_DISK: KvTier
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -28,7 +37,7 @@ POOLING_LAST: Pooling
 POOLING_MEAN: Pooling
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "final_only", "include_metrics", "scheduling")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "final_only", "include_metrics", "scheduling", "resume", "hand_over")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +47,8 @@ class GenerateRequest(_message.Message):
     FINAL_ONLY_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_METRICS_FIELD_NUMBER: _ClassVar[int]
     SCHEDULING_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -47,7 +58,25 @@ class GenerateRequest(_message.Message):
     final_only: bool
     include_metrics: bool
     scheduling: Scheduling
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., final_only: _Optional[bool] = ..., include_metrics: _Optional[bool] = ..., scheduling: _Optional[_Union[Scheduling, _Mapping]] = ...) -> None: ...
+    resume: Resume
+    hand_over: HandOver
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., final_only: _Optional[bool] = ..., include_metrics: _Optional[bool] = ..., scheduling: _Optional[_Union[Scheduling, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., hand_over: _Optional[_Union[HandOver, _Mapping]] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("output_token_ids", "num_text_chars", "reservation_id")
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TEXT_CHARS_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    output_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_text_chars: int
+    reservation_id: str
+    def __init__(self, output_token_ids: _Optional[_Iterable[int]] = ..., num_text_chars: _Optional[int] = ..., reservation_id: _Optional[str] = ...) -> None: ...
+
+class HandOver(_message.Message):
+    __slots__ = ("reservation",)
+    RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    reservation: Reservation
+    def __init__(self, reservation: _Optional[_Union[Reservation, _Mapping]] = ...) -> None: ...
 
 class Scheduling(_message.Message):
     __slots__ = ("priority", "offline", "ttft_slo_ms", "tpot_slo_ms")
@@ -60,6 +89,170 @@ class Scheduling(_message.Message):
     ttft_slo_ms: float
     tpot_slo_ms: float
     def __init__(self, priority: _Optional[int] = ..., offline: _Optional[bool] = ..., ttft_slo_ms: _Optional[float] = ..., tpot_slo_ms: _Optional[float] = ...) -> None: ...
+
+class GetInstanceInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class InstanceInfo(_message.Message):
+    __slots__ = ("name", "incarnation", "role", "address", "transfers", "host", "model_names", "weights_key", "kv_layout", "block_tokens", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_tokens_total", "version", "is_ready")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAMES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_KEY_FIELD_NUMBER: _ClassVar[int]
+    KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    IS_READY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    incarnation: str
+    role: str
+    address: str
+    transfers: _containers.RepeatedScalarFieldContainer[str]
+    host: str
+    model_names: _containers.RepeatedScalarFieldContainer[str]
+    weights_key: str
+    kv_layout: str
+    block_tokens: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_tokens_total: int
+    version: str
+    is_ready: bool
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., transfers: _Optional[_Iterable[str]] = ..., host: _Optional[str] = ..., model_names: _Optional[_Iterable[str]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., version: _Optional[str] = ..., is_ready: _Optional[bool] = ...) -> None: ...
+
+class WatchLoadRequest(_message.Message):
+    __slots__ = ("period_ms",)
+    PERIOD_MS_FIELD_NUMBER: _ClassVar[int]
+    period_ms: int
+    def __init__(self, period_ms: _Optional[int] = ...) -> None: ...
+
+class InstanceLoad(_message.Message):
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_decoding", "num_context_tokens", "num_offline", "kv_tokens_used", "ttft_s", "tpot_s", "is_draining", "profile", "incarnation")
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODING_FIELD_NUMBER: _ClassVar[int]
+    NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OFFLINE_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_USED_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    num_decoding: int
+    num_context_tokens: int
+    num_offline: int
+    kv_tokens_used: int
+    ttft_s: float
+    tpot_s: float
+    is_draining: bool
+    profile: StepProfile
+    incarnation: str
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_decoding: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_offline: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., is_draining: _Optional[bool] = ..., profile: _Optional[_Union[StepProfile, _Mapping]] = ..., incarnation: _Optional[str] = ...) -> None: ...
+
+class StepProfile(_message.Message):
+    __slots__ = ("num_tokens", "seconds", "sequence_s", "key_s", "pair_s")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_S_FIELD_NUMBER: _ClassVar[int]
+    KEY_S_FIELD_NUMBER: _ClassVar[int]
+    PAIR_S_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    seconds: _containers.RepeatedScalarFieldContainer[float]
+    sequence_s: float
+    key_s: float
+    pair_s: float
+    def __init__(self, num_tokens: _Optional[_Iterable[int]] = ..., seconds: _Optional[_Iterable[float]] = ..., sequence_s: _Optional[float] = ..., key_s: _Optional[float] = ..., pair_s: _Optional[float] = ...) -> None: ...
+
+class WatchKvRequest(_message.Message):
+    __slots__ = ("sequence", "incarnation")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    incarnation: str
+    def __init__(self, sequence: _Optional[int] = ..., incarnation: _Optional[str] = ...) -> None: ...
+
+class KvEvents(_message.Message):
+    __slots__ = ("incarnation", "sequence", "is_snapshot", "events")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    IS_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    sequence: int
+    is_snapshot: bool
+    events: _containers.RepeatedCompositeFieldContainer[KvEvent]
+    def __init__(self, incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., is_snapshot: _Optional[bool] = ..., events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ...) -> None: ...
+
+class KvEvent(_message.Message):
+    __slots__ = ("stored", "removed", "tier")
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    stored: bytes
+    removed: bytes
+    tier: KvTier
+    def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ..., tier: _Optional[_Union[KvTier, str]] = ...) -> None: ...
+
+class ReserveRequest(_message.Message):
+    __slots__ = ("reservation_id", "token_ids", "weights_key", "kv_layout", "timeout_ms")
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_KEY_FIELD_NUMBER: _ClassVar[int]
+    KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    reservation_id: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    weights_key: str
+    kv_layout: str
+    timeout_ms: int
+    def __init__(self, reservation_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class Reservation(_message.Message):
+    __slots__ = ("reservation_id", "incarnation", "transfers", "token", "num_cached_tokens", "page_offsets", "page_bytes", "host")
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    reservation_id: str
+    incarnation: str
+    transfers: _containers.RepeatedScalarFieldContainer[str]
+    token: bytes
+    num_cached_tokens: int
+    page_offsets: _containers.RepeatedScalarFieldContainer[int]
+    page_bytes: int
+    host: str
+    def __init__(self, reservation_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., transfers: _Optional[_Iterable[str]] = ..., token: _Optional[bytes] = ..., num_cached_tokens: _Optional[int] = ..., page_offsets: _Optional[_Iterable[int]] = ..., page_bytes: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("reservation_id",)
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    reservation_id: str
+    def __init__(self, reservation_id: _Optional[str] = ...) -> None: ...
+
+class ReleaseResponse(_message.Message):
+    __slots__ = ("was_open",)
+    WAS_OPEN_FIELD_NUMBER: _ClassVar[int]
+    was_open: bool
+    def __init__(self, was_open: _Optional[bool] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)

@@ -227,3 +227,256 @@ class Inference:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class InstanceStub:
+    """Between the instances of a service; clients have no use for it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetInstanceInfo = channel.unary_unary(
+                '/xllm.v1.Instance/GetInstanceInfo',
+                request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GetInstanceInfoRequest.SerializeToString,
+                response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.InstanceInfo.FromString,
+                _registered_method=True)
+        self.WatchLoad = channel.unary_stream(
+                '/xllm.v1.Instance/WatchLoad',
+                request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.InstanceLoad.FromString,
+                _registered_method=True)
+        self.WatchKv = channel.unary_stream(
+                '/xllm.v1.Instance/WatchKv',
+                request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.WatchKvRequest.SerializeToString,
+                response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.KvEvents.FromString,
+                _registered_method=True)
+        self.Reserve = channel.unary_unary(
+                '/xllm.v1.Instance/Reserve',
+                request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReserveRequest.SerializeToString,
+                response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.Reservation.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/xllm.v1.Instance/Release',
+                request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
+
+
+class InstanceServicer:
+    """Between the instances of a service; clients have no use for it.
+    """
+
+    def GetInstanceInfo(self, request, context):
+        """What the instance is. Answers before it is ready, too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchLoad(self, request, context):
+        """Its load, at once and then a few times a second. A stream without messages for seconds is a sign of its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchKv(self, request, context):
+        """Changes of the KV it has, in order. Starts with everything there is where the wanted place is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reserve(self, request, context):
+        """Holds KV pages for a prompt that another instance computes. RESOURCE_EXHAUSTED where there are none,
+        FAILED_PRECONDITION where KV of that layout or those weights does not fit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """Gives up a reservation that no request will claim. Returns when nothing writes to its pages any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_InstanceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetInstanceInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInstanceInfo,
+                    request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GetInstanceInfoRequest.FromString,
+                    response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.InstanceInfo.SerializeToString,
+            ),
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.WatchLoadRequest.FromString,
+                    response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.InstanceLoad.SerializeToString,
+            ),
+            'WatchKv': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchKv,
+                    request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.WatchKvRequest.FromString,
+                    response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.KvEvents.SerializeToString,
+            ),
+            'Reserve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reserve,
+                    request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReserveRequest.FromString,
+                    response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.Reservation.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReleaseRequest.FromString,
+                    response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReleaseResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'xllm.v1.Instance', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('xllm.v1.Instance', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Instance:
+    """Between the instances of a service; clients have no use for it.
+    """
+
+    @staticmethod
+    def GetInstanceInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xllm.v1.Instance/GetInstanceInfo',
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GetInstanceInfoRequest.SerializeToString,
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.InstanceInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/xllm.v1.Instance/WatchLoad',
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.WatchLoadRequest.SerializeToString,
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.InstanceLoad.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/xllm.v1.Instance/WatchKv',
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.WatchKvRequest.SerializeToString,
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.KvEvents.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reserve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xllm.v1.Instance/Reserve',
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReserveRequest.SerializeToString,
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.Reservation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xllm.v1.Instance/Release',
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReleaseRequest.SerializeToString,
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -1,0 +1,1 @@
+"""Moves KV between the instances of a service."""

@@ -1,0 +1,158 @@
+"""What the service knows of its instances: plain data that messages carry and policies decide on."""
+
+import bisect
+from dataclasses import dataclass
+from enum import StrEnum
+
+from xllm_compile.runtime.policies.chunk import StepLoad
+
+
+class Role(StrEnum):
+    """What an instance was started for. MIX takes any work; which it has now is its pool."""
+
+    MIX = "mix"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    ENCODE = "encode"
+
+
+class Pool(StrEnum):
+    """What an instance does now. The two in between finish the work of the old pool and take that of the new one."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    PREFILL_TO_DECODE = "prefill_to_decode"
+    DECODE_TO_PREFILL = "decode_to_prefill"
+
+
+class Health(StrEnum):
+    """ACTIVE and LEASE_LOST instances get work, SUSPECT ones none."""
+
+    ACTIVE = "active"
+    LEASE_LOST = "lease_lost"
+    """Gone from the registry, but it answers."""
+    SUSPECT = "suspect"
+    """It does not answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceInfo:
+    """What an instance registers. Does not change while its process lives."""
+
+    name: str
+    """Unique among the instances that are up; a restarted one may have it again."""
+    incarnation: str
+    """Of this start of the process: what an earlier start of the same name sent is stale."""
+    role: Role
+    address: str
+    """HOST:PORT of its gRPC server."""
+    transfers: tuple[str, ...] = ()
+    """Where KV can be sent to it, the fastest way first: addresses of runtime/transfer."""
+    host: str = ""
+    """Names the machine: shared memory works between instances of one."""
+    model_names: tuple[str, ...] = ()
+    weights_key: str = ""
+    kv_layout: str = ""
+    """KV moves between instances of equal weights and layout only."""
+    block_tokens: int = 16
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_tokens_total: int
+    version: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepProfile:
+    """Predicted seconds of a step, as the instance believes at the moment."""
+
+    num_tokens: tuple[int, ...]
+    """Growing sizes of a step,"""
+    seconds: tuple[float, ...]
+    """and what each takes without what attention reads; between them it is linear."""
+    sequence_s: float
+    key_s: float
+    """To read one key with its value."""
+    pair_s: float
+    """To compute one (query, key) pair."""
+
+    def step_s(self, load: StepLoad) -> float:
+        linear = self.sequence_s * load.num_seqs + self.key_s * load.num_keys + self.pair_s * load.num_pairs
+        return self._by_tokens(max(1, load.num_tokens)) + linear
+
+    def _by_tokens(self, num_tokens: int) -> float:
+        sizes, seconds = self.num_tokens, self.seconds
+        if num_tokens <= sizes[0] or len(sizes) == 1:
+            return seconds[0]
+        # Beyond the last size the last slope goes on.
+        at = min(bisect.bisect_left(sizes, num_tokens), len(sizes) - 1)
+        slope = (seconds[at] - seconds[at - 1]) / (sizes[at] - sizes[at - 1])
+        return seconds[at - 1] + slope * (num_tokens - sizes[at - 1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceLoad:
+    """What an instance reports a few times a second."""
+
+    num_running: int = 0
+    """Sequences in steps, of any kind."""
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    """Prompt tokens that wait, and those left of prompts that are being computed."""
+    num_decoding: int = 0
+    """Sequences of num_running behind their first token."""
+    num_context_tokens: int = 0
+    """KV tokens of those."""
+    num_offline: int = 0
+    """Sequences, running and waiting, that are best effort."""
+    kv_tokens_used: int = 0
+    """Of live sequences and of reservations; cached prefixes give way."""
+    ttft_s: float | None = None
+    """Mean of the last seconds; None where there was none. Likewise tpot_s."""
+    tpot_s: float | None = None
+    is_draining: bool = False
+    profile: StepProfile | None = None
+    """None as long as nothing is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Instance:
+    """One instance as the service sees it."""
+
+    info: InstanceInfo
+    health: Health = Health.ACTIVE
+    pool: Pool
+    load: InstanceLoad = InstanceLoad()
+    load_age_s: float = 0.0
+    """Since the load was reported. What was sent there since then is added to `load` by whoever routes."""
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def takes_work(self) -> bool:
+        return self.health is not Health.SUSPECT and not self.load.is_draining
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestShape:
+    """What routing knows of a request."""
+
+    num_prompt_tokens: int
+    """With what an interrupted request had generated already."""
+    max_output_tokens: int
+    digests: tuple[bytes, ...] = ()
+    """Of the prompt's whole KV blocks (runtime/memory/prefix_cache.py)."""
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    is_offline: bool = False
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where a request goes. The same instance twice: it is not handed over."""
+
+    prefill: str
+    decode: str
