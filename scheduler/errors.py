@@ -27,6 +27,21 @@ INTERNAL = ErrorKind(status=500, grpc="INTERNAL", type="server_error")
 UNAVAILABLE = ErrorKind(status=503, grpc="UNAVAILABLE", type="server_error")
 ALREADY_EXISTS = ErrorKind(status=409, grpc="ALREADY_EXISTS", type="invalid_request_error")
 
+KINDS_BY_STATUS = {
+    kind.status: kind
+    for kind in (
+        INVALID,
+        UNAUTHENTICATED,
+        NOT_FOUND,
+        METHOD_NOT_ALLOWED,
+        TOO_LARGE,
+        OVERLOADED,
+        INTERNAL,
+        UNAVAILABLE,
+        ALREADY_EXISTS,
+    )
+}
+
 
 class ApiError(Exception):
     """A refusal with everything the client needs to know; caught where HTTP and gRPC write their answers."""

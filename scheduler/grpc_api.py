@@ -16,11 +16,13 @@ from xllm_compile.scheduler.grpc_convert import (
     choice_message,
     embedding_params_of,
     metrics_message,
+    prompt_logprobs_messages,
     prompt_of,
     sampling_params_of,
     usage_message,
 )
 from xllm_compile.scheduler.grpc_errors import DETAILS_KEY, retry_details
+from xllm_compile.scheduler.instance_api import InstanceServicer
 from xllm_compile.scheduler.output_stream import OutputStream
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 from xllm_compile.scheduler.service import Service
@@ -28,6 +30,7 @@ from xllm_compile.scheduler.service import Service
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME: str = xllm_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+INSTANCE_SERVICE_NAME: str = xllm_pb2.DESCRIPTOR.services_by_name["Instance"].full_name
 MAX_SEND_BYTES = 64 << 20
 
 # A health probe has no key to send, and learns nothing but up or down.
@@ -58,12 +61,12 @@ class InferenceServicer:
         async with OutputStream([iterator], params.n, abort_is_error=False) as outputs:
             if request.final_only:
                 choices = [choice_message(choice) for choice in await outputs.collect()]
-                yield _last_response(request, request_id, len(prompt), outputs, choices)
+                yield _last_response(request, request_id, prompt, outputs, choices)
                 return
             async for moved in outputs:
                 choices = [choice_message(choice) for choice in moved]
                 yield xllm_pb2.GenerateResponse(request_id=request_id, choices=choices)
-            yield _last_response(request, request_id, len(prompt), outputs, [])
+            yield _last_response(request, request_id, prompt, outputs, [])
 
     async def Embed(self, request: Any, context: Any) -> Any:
         try:
@@ -98,12 +101,13 @@ class InferenceServicer:
         )
 
 
-def _last_response(request: Any, request_id: str, num_prompt: int, outputs: OutputStream, choices: list[Any]) -> Any:
+def _last_response(request: Any, request_id: str, prompt: list[int], outputs: OutputStream, choices: list[Any]) -> Any:
     return xllm_pb2.GenerateResponse(
         request_id=request_id,
         choices=choices,
-        usage=usage_message(num_prompt, outputs),
-        metrics=metrics_message(outputs) if request.include_metrics else None,
+        prompt_logprobs=prompt_logprobs_messages(prompt, outputs.prompt_logprobs[0] or ()),
+        usage=usage_message(len(prompt), outputs),
+        metrics=metrics_message(outputs.metrics) if request.include_metrics else None,
     )
 
 
@@ -153,9 +157,11 @@ class GrpcServer:
             ),
         )
         xllm_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
+        xllm_pb2_grpc.add_InstanceServicer_to_server(InstanceServicer(service), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        names = (SERVICE_NAME, INSTANCE_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
 
     def bind(self, host: str, port: int) -> int:
         """The real port. Raises OSError when it is taken."""

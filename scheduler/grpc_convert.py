@@ -1,11 +1,12 @@
 """Between the messages of xllm.proto and the runtime's types."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams, embedding_params
-from xllm_compile.runtime.structured_output import StructuredOutput
+from xllm_compile.runtime.structured_output import ReasoningText, StructuredOutput
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.engine_client import ServiceTokenizer
 from xllm_compile.scheduler.openai_params import build_sampling_params, fit_max_tokens
@@ -30,6 +31,7 @@ _OPTIONAL = (
     "seed",
     "min_tokens",
     "logprobs",
+    "prompt_logprobs",
 )
 
 _TARGETS = ("ttft_slo_ms", "tpot_slo_ms")
@@ -101,18 +103,22 @@ def sampling_params_of(request: Any, service: Service, *, num_prompt: int) -> Sa
 
 def _structured(sampling: Any) -> StructuredOutput | None:
     kind = sampling.WhichOneof("structured")
+    reasoning = None
+    if sampling.HasField("reasoning"):
+        given = sampling.reasoning
+        reasoning = ReasoningText(start=given.start, end=given.end, is_open=given.is_open)
     try:
         match kind:
             case None:
                 return None
             case "json_schema":
-                return StructuredOutput.json_schema(sampling.json_schema)
+                return StructuredOutput.json_schema(sampling.json_schema, reasoning)
             case "choice":
-                return StructuredOutput.choice(list(sampling.choice.texts))
+                return StructuredOutput.choice(list(sampling.choice.texts), reasoning)
             case "json_object":
-                return StructuredOutput(kind="json_object") if sampling.json_object else None
+                return StructuredOutput(kind="json_object", reasoning=reasoning) if sampling.json_object else None
             case _:
-                return StructuredOutput(kind=kind, source=getattr(sampling, kind))
+                return StructuredOutput(kind=kind, source=getattr(sampling, kind), reasoning=reasoning)
     except ValueError as err:
         raise errors.invalid(f"Invalid value for '{kind}': {err}.", param=f"sampling.{kind}") from None
 
@@ -164,6 +170,12 @@ def usage_message(num_prompt: int, outputs: OutputStream) -> Any:
     )
 
 
-def metrics_message(outputs: OutputStream) -> Any:
-    values = outputs.metrics
-    return xllm_pb2.RequestMetrics(**values | {"graph_steps": xllm_pb2.GraphSteps(**values["graph_steps"])})
+def prompt_logprobs_messages(token_ids: Sequence[int], entries: Sequence[dict[int, Logprob] | None]) -> Iterator[Any]:
+    """One per token of the prompt, the first empty; none without entries."""
+    for token_id, found in zip(token_ids, entries, strict=False):
+        yield xllm_pb2.TokenLogprobs() if found is None else _token_logprobs(token_id, found)
+
+
+def metrics_message(values: Mapping[str, Any]) -> Any:
+    """Of response_metrics."""
+    return xllm_pb2.RequestMetrics(**dict(values) | {"graph_steps": xllm_pb2.GraphSteps(**values["graph_steps"])})

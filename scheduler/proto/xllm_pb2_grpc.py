@@ -244,6 +244,11 @@ class InstanceStub:
                 request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GetInstanceInfoRequest.SerializeToString,
                 response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.InstanceInfo.FromString,
                 _registered_method=True)
+        self.Run = channel.stream_stream(
+                '/xllm.v1.Instance/Run',
+                request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.RunRequest.SerializeToString,
+                response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.RunResponse.FromString,
+                _registered_method=True)
         self.WatchLoad = channel.unary_stream(
                 '/xllm.v1.Instance/WatchLoad',
                 request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.WatchLoadRequest.SerializeToString,
@@ -272,6 +277,14 @@ class InstanceServicer:
 
     def GetInstanceInfo(self, request, context):
         """What the instance is. Answers before it is ready, too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Run(self, request_iterator, context):
+        """The requests of one gateway, all on one stream: what they generate in a step comes as one message. The end of the
+        stream, or of the gateway, cancels them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -313,6 +326,11 @@ def add_InstanceServicer_to_server(servicer, server):
                     servicer.GetInstanceInfo,
                     request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GetInstanceInfoRequest.FromString,
                     response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.InstanceInfo.SerializeToString,
+            ),
+            'Run': grpc.stream_stream_rpc_method_handler(
+                    servicer.Run,
+                    request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.RunRequest.FromString,
+                    response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.RunResponse.SerializeToString,
             ),
             'WatchLoad': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchLoad,
@@ -363,6 +381,33 @@ class Instance:
             '/xllm.v1.Instance/GetInstanceInfo',
             xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.GetInstanceInfoRequest.SerializeToString,
             xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.InstanceInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Run(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/xllm.v1.Instance/Run',
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.RunRequest.SerializeToString,
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.RunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -64,7 +64,7 @@ async def test_over_grpc_unset_is_none():
     finished.metrics = metrics_of(padded=2)
     async with OutputStream([play(finished)], 1) as stream:
         await stream.collect()
-        message = metrics_message(stream)
+        message = metrics_message(stream.metrics)
     assert message.queue_time_ms == 500.0 and not message.HasField("mean_itl_ms")
     assert message.graph_steps.padded == 2 and message.num_preemptions == 1
     assert (message.num_draft_tokens, message.num_accepted_tokens) == (8, 5)

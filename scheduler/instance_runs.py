@@ -1,0 +1,107 @@
+"""The requests of one gateway on this instance: many on one stream, what a step brings in one message."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from xllm_compile.runtime.outputs import RequestOutput
+from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.engine_errors import to_api_error
+from xllm_compile.scheduler.grpc_convert import (
+    choice_message,
+    metrics_message,
+    prompt_logprobs_messages,
+    prompt_of,
+    sampling_params_of,
+)
+from xllm_compile.scheduler.proto import xllm_pb2
+from xllm_compile.scheduler.response_metrics import response_metrics
+from xllm_compile.scheduler.service import Service
+from xllm_compile.scheduler.tasks import cancel_all
+
+
+class InstanceRuns:
+    """Lives as long as the stream; leaving `messages` ends all that it started."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._outbox = xllm_pb2.RunResponse()
+        self._has_items = asyncio.Event()
+        self._is_over = False
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def messages(self, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+        """RunResponses to the RunRequests, until those end."""
+        reader = asyncio.create_task(self._read(requests))
+        try:
+            while not self._is_over:
+                await self._has_items.wait()
+                # Everybody whom the same step woke has left its part by now: they were woken before this was.
+                self._has_items.clear()
+                message, self._outbox = self._outbox, xllm_pb2.RunResponse()
+                if message.outputs or message.failures:
+                    yield message
+        finally:
+            await cancel_all([reader, *self._tasks.values()])
+
+    async def _read(self, requests: AsyncIterator[Any]) -> None:
+        try:
+            async for request in requests:
+                kind = request.WhichOneof("action")
+                if kind == "start":
+                    self._start(request.start)
+                elif kind == "cancel" and request.cancel in self._tasks:
+                    self._tasks[request.cancel].cancel()
+        finally:
+            self._is_over = True
+            self._has_items.set()
+
+    def _start(self, request: Any) -> None:
+        name = request.request_id
+        if not name or name in self._tasks:
+            message = f"request_id='{name}' must be set, and to one that is not open on this stream."
+            self._fail(name, errors.ApiError(errors.ALREADY_EXISTS, message, param="request_id"))
+            return
+        task = self._tasks[name] = asyncio.create_task(self._run(request))
+        task.add_done_callback(lambda _: self._tasks.pop(name, None))
+
+    async def _run(self, request: Any) -> None:
+        try:
+            with self._service.admit("grpc"):
+                self._service.check_model(request.model)
+                prompt = await prompt_of(request, self._service.tokenizer)
+                params = sampling_params_of(request, self._service, num_prompt=len(prompt))
+                async with aclosing(self._service.generate(request.request_id, prompt, params)) as outputs:
+                    num_tokens = 0
+                    async for output in outputs:
+                        num_tokens += sum(len(choice.token_ids) for choice in output.outputs)
+                        self._put(output, params, num_tokens)
+        except Exception as err:
+            self._fail(request.request_id, to_api_error(err))
+
+    def _put(self, output: RequestOutput, params: SamplingParams, num_tokens: int) -> None:
+        message = self._outbox.outputs.add(
+            request_id=output.request_id, choices=[choice_message(choice) for choice in output.outputs]
+        )
+        if output.prompt_logprobs is not None:
+            message.prompt_logprobs.extend(prompt_logprobs_messages(output.prompt_token_ids, output.prompt_logprobs))
+        if output.finished:
+            message.usage.prompt_tokens = len(output.prompt_token_ids)
+            message.usage.completion_tokens = num_tokens
+            message.usage.cached_tokens = output.num_cached_tokens
+            values = response_metrics([output.metrics], num_choices=params.n, num_tokens=num_tokens)
+            message.metrics.CopyFrom(metrics_message(values))
+        self._has_items.set()
+
+    def _fail(self, request_id: str, error: errors.ApiError) -> None:
+        self._outbox.failures.add(
+            request_id=request_id,
+            status=error.kind.status,
+            message=error.message,
+            code=error.code,
+            param=error.param,
+            retry_after_s=error.retry_after_s,
+        )
+        self._has_items.set()
