@@ -9,6 +9,7 @@ says "deny".
 
 import ctypes
 import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from xllm_compile.runtime.memory.virtual_memory import OutOfMappingsError
+from xllm_compile.runtime.transfer.transfer import Region
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +47,22 @@ class CpuMemory:
         self.num_pages = num_pages
         self.max_mappings = max_mappings()
         self._libc = _libc()
-        self._file = os.memfd_create("xllm-kv", os.MFD_CLOEXEC)
+        self._file = os.memfd_create("xllm-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         weakref.finalize(self, os.close, self._file)
         os.ftruncate(self._file, num_pages * page_bytes)
+        # Another process that maps it can be sure that all of it stays there.
+        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._present = bytearray(num_pages)
         """1 for the pages that have memory."""
         self._preparing = Lock()
         self._workbench: int | None = None
         """Where pages are mapped to be prepared."""
         self._makes_huge = page_bytes % HUGE_PAGE_BYTES == 0
+
+    @property
+    def region(self) -> Region:
+        """The pages as a file that can be shared: page n is at n * page_bytes."""
+        return Region(file=self._file, num_bytes=self.num_pages * self.page_bytes)
 
     def reserve(self, num_bytes: int) -> int:
         size = num_bytes + self.page_bytes

@@ -5,7 +5,7 @@ it that it told them to, with a token it gave them for that; gRPC carries the ra
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -24,37 +24,68 @@ class ByteRange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Region:
-    """Memory of this process that peers may write, shown as a file and as an address."""
+    """Memory of this process that peers may write, or that it writes to them from: a file in memory."""
 
     file: int
-    """Descriptor of the memfd; stays the owner's."""
+    """Descriptor of a memfd sealed with F_SEAL_SHRINK; stays the owner's."""
     num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferConfig:
+    """How an instance sends and receives KV."""
+
+    host: str = "127.0.0.1"
+    """Address of this machine that peers reach; nothing listens on others."""
+    port: int = 0
+    """0 takes a free one."""
+    secret: bytes = field(default=b"", repr=False)
+    """What instances prove to each other that they have. Needed for any host but the loopback."""
+    timeout_s: float = 10.0
+    """Longest wait for a peer that makes no progress."""
+    allow_open_ports: bool = False
+    """mooncake and nixl take writes of anybody who reaches their ports: they are refused unless this says that the
+    network lets none but instances do so."""
 
 
 class Receiver(Protocol):
     """The side that owns the region. Thread-safe."""
 
     @property
-    def address(self) -> str:
-        """SCHEME:REST, what `connect` of the same scheme takes."""
+    def addresses(self) -> tuple[str, ...]:
+        """SCHEME:REST, the fastest way first: what a sender's `connect` takes."""
         ...
 
     def permit(self, token: bytes, ranges: Sequence[tuple[int, int]]) -> None:
-        """Let the holder of the token write to these (offset, num_bytes) of the region, and nowhere else."""
+        """Let the holder of the token write to these (offset, num_bytes) of the region, and nowhere else.
+
+        The pages have their memory and stay where they are until `revoke`. A token is 16 random bytes or more, and
+        good for one permit. Raises ValueError.
+        """
         ...
 
     def revoke(self, token: bytes) -> None:
-        """Refuse writes of the token from here on. Returns when none is under way: the pages may be used again."""
+        """Refuse writes of the token from here on. Returns when none is under way: the pages may be used again.
+
+        A write under way is cut short; its sender gets a TransferError. Of an unknown token nothing happens. Raises
+        TransferError where a write by mooncake or nixl, which only its sender can end, outlasts the timeout: the
+        pages must not be used again while this instance lives.
+        """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the writes under way and the threads that take them."""
+        ...
 
 
 class Sender(Protocol):
     """A connection to one receiver. Thread-safe; calls wait until the bytes are there."""
 
     def write(self, token: bytes, ranges: Sequence[ByteRange]) -> None:
-        """Copy the ranges. Raises TransferError; some of the bytes may have arrived then."""
+        """Copy the ranges; nobody may change their bytes meanwhile. Raises TransferError; some may have arrived then.
+
+        ValueError for ranges outside of this side's region.
+        """
         ...
 
     def close(self) -> None: ...
