@@ -19,6 +19,8 @@ class Role(StrEnum):
 class Pool(StrEnum):
     """What an instance does now. The two in between finish the work of the old pool and take that of the new one."""
 
+    MIX = "mix"
+    """It decodes what it prefills."""
     PREFILL = "prefill"
     DECODE = "decode"
     PREFILL_TO_DECODE = "prefill_to_decode"
@@ -80,6 +82,22 @@ class StepProfile:
         linear = self.sequence_s * load.num_seqs + self.key_s * load.num_keys + self.pair_s * load.num_pairs
         return self._by_tokens(max(1, load.num_tokens)) + linear
 
+    def tokens_within(self, seconds: float, load: StepLoad) -> int:
+        """Tokens that a step of that load can have in all, to take so long at most; 0 where even one takes longer."""
+        seconds -= self.sequence_s * load.num_seqs + self.key_s * load.num_keys + self.pair_s * load.num_pairs
+        if seconds < self.seconds[0]:
+            return 0
+        # The last size that is in time; the line from there to the next one says how much further it goes.
+        at = max(1, bisect.bisect_right(self.seconds, seconds)) - 1
+        if len(self.num_tokens) == 1:
+            return self.num_tokens[0]
+        low = min(at, len(self.num_tokens) - 2)
+        rise_s = self.seconds[low + 1] - self.seconds[low]
+        if rise_s <= 0:
+            return self.num_tokens[at]
+        step = (self.num_tokens[low + 1] - self.num_tokens[low]) / rise_s
+        return int(self.num_tokens[low] + (seconds - self.seconds[low]) * step)
+
     def _by_tokens(self, num_tokens: int) -> float:
         sizes, seconds = self.num_tokens, self.seconds
         if num_tokens <= sizes[0] or len(sizes) == 1:
@@ -125,6 +143,9 @@ class Instance:
     load: InstanceLoad = InstanceLoad()
     load_age_s: float = 0.0
     """Since the load was reported. What was sent there since then is added to `load` by whoever routes."""
+    ttft_ratio: float = 1.0
+    """What happened over what was predicted, lately (scheduler/policies/correction.py). Likewise tpot_ratio."""
+    tpot_ratio: float = 1.0
 
     @property
     def name(self) -> str:
@@ -132,7 +153,15 @@ class Instance:
 
     @property
     def takes_work(self) -> bool:
-        return self.health is not Health.SUSPECT and not self.load.is_draining
+        return self.health is not Health.SUSPECT and not self.load.is_draining and self.info.role is not Role.ENCODE
+
+    @property
+    def takes_prefills(self) -> bool:
+        return self.takes_work and self.pool in (Pool.MIX, Pool.PREFILL, Pool.DECODE_TO_PREFILL)
+
+    @property
+    def takes_decodes(self) -> bool:
+        return self.takes_work and self.pool in (Pool.MIX, Pool.DECODE, Pool.PREFILL_TO_DECODE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,3 +185,28 @@ class Placement:
 
     prefill: str
     decode: str
+    ttft_s: float = 0.0
+    """Predicted, without the correction that the instance's ttft_ratio is."""
+    num_cached_tokens: int = 0
+    """Of the prompt, that were counted on where it is prefilled."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """Nobody can take a request."""
+
+    reason: str
+    """What, the value and the limit."""
+    retry_after_s: float | None = None
+    """When, as predicted, somebody can; None where waiting changes nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedTokens:
+    """Tokens from a prompt's start that an instance has KV of, by where they are."""
+
+    device: int = 0
+    host: int = 0
+    """Behind those on the device."""
+    disk: int = 0
+    """Behind those."""
