@@ -1,16 +1,70 @@
 """Chooses how KV moves between two instances."""
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 
+from xllm_compile.runtime.transfer.mapping import Mapping
+from xllm_compile.runtime.transfer.permits import Permits
+from xllm_compile.runtime.transfer.server import Server
+from xllm_compile.runtime.transfer.shm import CopyBytes, connect_shm, machine_id, open_shm_receiver
 from xllm_compile.runtime.transfer.transfer import Receiver, Region, Sender, TransferConfig
 
-SCHEMES = ("shm", "tcp", "mooncake", "nixl")
+_CONNECT: dict[str, Callable[[str, Region, TransferConfig], Sender]] = {"shm": connect_shm}
+SCHEMES = tuple(_CONNECT)
 """The fastest way first."""
 
 
-def open_receiver(schemes: Sequence[str], region: Region, config: TransferConfig) -> Receiver:
-    """Takes writes to the region by each of the schemes. Raises ValueError, and OSError when it cannot listen."""
-    raise NotImplementedError("no transfer is built yet")
+def open_receiver(
+    schemes: Sequence[str], region: Region, config: TransferConfig, copy: CopyBytes = ctypes.memmove
+) -> Receiver:
+    """Takes writes to the region by each of the schemes. Raises ValueError, and OSError when it cannot listen.
+
+    copy is what shm copies with. Where a target's kernels are loaded, theirs is faster: native.copy_bytes.
+    """
+    unknown = [scheme for scheme in schemes if scheme not in SCHEMES]
+    if unknown or not schemes:
+        raise ValueError(f"KV transfer {', '.join(unknown) or 'by nothing'}: there is {', '.join(SCHEMES)}")
+    receiver = _Receiver(region, config)
+    try:
+        for scheme in sorted(set(schemes), key=SCHEMES.index):
+            receiver.servers.append(_open(scheme, receiver, config, copy))
+    except BaseException:
+        receiver.close()
+        raise
+    return receiver
+
+
+def _open(scheme: str, receiver: "_Receiver", config: TransferConfig, copy: CopyBytes) -> Server:
+    return open_shm_receiver(receiver.mapping, receiver.permits, config, copy)
+
+
+class _Receiver:
+    """See Receiver: the servers of all schemes, with one set of permits."""
+
+    def __init__(self, region: Region, config: TransferConfig) -> None:
+        self.mapping = Mapping(region, is_writable=True)
+        self.permits = Permits(region.num_bytes)
+        self.servers: list[Server] = []
+        self._timeout_s = config.timeout_s
+        self._is_closed = False
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(server.address for server in self.servers)
+
+    def permit(self, token: bytes, ranges: Sequence[tuple[int, int]]) -> None:
+        self.permits.permit(token, ranges)
+
+    def revoke(self, token: bytes) -> None:
+        self.permits.revoke(token, self._timeout_s)
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for server in self.servers:
+            server.close()
+        self.mapping.close()
 
 
 def connect(addresses: Sequence[str], region: Region, config: TransferConfig) -> Sender:
@@ -19,4 +73,14 @@ def connect(addresses: Sequence[str], region: Region, config: TransferConfig) ->
     shm is for processes of one user on one machine. Connects when first written to. Raises ValueError when there is
     none.
     """
-    raise NotImplementedError("no transfer is built yet")
+    for scheme in SCHEMES:
+        for address in addresses:
+            if not address.startswith(f"{scheme}:"):
+                continue
+            if scheme == "shm" and address.split(":")[1].split("/")[0] != machine_id():
+                continue
+            return _CONNECT[scheme](address, region, config)
+    raise ValueError(
+        f"no way to send KV to {', '.join(addresses) or 'an instance without addresses'}: this side has"
+        f" {', '.join(SCHEMES)}, and shm reaches its own machine and user only"
+    )

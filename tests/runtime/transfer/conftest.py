@@ -1,0 +1,26 @@
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def no_leaks():
+    """Descriptors, threads and mapped regions are as many after the test as before."""
+    before = _counts()
+    yield
+    assert _counts() == before
+
+
+def _counts() -> dict[str, int]:
+    files = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_open(name)]
+    return {
+        "files": sum(path.startswith(("socket:", "/memfd:", "anon_inode:", "pipe:")) for path in files),
+        "threads": threading.active_count(),
+        "mappings": Path("/proc/self/maps").read_text().count("/memfd:test"),
+    }
+
+
+def _is_open(name: str) -> bool:
+    return Path(f"/proc/self/fd/{name}").exists() or Path(f"/proc/self/fd/{name}").is_symlink()
