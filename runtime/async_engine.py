@@ -10,17 +10,21 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Literal
 
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
+from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.sequence import Request, num_queued_tokens
 
 logger = logging.getLogger(__name__)
 
-# Tokenising this much text takes about a millisecond; more goes to a thread, so that the event loop stays responsive.
+# Tokenising this much text takes about a millisecond, and so does replaying so many tokens; more goes to a thread, so
+# that the event loop stays responsive.
 MAX_INLINE_CHARS = 4096
+MAX_INLINE_TOKENS = 512
 
 # More of them would only take turns with the model's own threads.
 NUM_GRAMMAR_COMPILERS = 2
@@ -166,24 +170,25 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         prompt_text: str | None = None,
+        resume: Resume | None = None,
     ) -> RequestStream:
         """Admit a request; its outputs come from the stream. Nothing is computed for a request that raises here.
 
         Raises ValueError on a bad prompt, option or an id in use; QueueFullError, EngineDrainingError,
-        EngineDeadError. prompt_text is shown in the outputs beside a prompt of token ids.
+        EngineDeadError. prompt_text is shown in the outputs beside a prompt of token ids; resume is what the request
+        has generated elsewhere.
         """
         loop = asyncio.get_running_loop()
         if self._error is not None or self._is_stopping:
             raise self._dead_error()
+        make = partial(self.engine.make_request, request_id, prompt, params, prompt_text, resume)
         if params.structured is not None:
             # Here the request waits for its grammar, and nobody else does.
-            request = await loop.run_in_executor(
-                self._compilers, self.engine.make_request, request_id, prompt, params, prompt_text
-            )
-        elif isinstance(prompt, str) and len(prompt) > MAX_INLINE_CHARS:
-            request = await asyncio.to_thread(self.engine.make_request, request_id, prompt, params, prompt_text)
+            request = await loop.run_in_executor(self._compilers, make)
+        elif _takes_long(prompt, resume):
+            request = await asyncio.to_thread(make)
         else:
-            request = self.engine.make_request(request_id, prompt, params, prompt_text)
+            request = make()
         with self._wake:
             # Before its KV is read: a request that is refused costs the disk nothing.
             self._check_admission(request)
@@ -209,12 +214,13 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         prompt_text: str | None = None,
+        resume: Resume | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come. Leaving the loop early or cancelling aborts the request.
 
         Raises what `submit` raises, at the first step of the iteration.
         """
-        stream = await self.submit(request_id, prompt, params, prompt_text=prompt_text)
+        stream = await self.submit(request_id, prompt, params, prompt_text=prompt_text, resume=resume)
         try:
             async for output in stream:
                 yield output
@@ -421,3 +427,10 @@ class AsyncEngine:
             self._at_rest.set()
         for stream in streams:
             stream._mailbox.post([(stream, self._dead_error())])
+
+
+def _takes_long(prompt: str | Sequence[int], resume: Resume | None) -> bool:
+    """Whether making the request would keep the event loop from its other work."""
+    num_chars = len(prompt) if isinstance(prompt, str) else 0
+    num_tokens = len(resume.output_token_ids) if resume is not None else 0
+    return num_chars > MAX_INLINE_CHARS or num_tokens > MAX_INLINE_TOKENS

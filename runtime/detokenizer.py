@@ -149,6 +149,11 @@ class Detokenizer:
             self._held = ""
         return stop
 
+    def skip(self, num_chars: int) -> None:
+        """Whoever reads has the first num_chars already: `text` and what is new begin behind them."""
+        self._text, self._parts = self.text[num_chars:], []
+        self._new = [self._text]
+
     def take_new(self) -> str:
         """Text that came since the last call."""
         new = "".join(self._new)

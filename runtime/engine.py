@@ -31,6 +31,7 @@ from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
 from xllm_compile.runtime.pooling import make_embedding
 from xllm_compile.runtime.prefix_sharing import look_up, readable_chain, without_followers
 from xllm_compile.runtime.request_factory import RequestFactory
+from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampler import SampledToken, SamplingFailure
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
@@ -144,17 +145,24 @@ class Engine:
     def num_waiting_tokens(self) -> int:
         return self._waiting.num_tokens
 
-    def add_request(self, request_id: str, prompt: str | Items[int], params: SamplingParams) -> None:
+    def add_request(
+        self, request_id: str, prompt: str | Items[int], params: SamplingParams, resume: Resume | None = None
+    ) -> None:
         """Queue a request. Raises ValueError on a bad prompt or option and QueueFullError when the queue is full."""
-        request = self.make_request(request_id, prompt, params)
+        request = self.make_request(request_id, prompt, params, resume=resume)
         self.check_queue(request, num_waiting=self.num_waiting, num_waiting_tokens=self.num_waiting_tokens)
         self.add(request)
 
     def make_request(
-        self, request_id: str, prompt: str | Items[int], params: SamplingParams, prompt_text: str | None = None
+        self,
+        request_id: str,
+        prompt: str | Items[int],
+        params: SamplingParams,
+        prompt_text: str | None = None,
+        resume: Resume | None = None,
     ) -> Request:
         """See RequestFactory.make. May be called from any thread."""
-        return self._factory.make(request_id, prompt, params, prompt_text)
+        return self._factory.make(request_id, prompt, params, prompt_text, resume)
 
     def prefetch(self, request: Request) -> "Future[None] | None":
         """Start to read from disk what is there of the prompt's KV; None where there is nothing to wait for.
@@ -164,7 +172,7 @@ class Engine:
         chain = readable_chain(request.sequences[0])
         if chain is None or self._kv_cache.tiers is None:
             return None
-        chain.update(request.prompt_token_ids)
+        chain.update(request.sequences[0].token_ids)
         return self._kv_cache.prefetch(chain)
 
     def check_queue(self, request: Request, *, num_waiting: int, num_waiting_tokens: int) -> None:
@@ -191,6 +199,10 @@ class Engine:
         """Queue a request from make_request. Raises ValueError when its id is in use."""
         if request.request_id in self._requests or request.request_id in self._ended:
             raise ValueError(f"request_id={request.request_id!r} is already in use; choose another")
+        if request.is_finished:
+            # It was resumed with its last token.
+            self._ended[request.request_id] = request
+            return
         self._requests[request.request_id] = request
         for sequence in request.sequences:
             sequence.number = next(self._numbers)

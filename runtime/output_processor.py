@@ -105,7 +105,7 @@ def _completion(sequence: Sequence) -> CompletionOutput:
     return CompletionOutput(
         index=sequence.index,
         text=sequence.detokenizer.text,
-        token_ids=sequence.output_token_ids,
+        token_ids=sequence.output_token_ids[sequence.num_resumed_tokens :],
         # A copy: the caller may still look at it when the next token has come.
         logprobs=None if sequence.logprobs is None else list(sequence.logprobs),
         cumulative_logprob=sequence.cumulative_logprob,
@@ -122,7 +122,7 @@ def _delta(sequence: Sequence) -> CompletionOutput:
         index=sequence.index,
         text=sequence.detokenizer.take_new(),
         token_ids=sequence.token_ids[sequence.num_prompt_tokens + sent :],
-        logprobs=None if sequence.logprobs is None else sequence.logprobs[sent:],
+        logprobs=None if sequence.logprobs is None else sequence.logprobs[sent - sequence.num_resumed_tokens :],
         cumulative_logprob=sequence.cumulative_logprob,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,

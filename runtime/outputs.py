@@ -46,6 +46,8 @@ class RequestMetrics:
     scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    is_resumed: bool = False
+    """The request's first token came from another instance: first_token_s is that of the first one from here."""
     num_preemptions: int = 0
     graph_steps: Counter[str] = field(default_factory=Counter)
     """Steps that the request was part of, by how the graphs of their layers were found (graph_cache.Outcome)."""

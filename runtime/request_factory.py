@@ -8,6 +8,7 @@ from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.grammar import Grammar, GrammarCompiler
 from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.runtime.outputs import RequestMetrics
+from xllm_compile.runtime.resume import Resume, check_resume, replay
 from xllm_compile.runtime.sampler import SamplingState
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence
@@ -42,10 +43,16 @@ class RequestFactory:
         self._clock = clock
 
     def make(
-        self, request_id: str, prompt: str | Items[int], params: SamplingParams, prompt_text: str | None = None
+        self,
+        request_id: str,
+        prompt: str | Items[int],
+        params: SamplingParams,
+        prompt_text: str | None = None,
+        resume: Resume | None = None,
     ) -> Request:
         """Tokenise, validate, compile a structured output. prompt_text is shown with a prompt of token ids.
 
+        resume is what the request has generated elsewhere; the request is finished where that was all.
         Raises ValueError on a bad prompt or option.
         """
         text = prompt if isinstance(prompt, str) else prompt_text
@@ -68,13 +75,27 @@ class RequestFactory:
         tpot_slo_ms = params.tpot_slo_ms or self._config.tpot_slo_ms
         request.metrics.ttft_slo_s = None if ttft_slo_ms is None else ttft_slo_ms / 1e3
         request.metrics.tpot_slo_s = None if tpot_slo_ms is None else tpot_slo_ms / 1e3
+        if resume is not None:
+            check_resume(resume, params, request.max_output_tokens)
+            self._check_token_ids("resume.output_token_ids", resume.output_token_ids)
+            request.metrics.is_resumed = len(resume.output_token_ids) > 0
         request.sequences = [self._make_sequence(request, index, grammar) for index in range(params.n)]
+        for sequence in request.sequences:
+            if resume is not None:
+                replay(sequence, resume, self._tokenizer)
+            sequence.speculation = self._speculation(sequence)
         return request
 
-    def _speculation(self, request: Request) -> Speculation | None:
+    def _speculation(self, sequence: Sequence) -> Speculation | None:
+        request = sequence.request
         if self._speculator is None or request.params.pooling is not None:
             return None
-        return self._speculator.start(request.params, request.prompt_token_ids, request.max_output_tokens)
+        return self._speculator.start(
+            request.params,
+            sequence.token_ids,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            max_output_tokens=request.max_output_tokens,
+        )
 
     def _make_sequence(self, request: Request, index: int, grammar: Grammar | None) -> Sequence:
         params = request.params
@@ -97,7 +118,6 @@ class RequestFactory:
                 stop=params.stop,
                 include_stop=params.include_stop_str_in_output,
             ),
-            speculation=self._speculation(request),
         )
 
     def _check_prompt(self, token_ids: Items[int], num_new: int) -> None:
@@ -109,8 +129,7 @@ class RequestFactory:
                 f"the prompt has {len(token_ids)} tokens and max_model_len={self.max_model_len} must hold it{more}; "
                 "shorten the prompt or build the artifact with a larger max_model_len"
             )
-        for token_id in (min(token_ids), max(token_ids)):
-            self._check_token_id("prompt token id", token_id)
+        self._check_token_ids("prompt", token_ids)
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.pooling is not None and (params.pooling.dimensions or 0) > self._embedding_size:
@@ -118,12 +137,12 @@ class RequestFactory:
                 f"dimensions={params.pooling.dimensions} is above the {self._embedding_size} of the model's"
                 " hidden states; lower it"
             )
-        for token_id in params.logit_bias:
-            self._check_token_id("logit_bias token id", token_id)
+        self._check_token_ids("logit_bias", list(params.logit_bias))
 
-    def _check_token_id(self, what: str, token_id: int) -> None:
-        if not 0 <= token_id < self.vocab_size:
-            raise ValueError(
-                f"{what} {token_id} is outside the vocabulary of {self.vocab_size} tokens; "
-                "use the tokenizer that belongs to the model"
-            )
+    def _check_token_ids(self, what: str, token_ids: Items[int]) -> None:
+        for token_id in {min(token_ids), max(token_ids)} if token_ids else ():
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"{what} token id {token_id} is outside the vocabulary of {self.vocab_size} tokens; "
+                    "use the tokenizer that belongs to the model"
+                )

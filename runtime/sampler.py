@@ -87,11 +87,22 @@ class SamplingState:
         if self._seen.numel():
             self._seen[token_id] = True
 
+    def replay(self, token_ids: Sequence[int]) -> None:
+        """Go on as if this state had sampled these tokens."""
+        for token_id in token_ids:
+            self.record(token_id)
+        if not self.params.is_greedy:
+            # Each token takes one number; of a request without a seed nobody knows which.
+            torch.rand(len(token_ids), generator=self._random(), dtype=torch.float64)
+
     def uniform(self) -> float:
         """The next number in [0, 1) of this sequence's own generator."""
+        return torch.rand((), generator=self._random(), dtype=torch.float64).item()
+
+    def _random(self) -> torch.Generator:
         if self._generator is None:
             self._generator = torch.Generator().manual_seed(self._seed)
-        return torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        return self._generator
 
     @property
     def is_plain_greedy(self) -> bool:

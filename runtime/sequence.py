@@ -65,6 +65,8 @@ class Sequence:
     embedding: npt.NDArray[np.float32] | None = None
     num_tokens_sent: int = 0
     """Output tokens that were part of a DELTA output."""
+    num_resumed_tokens: int = 0
+    """Output tokens that another instance generated: no output of this one has them."""
     is_end_sent: bool = False
 
     @property
@@ -141,7 +143,8 @@ class Sequence:
         first_s, target_s = metrics.first_token_s, metrics.tpot_slo_s
         if first_s is None or target_s is None:
             return math.inf
-        return first_s + (self.num_output_tokens + self.num_pending_tokens) * target_s
+        num_own = self.num_output_tokens - self.num_resumed_tokens
+        return first_s + (num_own + self.num_pending_tokens) * target_s
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
+from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import SamplingParams
 
 
@@ -15,9 +16,9 @@ class EngineClient(Protocol):
     def is_healthy(self) -> bool: ...
 
     def generate(
-        self, request_id: str, prompt: str | list[int], params: SamplingParams
+        self, request_id: str, prompt: str | list[int], params: SamplingParams, *, resume: Resume | None = None
     ) -> AsyncIterator[RequestOutput]:
-        """Closing or cancelling the iterator aborts the request."""
+        """Closing or cancelling the iterator aborts the request. resume is what it has generated elsewhere."""
         ...
 
     async def abort(self, request_id: str) -> None: ...

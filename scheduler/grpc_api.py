@@ -18,6 +18,7 @@ from xllm_compile.scheduler.grpc_convert import (
     metrics_message,
     prompt_logprobs_messages,
     prompt_of,
+    resume_of,
     sampling_params_of,
     usage_message,
 )
@@ -57,7 +58,7 @@ class InferenceServicer:
         prompt = await prompt_of(request, service.tokenizer)
         params = sampling_params_of(request, service, num_prompt=len(prompt))
         request_id = request.request_id or f"grpc-{uuid.uuid4().hex}"
-        iterator = service.generate(request_id, prompt, params)
+        iterator = service.generate(request_id, prompt, params, resume=resume_of(request))
         async with OutputStream([iterator], params.n, abort_is_error=False) as outputs:
             if request.final_only:
                 choices = [choice_message(choice) for choice in await outputs.collect()]
@@ -106,7 +107,7 @@ def _last_response(request: Any, request_id: str, prompt: list[int], outputs: Ou
         request_id=request_id,
         choices=choices,
         prompt_logprobs=prompt_logprobs_messages(prompt, outputs.prompt_logprobs[0] or ()),
-        usage=usage_message(len(prompt), outputs),
+        usage=usage_message(len(prompt), len(request.resume.output_token_ids), outputs),
         metrics=metrics_message(outputs.metrics) if request.include_metrics else None,
     )
 

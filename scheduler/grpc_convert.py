@@ -5,6 +5,7 @@ from typing import Any
 
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob
 from xllm_compile.runtime.pooling import PoolingParams
+from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams, embedding_params
 from xllm_compile.runtime.structured_output import ReasoningText, StructuredOutput
 from xllm_compile.scheduler import errors
@@ -67,6 +68,18 @@ async def prompt_of(request: Any, tokenizer: ServiceTokenizer) -> list[int]:
     if not token_ids:
         raise errors.invalid("The prompt must not be empty.", param=kind)
     return token_ids
+
+
+def resume_of(request: Any) -> Resume | None:
+    """Of a GenerateRequest."""
+    if not request.HasField("resume"):
+        return None
+    resume = request.resume
+    return Resume(
+        output_token_ids=list(resume.output_token_ids),
+        num_text_chars=resume.num_text_chars,
+        reservation_id=resume.reservation_id,
+    )
 
 
 def _chat_message(message: Any) -> ChatMessage:
@@ -162,10 +175,11 @@ def _logprob(token_id: int, entry: Logprob) -> Any:
     return xllm_pb2.Logprob(token_id=token_id, text=entry.decoded_token, logprob=entry.logprob, rank=entry.rank)
 
 
-def usage_message(num_prompt: int, outputs: OutputStream) -> Any:
+def usage_message(num_prompt: int, num_resumed: int, outputs: OutputStream) -> Any:
+    """Of the whole request, with what it generated elsewhere."""
     return xllm_pb2.Usage(
         prompt_tokens=num_prompt,
-        completion_tokens=outputs.num_completion_tokens,
+        completion_tokens=num_resumed + outputs.num_completion_tokens,
         cached_tokens=outputs.num_cached_tokens,
     )
 

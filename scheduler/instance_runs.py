@@ -14,6 +14,7 @@ from xllm_compile.scheduler.grpc_convert import (
     metrics_message,
     prompt_logprobs_messages,
     prompt_of,
+    resume_of,
     sampling_params_of,
 )
 from xllm_compile.scheduler.proto import xllm_pb2
@@ -73,15 +74,16 @@ class InstanceRuns:
                 self._service.check_model(request.model)
                 prompt = await prompt_of(request, self._service.tokenizer)
                 params = sampling_params_of(request, self._service, num_prompt=len(prompt))
-                async with aclosing(self._service.generate(request.request_id, prompt, params)) as outputs:
+                outputs = self._service.generate(request.request_id, prompt, params, resume=resume_of(request))
+                async with aclosing(outputs):
                     num_tokens = 0
                     async for output in outputs:
                         num_tokens += sum(len(choice.token_ids) for choice in output.outputs)
-                        self._put(output, params, num_tokens)
+                        self._put(output, params, num_tokens, len(request.resume.output_token_ids))
         except Exception as err:
             self._fail(request.request_id, to_api_error(err))
 
-    def _put(self, output: RequestOutput, params: SamplingParams, num_tokens: int) -> None:
+    def _put(self, output: RequestOutput, params: SamplingParams, num_tokens: int, num_resumed: int) -> None:
         message = self._outbox.outputs.add(
             request_id=output.request_id, choices=[choice_message(choice) for choice in output.outputs]
         )
@@ -89,7 +91,7 @@ class InstanceRuns:
             message.prompt_logprobs.extend(prompt_logprobs_messages(output.prompt_token_ids, output.prompt_logprobs))
         if output.finished:
             message.usage.prompt_tokens = len(output.prompt_token_ids)
-            message.usage.completion_tokens = num_tokens
+            message.usage.completion_tokens = num_resumed + num_tokens
             message.usage.cached_tokens = output.num_cached_tokens
             values = response_metrics([output.metrics], num_choices=params.n, num_tokens=num_tokens)
             message.metrics.CopyFrom(metrics_message(values))

@@ -62,9 +62,10 @@ class ServiceMetrics:
         """Times of one finished engine request with completions of num_tokens."""
         if times.first_token_s is None or times.last_token_s is None:
             return
-        ttft_s = times.first_token_s - times.arrival_s
-        self._ttft.observe(ttft_s)
-        self._count_slo("ttft", ttft_s, times.ttft_slo_s)
+        if not times.is_resumed:
+            ttft_s = times.first_token_s - times.arrival_s
+            self._ttft.observe(ttft_s)
+            self._count_slo("ttft", ttft_s, times.ttft_slo_s)
         self._e2e.observe(times.last_token_s - times.arrival_s)
         if num_tokens > 1:
             tpot_s = (times.last_token_s - times.first_token_s) / (num_tokens - 1)

@@ -31,7 +31,7 @@ def _times(metrics: RequestMetrics | None, num_tokens: int) -> dict[str, float |
     inference_ms = _ms(scheduled, last)
     return {
         "queue_time_ms": _ms(metrics.arrival_s if metrics else None, scheduled),
-        "time_to_first_token_ms": _ms(scheduled, first),
+        "time_to_first_token_ms": None if metrics and metrics.is_resumed else _ms(scheduled, first),
         "generation_time_ms": generation_ms,
         "mean_itl_ms": generation_ms / (num_tokens - 1) if generation_ms is not None and num_tokens > 1 else None,
         "tokens_per_second": num_tokens / inference_ms * 1e3 if inference_ms else None,

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
 
 from xllm_compile.runtime.outputs import RequestOutput
+from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.chat_formats import ChatFormats
@@ -93,18 +94,25 @@ class Service:
             self.metrics.count_request(api, outcome)
 
     async def generate(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, *, is_measured: bool = True
+        self,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        *,
+        resume: Resume | None = None,
+        is_measured: bool = True,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The engine's outputs of one prompt. Raises ApiError whatever the engine raised.
 
-        is_measured: it counts in /metrics, as what a client asked for and no part of it.
+        resume: what the request has generated elsewhere. is_measured: it counts in /metrics, as what a client asked
+        for and no part of it.
         """
         if request_id in self._open_ids:
             message = f"A request of id '{request_id}' is open; choose another."
             raise errors.ApiError(errors.ALREADY_EXISTS, message, param="request_id", code="request_id_in_use")
         self._open_ids.add(request_id)
         num_tokens = 0
-        outputs = self.engine.generate(request_id, token_ids, params)
+        outputs = self.engine.generate(request_id, token_ids, params, resume=resume)
         try:
             async for output in outputs:
                 if is_measured:

@@ -42,12 +42,14 @@ class Speculator:
         self._ended: deque[Speculation] = deque()
         self._stats = SpeculationStats(drafted_by_position=[0] * max_length, accepted_by_position=[0] * max_length)
 
-    def start(self, params: SamplingParams, prompt_token_ids: Sequence[int], max_output_tokens: int) -> Speculation:
+    def start(
+        self, params: SamplingParams, token_ids: Sequence[int], *, num_prompt_tokens: int, max_output_tokens: int
+    ) -> Speculation:
         """For a new sequence."""
         return Speculation(
             params=params,
-            token_ids=list(prompt_token_ids),
-            num_prompt_tokens=len(prompt_token_ids),
+            token_ids=list(token_ids),
+            num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=max_output_tokens,
         )
 

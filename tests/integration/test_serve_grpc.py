@@ -89,6 +89,26 @@ def test_token_ids_chat_and_logprobs(stub):
     assert answer.usage.completion_tokens == 4
 
 
+def test_a_request_goes_on_with_what_it_generated_elsewhere(stub):
+    (whole,) = stub.Generate(request_of(final_only=True))
+    tokens, text = list(whole.choices[0].token_ids), whole.choices[0].text
+    pieces = [choice for piece in stub.Generate(request_of()) for choice in piece.choices]
+    for num_pieces in range(len(pieces) + 1):
+        # A response may bring several tokens.
+        cut = sum(len(choice.token_ids) for choice in pieces[:num_pieces])
+        num_chars = sum(len(choice.text) for choice in pieces[:num_pieces])
+        resume = xllm_pb2.Resume(output_token_ids=tokens[:cut], num_text_chars=num_chars, reservation_id="gone")
+        *parts, last = stub.Generate(request_of(resume=resume))
+        choices = [choice for part in (*parts, last) for choice in part.choices]
+        assert [token for choice in choices for token in choice.token_ids] == tokens[cut:]
+        assert "".join(choice.text for choice in choices) == text[num_chars:]
+        assert choices[-1].finish_reason == xllm_pb2.FINISH_REASON_LENGTH
+        assert last.usage.completion_tokens == 16
+    beyond = xllm_pb2.Resume(output_token_ids=tokens, num_text_chars=1000)
+    assert code_of(stub.Generate(request_of(resume=beyond))) is grpc.StatusCode.INVALID_ARGUMENT
+    assert code_of(stub.Generate(request_of(n=2, resume=beyond))) is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_bad_requests_have_their_codes(stub):
     bad = xllm_pb2.SamplingParams(top_p=5)
     assert code_of(stub.Generate(xllm_pb2.GenerateRequest())) is grpc.StatusCode.INVALID_ARGUMENT

@@ -43,9 +43,9 @@ async def test_every_step_has_the_place_of_its_request(client, engine, monkeypat
     asked = []
     generate = engine.generate
 
-    def recorded(request_id, prompt, params):
+    def recorded(request_id, prompt, params, **others):
         asked.append((params.priority, params.offline))
-        return generate(request_id, prompt, params)
+        return generate(request_id, prompt, params, **others)
 
     monkeypatch.setattr(engine, "generate", recorded)
     await post(client, prompt="abc", max_tokens=2, n=2, priority=7)

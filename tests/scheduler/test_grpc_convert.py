@@ -3,10 +3,17 @@ import pytest
 from tests.scheduler.service_fixtures import MAX_MODEL_LEN
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob
 from xllm_compile.runtime.pooling import PoolingParams
+from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import RequestOutputKind
 from xllm_compile.runtime.structured_output import StructuredOutput
 from xllm_compile.scheduler.errors import ApiError
-from xllm_compile.scheduler.grpc_convert import choice_message, embedding_params_of, prompt_of, sampling_params_of
+from xllm_compile.scheduler.grpc_convert import (
+    choice_message,
+    embedding_params_of,
+    prompt_of,
+    resume_of,
+    sampling_params_of,
+)
 from xllm_compile.scheduler.proto import xllm_pb2
 
 
@@ -32,6 +39,13 @@ def test_set_fields_arrive_also_where_they_are_zero(service):
     assert (params.temperature, params.logprobs, params.seed, params.n, params.max_tokens) == (0.5, 0, -3, 2, 4)
     assert tuple(params.stop) == ("a",)
     assert dict(params.logit_bias) == {7: 1.5}
+
+
+def test_resume_is_there_or_not():
+    assert resume_of(xllm_pb2.GenerateRequest()) is None
+    resume = xllm_pb2.Resume(output_token_ids=[5, 6], num_text_chars=3, reservation_id="r")
+    found = resume_of(xllm_pb2.GenerateRequest(resume=resume))
+    assert found == Resume(output_token_ids=[5, 6], num_text_chars=3, reservation_id="r")
 
 
 def test_scheduling_wishes(service):

@@ -52,6 +52,20 @@ async def test_many_requests_share_a_stream(stub):
     assert not failures
 
 
+async def test_a_resumed_request_goes_on(stub):
+    stream = stub.Run()
+    request = start("a", b"ab")
+    request.start.resume.CopyFrom(xllm_pb2.Resume(output_token_ids=list(b"cd"), num_text_chars=2))
+    await stream.write(request)
+    text = ""
+    while True:
+        (output,) = (await stream.read()).outputs
+        text += output.choices[0].text
+        if output.HasField("usage"):
+            break
+    assert text == "ef" and output.usage.completion_tokens == 4
+
+
 async def test_a_bad_request_fails_alone(stub):
     stream = stub.Run()
     await stream.write(start("long", b"a", max_tokens=MAX_MODEL_LEN + 1))
