@@ -117,7 +117,11 @@ async def _abort(context: Any, err: Exception) -> None:
     error = to_api_error(err)
     if error.code == "internal_error":
         logger.error("a gRPC call failed", exc_info=err)
-    metadata = [("error-code", error.code), ("error-param", error.param)]
+    metadata = [
+        ("error-status", str(error.kind.status)),
+        ("error-code", error.code),
+        ("error-param", error.param),
+    ]
     if error.retry_after_s is not None:
         metadata.append(("retry-after", str(error.retry_after_s)))
     pairs: list[tuple[str, str | bytes]] = [(key, value) for key, value in metadata if value is not None]

@@ -1,8 +1,9 @@
-"""Details of a gRPC error, as Google's error model has them."""
+"""Between ApiError and what gRPC says of an error: status code, trailing metadata, Google's error details."""
 
 import grpc
+import grpc.aio
 
-from xllm_compile.scheduler.errors import ApiError
+from xllm_compile.scheduler.errors import KINDS_BY_STATUS, ApiError
 
 DETAILS_KEY = "grpc-status-details-bin"
 """The trailing metadata in which clients of every language look for google.rpc.Status."""
@@ -19,3 +20,18 @@ def retry_details(error: ApiError) -> bytes:
     status = Status(code=code, message=error.message)
     status.details.add().Pack(RetryInfo(retry_delay=Duration(seconds=error.retry_after_s or 0)))
     return bytes(status.SerializeToString())
+
+
+def api_error_of(err: grpc.aio.AioRpcError) -> ApiError | None:
+    """What a server of ours said; None where it is gRPC that speaks: there was no answer."""
+    details = {key: value for key, value in err.trailing_metadata() or () if isinstance(value, str)}
+    if "error-status" not in details:
+        return None
+    retry_after = details.get("retry-after")
+    return ApiError(
+        KINDS_BY_STATUS[int(details["error-status"])],
+        err.details() or "",
+        param=details.get("error-param"),
+        code=details.get("error-code"),
+        retry_after_s=None if retry_after is None else int(retry_after),
+    )

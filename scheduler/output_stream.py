@@ -72,7 +72,7 @@ class OutputStream:
                 choice.index = index
                 self._pending[index] = choice
             else:
-                _join(held, choice)
+                join_output(held, choice)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -112,7 +112,8 @@ class OutputStream:
         return choices
 
 
-def _join(held: CompletionOutput, new: CompletionOutput) -> None:
+def join_output(held: CompletionOutput, new: CompletionOutput) -> None:
+    """Add what is new of a completion to what there is of it."""
     held.text += new.text
     held.token_ids = held.token_ids + new.token_ids
     if new.logprobs is not None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from xllm_compile.runtime.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics
+from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.structured_output import StructuredOutput
 from xllm_compile.scheduler import errors
@@ -58,6 +59,15 @@ def generate_message(request_id: str, prompt: Sequence[int], params: SamplingPar
     )
     return xllm_pb2.GenerateRequest(
         request_id=request_id, token_ids=xllm_pb2.TokenIds(ids=prompt), sampling=sampling, scheduling=scheduling
+    )
+
+
+def embed_message(prompt: Sequence[int], pooling: PoolingParams) -> Any:
+    return xllm_pb2.EmbedRequest(
+        token_ids=xllm_pb2.TokenIds(ids=prompt),
+        pooling=xllm_pb2.POOLING_MEAN if pooling.pooling == "mean" else xllm_pb2.POOLING_LAST,
+        keep_length=not pooling.normalize,
+        dimensions=pooling.dimensions,
     )
 
 

@@ -1,0 +1,78 @@
+"""The instances of a service as one gateway sees them: who is a member, how each fares, and a link to each."""
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+
+from xllm_compile.scheduler.cluster.instance_link import InstanceLink
+from xllm_compile.scheduler.cluster.state import Health, Instance, InstanceInfo, Pool, Role
+
+_POOLS = {Role.PREFILL: Pool.PREFILL, Role.DECODE: Pool.DECODE}
+
+
+class Cluster:
+    """Belongs to one event loop."""
+
+    def __init__(self, *, api_key: str | None = None) -> None:
+        """api_key is what the instances ask for."""
+        self._api_key = api_key
+        self._links: dict[str, InstanceLink] = {}
+        self._health: dict[str, Health] = {}
+        self._pools: dict[str, Pool] = {}
+        self._changed = asyncio.Event()
+
+    async def update(self, members: Iterable[tuple[InstanceInfo, Health]]) -> None:
+        """Take over who the registry says is there. A name with a new incarnation is another instance."""
+        known = {info.name: (info, health) for info, health in members}
+        for name, link in list(self._links.items()):
+            if name not in known or known[name][0].incarnation != link.info.incarnation:
+                del self._links[name]
+                await link.close()
+        for name, (info, health) in known.items():
+            self._health[name] = health
+            if name not in self._links:
+                self._links[name] = link = InstanceLink(info, api_key=self._api_key, on_report=self._notify)
+                await link.start()
+        self._notify()
+
+    def set_pools(self, pools: Mapping[str, Pool]) -> None:
+        """What instances do now, by name; of those without, their role says."""
+        self._pools = dict(pools)
+        self._notify()
+
+    async def close(self) -> None:
+        await self.update(())
+
+    def link(self, name: str) -> InstanceLink | None:
+        return self._links.get(name)
+
+    def instances(self) -> tuple[Instance, ...]:
+        """As of now. One that does not report is SUSPECT, whatever the registry says."""
+        now = time.monotonic()
+        return tuple(
+            Instance(
+                info=link.info,
+                health=self._health[name] if link.is_up else Health.SUSPECT,
+                pool=self._pools.get(name, _POOLS.get(link.info.role, Pool.DECODE)),
+                load=link.load,
+                load_age_s=now - link.reported_s,
+            )
+            for name, link in self._links.items()
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether some instance takes work: any can both prefill and decode."""
+        return any(instance.takes_work for instance in self.instances())
+
+    async def wait_changed(self, timeout_s: float) -> None:
+        """Until something changed since the call, or the time is over."""
+        changed = self._changed
+        try:
+            await asyncio.wait_for(changed.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

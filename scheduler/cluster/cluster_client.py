@@ -1,0 +1,132 @@
+"""Many instances behind the interface of one engine (engine_client.py)."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import NoReturn
+
+from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
+from xllm_compile.runtime.outputs import CompletionOutput, EngineStats, RequestOutput
+from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.cluster.cluster import Cluster
+from xllm_compile.scheduler.cluster.completion import Completion, FailoverConfig, Place, least_loaded
+from xllm_compile.scheduler.cluster.request_outputs import RequestOutputs
+from xllm_compile.scheduler.cluster.token_log import TokenLog
+from xllm_compile.scheduler.tasks import cancel_all
+
+
+class ClusterClient:
+    """Belongs to one event loop. Requests are lists of token ids: the gateway has tokenised them."""
+
+    is_paused = is_sleeping = False
+
+    def __init__(self, cluster: Cluster, *, place: Place = least_loaded, config: FailoverConfig | None = None) -> None:
+        self._cluster = cluster
+        self._place = place
+        self._config = config or FailoverConfig()
+        self._open: dict[str, list[Completion]] = {}
+
+    @property
+    def is_healthy(self) -> bool:
+        return self._cluster.is_ready
+
+    async def generate(
+        self, request_id: str, prompt: str | list[int], params: SamplingParams
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs as an engine gives them. Raises ApiError."""
+        assert not isinstance(prompt, str), "the gateway tokenises"
+        request = RequestOutputs(request_id, prompt, params)
+        completions = [
+            Completion(self._cluster, self._place, TokenLog(prompt, params, index), request.metrics, self._config)
+            for index in range(params.n)
+        ]
+        if params.pooling is not None:
+            yield request.embedded(await completions[0].embedding(params.pooling))
+            return
+        self._open[request_id] = completions
+        try:
+            async with aclosing(_merge(completions)) as outputs:
+                async for completion, output in outputs:
+                    made = request.take(completion, output)
+                    if made is not None:
+                        yield made
+        finally:
+            del self._open[request_id]
+
+    async def abort(self, request_id: str) -> None:
+        for completion in self._open.get(request_id, ()):
+            completion.abort()
+
+    def stats(self) -> EngineStats:
+        """Sums over the instances, as they last reported."""
+        instances = self._cluster.instances()
+        return EngineStats(
+            num_running=sum(each.load.num_running for each in instances),
+            num_waiting=sum(each.load.num_waiting for each in instances),
+            kv_tokens_used=sum(each.load.kv_tokens_used for each in instances),
+            kv_tokens_total=sum(each.info.kv_tokens_total for each in instances),
+        )
+
+    async def drain(self, timeout_s: float) -> bool:
+        """The service has stopped taking requests. Aborts those that are open after timeout_s."""
+        deadline = time.monotonic() + timeout_s
+        while self._open and time.monotonic() < deadline:
+            await self._cluster.wait_changed(deadline - time.monotonic())
+        was_idle = not self._open
+        for request_id in list(self._open):
+            await self.abort(request_id)
+        return was_idle
+
+    async def pause(self, mode: PauseMode) -> None:
+        _refuse()
+
+    def resume(self) -> None:
+        _refuse()
+
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
+        _refuse()
+
+    def wake_up(self) -> None:
+        _refuse()
+
+
+def _refuse() -> NoReturn:
+    message = "A gateway computes nothing itself; pause its instances, or put them to sleep, one by one."
+    raise errors.ApiError(errors.METHOD_NOT_ALLOWED, message, code="gateway")
+
+
+async def _merge(
+    completions: Sequence[Completion],
+) -> AsyncGenerator[tuple[Completion, CompletionOutput], None]:
+    """The outputs of all as they come. The first error ends them all."""
+    if len(completions) == 1:
+        async with aclosing(completions[0].outputs()) as outputs:
+            async for output in outputs:
+                yield completions[0], output
+        return
+    arrived: asyncio.Queue[tuple[Completion, CompletionOutput] | Exception | None] = asyncio.Queue()
+
+    async def pump(completion: Completion) -> None:
+        try:
+            async with aclosing(completion.outputs()) as outputs:
+                async for output in outputs:
+                    arrived.put_nowait((completion, output))
+            arrived.put_nowait(None)
+        except Exception as err:
+            arrived.put_nowait(err)
+
+    tasks = [asyncio.create_task(pump(completion)) for completion in completions]
+    num_left = len(tasks)
+    try:
+        while num_left:
+            item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_left -= 1
+            else:
+                yield item
+    finally:
+        await cancel_all(tasks)

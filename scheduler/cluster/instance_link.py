@@ -1,0 +1,217 @@
+"""One instance as a gateway talks to it: its load as it reports it, and many requests on one stream."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from xllm_compile.scheduler.cluster.generate_messages import api_error
+from xllm_compile.scheduler.cluster.instance_messages import load_of
+from xllm_compile.scheduler.cluster.state import InstanceInfo, InstanceLoad
+from xllm_compile.scheduler.grpc_errors import api_error_of
+from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
+from xllm_compile.scheduler.tasks import cancel_all
+
+logger = logging.getLogger(__name__)
+
+LOAD_PERIOD_MS = 250
+# A report that is so late means that the instance, or the way to it, stands still: what it has is done elsewhere.
+SILENCE_S = 3.0
+_RETRY_S = 0.2
+_MAX_MESSAGE_BYTES = 64 << 20
+
+
+class InstanceLostError(Exception):
+    """The instance is gone, or does not answer. What a request had until then is with its caller."""
+
+
+class InstanceLink:
+    """Belongs to one event loop, between `start` and `close`."""
+
+    def __init__(
+        self, info: InstanceInfo, *, api_key: str | None = None, on_report: Callable[[], None] = lambda: None
+    ) -> None:
+        """on_report is called after each report of the instance's load, and when it is lost."""
+        self.info = info
+        self.load = InstanceLoad()
+        self.reported_s = 0.0
+        """When `load` arrived, on the monotonic clock."""
+        self.is_up = False
+        """Whether it reports."""
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._on_report = on_report
+        self._runs: dict[str, _Run] = {}
+        self._stream: Any = None
+        self._writing = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def num_open(self) -> int:
+        """Requests of this gateway."""
+        return len(self._runs)
+
+    async def start(self) -> None:
+        options = (("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),)
+        self._channel = grpc.aio.insecure_channel(self.info.address, options)
+        self._instance = xllm_pb2_grpc.InstanceStub(self._channel)
+        self._inference = xllm_pb2_grpc.InferenceStub(self._channel)
+        self._tasks = [asyncio.create_task(self._watch_load())]
+
+    async def close(self) -> None:
+        """Its open requests end with InstanceLostError."""
+        self._lose("it left")
+        await cancel_all(self._tasks)
+        await self._channel.close()
+
+    async def embed(self, request: Any) -> Any:
+        """The answer to an EmbedRequest. Raises ApiError where the instance refuses, InstanceLostError."""
+        return await self._call(self._inference.Embed, request)
+
+    async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        try:
+            return await method(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as err:
+            error = api_error_of(err)
+            if error is None:
+                raise InstanceLostError(f"{self.info.name}: {_reason(err)}") from err
+            raise error from err
+
+    async def run(self, request: Any) -> AsyncGenerator[Any, None]:
+        """GenerateResponses of a GenerateRequest until its last one; leaving early cancels it.
+
+        Raises ApiError where the instance refuses, InstanceLostError.
+        """
+        run = _Run()
+        name = request.request_id
+        self._runs[name] = run
+        try:
+            await self._write(xllm_pb2.RunRequest(start=request))
+            while not run.is_over:
+                response = await run.next()
+                run.is_over = response.HasField("usage")
+                yield response
+        finally:
+            del self._runs[name]
+            if not run.is_over:
+                self._spawn(self._cancel(name))
+
+    def abort(self, name: str) -> None:
+        """End a request of `run` here: its last response says so."""
+        run = self._runs.get(name)
+        if run is not None:
+            aborted = xllm_pb2.Choice(finish_reason=xllm_pb2.FINISH_REASON_ABORT)
+            run.put(xllm_pb2.GenerateResponse(request_id=name, choices=[aborted], usage=xllm_pb2.Usage()))
+            self._spawn(self._cancel(name))
+
+    async def _cancel(self, name: str) -> None:
+        # With its stream an instance has ended all that came on it.
+        if self._stream is not None:
+            with contextlib.suppress(InstanceLostError):
+                await self._write(xllm_pb2.RunRequest(cancel=name))
+
+    async def _write(self, message: Any) -> None:
+        async with self._writing:
+            if self._stream is None:
+                self._stream = self._instance.Run(metadata=self._metadata)
+                self._spawn(self._read(self._stream))
+            stream = self._stream
+            try:
+                await stream.write(message)
+            except (grpc.RpcError, asyncio.InvalidStateError) as err:
+                self._lose_stream(stream, _reason(err))
+                raise InstanceLostError(f"{self.info.name}: {_reason(err)}") from err
+
+    async def _read(self, stream: Any) -> None:
+        reason = "it ended the stream"
+        try:
+            async for message in stream:
+                for response in message.outputs:
+                    run = self._runs.get(response.request_id)
+                    if run is not None:
+                        run.put(response)
+                for failure in message.failures:
+                    run = self._runs.get(failure.request_id)
+                    if run is not None:
+                        run.fail(api_error(failure))
+        except grpc.RpcError as err:
+            reason = _reason(err)
+        self._lose_stream(stream, reason)
+
+    async def _watch_load(self) -> None:
+        request = xllm_pb2.WatchLoadRequest(period_ms=LOAD_PERIOD_MS)
+        while True:
+            reason = "it ended the reports"
+            try:
+                reports = self._instance.WatchLoad(request, metadata=self._metadata)
+                while (report := await asyncio.wait_for(reports.read(), SILENCE_S)) is not grpc.aio.EOF:
+                    if report.incarnation != self.info.incarnation:
+                        reason = "another instance has its address"
+                        break
+                    self.load, self.reported_s, self.is_up = load_of(report), time.monotonic(), True
+                    self._on_report()
+                reports.cancel()
+            except TimeoutError:
+                reports.cancel()
+                reason = f"no report for {SILENCE_S:g} s"
+            except grpc.RpcError as err:
+                reason = _reason(err)
+            self._lose(reason)
+            await asyncio.sleep(_RETRY_S)
+
+    def _lose(self, reason: str) -> None:
+        if self.is_up:
+            logger.warning("instance %s is lost: %s", self.info.name, reason)
+            self.is_up = False
+            self._on_report()
+        self._lose_stream(self._stream, reason)
+
+    def _lose_stream(self, stream: Any, reason: str) -> None:
+        if stream is None or stream is not self._stream:
+            return
+        self._stream = None
+        stream.cancel()
+        for run in self._runs.values():
+            run.fail(InstanceLostError(f"{self.info.name}: {reason}"))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
+
+
+class _Run:
+    """What arrives for one request."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._items: deque[Any] = deque()
+        self._has_items = asyncio.Event()
+
+    def put(self, item: Any) -> None:
+        self._items.append(item)
+        self._has_items.set()
+
+    def fail(self, error: Exception) -> None:
+        self.put(error)
+
+    async def next(self) -> Any:
+        while not self._items:
+            self._has_items.clear()
+            await self._has_items.wait()
+        item = self._items.popleft()
+        if isinstance(item, Exception):
+            self.is_over = not isinstance(item, InstanceLostError)
+            raise item
+        return item
+
+
+def _reason(err: Exception) -> str:
+    if isinstance(err, grpc.aio.AioRpcError):
+        return f"{err.code().name} {err.details()}"
+    return repr(err)

@@ -1,0 +1,53 @@
+"""What a client has of one completion: enough for any instance to go on with it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from xllm_compile.runtime.outputs import CompletionOutput
+from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.scheduler.cluster.generate_messages import completion_of, generate_message
+from xllm_compile.scheduler.proto import xllm_pb2
+
+
+class TokenLog:
+    """The request of one completion and the tokens it has brought so far, from whichever instances."""
+
+    def __init__(self, prompt: Sequence[int], params: SamplingParams, index: int) -> None:
+        # The engine tells the completions of a seeded request apart in the same way.
+        seed = None if params.seed is None else params.seed + index
+        self._message = generate_message("", prompt, params, seed)
+        if index > 0:
+            # One of them brings those of the prompt.
+            self._message.sampling.ClearField("prompt_logprobs")
+        self.index = index
+        self.prompt = prompt
+        self.token_ids: list[int] = []
+        self._num_text_chars = 0
+        self._cumulative_logprob: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output."""
+        return len(self.prompt) + len(self.token_ids)
+
+    def request(self, request_id: str) -> Any:
+        """A GenerateRequest for what is left."""
+        message = xllm_pb2.GenerateRequest()
+        message.CopyFrom(self._message)
+        message.request_id = request_id
+        if self.token_ids:
+            message.resume.output_token_ids.extend(self.token_ids)
+            message.resume.num_text_chars = self._num_text_chars
+            message.sampling.ClearField("prompt_logprobs")
+        return message
+
+    def take(self, choice: Any) -> CompletionOutput:
+        """What is new with this Choice."""
+        output = completion_of(choice, self.index)
+        self.token_ids += output.token_ids
+        self._num_text_chars += len(output.text)
+        if output.logprobs is not None:
+            chosen = (entry[token] for token, entry in zip(output.token_ids, output.logprobs, strict=True))
+            self._cumulative_logprob = sum((each.logprob for each in chosen), self._cumulative_logprob or 0.0)
+        output.cumulative_logprob = self._cumulative_logprob
+        return output

@@ -1,0 +1,117 @@
+"""Instances with counting engines behind real gRPC, and the gateway's side of them, on one event loop."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from tests.scheduler.service_fixtures import MAX_MODEL_LEN, CountingRunner, counting_engine
+from xllm_compile.runtime.async_engine import AsyncEngine
+from xllm_compile.runtime.engine_config import EngineConfig
+from xllm_compile.scheduler.cluster.cluster import Cluster
+from xllm_compile.scheduler.cluster.cluster_client import ClusterClient
+from xllm_compile.scheduler.cluster.completion import FailoverConfig
+from xllm_compile.scheduler.cluster.instance_messages import load_message
+from xllm_compile.scheduler.cluster.state import Health, InstanceInfo, InstanceLoad, Role
+from xllm_compile.scheduler.grpc_api import InferenceServicer
+from xllm_compile.scheduler.instance_api import InstanceServicer
+from xllm_compile.scheduler.proto import xllm_pb2_grpc
+from xllm_compile.scheduler.service import Service
+
+_incarnations = itertools.count()
+
+
+class ReportingServicer(InstanceServicer):
+    incarnation = ""
+    is_silent = False
+
+    async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        while True:
+            if not self.is_silent:
+                stats = self._service.engine.stats()
+                load = InstanceLoad(
+                    num_running=stats.num_running, num_waiting=stats.num_waiting, is_draining=self._service.is_draining
+                )
+                yield load_message(load, incarnation=self.incarnation)
+            await asyncio.sleep(0.02)
+
+
+class FakeInstance:
+    """An instance but for its model, in this process."""
+
+    def __init__(self, name: str, role: Role = Role.MIX, **config: Any) -> None:
+        self.name = name
+        self.role = role
+        self.runner = CountingRunner()
+        self.engine = AsyncEngine(counting_engine(self.runner, EngineConfig(**config)))
+        self.service = Service(
+            engine=self.engine,
+            tokenizer=self.engine.engine.tokenizer,
+            model_names=("counter",),
+            max_model_len=MAX_MODEL_LEN,
+            version="0",
+        )
+
+    async def start(self, port: int = 0) -> None:
+        self.servicer = ReportingServicer(self.service)
+        self.servicer.incarnation = str(next(_incarnations))
+        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        xllm_pb2_grpc.add_InstanceServicer_to_server(self.servicer, self._server)
+        xllm_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self.service), self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """As a killed process looks to others."""
+        await self._server.stop(None)
+
+    async def close(self) -> None:
+        await self.stop()
+        self.runner.gate.set()
+        await asyncio.to_thread(self.engine.shutdown)
+
+    @property
+    def info(self) -> InstanceInfo:
+        return InstanceInfo(
+            name=self.name,
+            incarnation=self.servicer.incarnation,
+            role=self.role,
+            address=f"127.0.0.1:{self.port}",
+            model_names=("counter",),
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            kv_tokens_total=1024,
+        )
+
+
+class FakeCluster:
+    """Instances, and a client of them."""
+
+    def __init__(self, instances: dict[str, FakeInstance], config: FailoverConfig) -> None:
+        self.instances = instances
+        self.cluster = Cluster()
+        self.client = ClusterClient(self.cluster, config=config)
+
+    async def start(self) -> None:
+        for instance in self.instances.values():
+            await instance.start()
+        await self.register()
+        await self.until(lambda: all(each.takes_work for each in self.cluster.instances()))
+
+    async def register(self, *names: str) -> None:
+        """Have these be the members, or all."""
+        members = [self.instances[name].info for name in names or self.instances]
+        await self.cluster.update([(info, Health.ACTIVE) for info in members])
+
+    async def until(self, is_so: Any) -> None:
+        async with asyncio.timeout(10):
+            while not is_so():
+                await self.cluster.wait_changed(1)
+
+    async def close(self) -> None:
+        await self.cluster.close()
+        for instance in self.instances.values():
+            await instance.close()

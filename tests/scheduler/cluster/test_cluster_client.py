@@ -1,0 +1,191 @@
+import asyncio
+from contextlib import aclosing
+
+import numpy as np
+import pytest
+
+from xllm_compile.runtime.pooling import PoolingParams
+from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams, embedding_params
+from xllm_compile.scheduler.cluster.completion import FailoverConfig
+from xllm_compile.scheduler.cluster.state import Health
+from xllm_compile.scheduler.errors import ApiError
+
+
+def params_of(**fields):
+    given = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 4, "output_kind": RequestOutputKind.DELTA}
+    return SamplingParams(**given | fields)
+
+
+async def generate(cluster, request_id="r", prompt=b"ab", **fields):
+    async with aclosing(cluster.client.generate(request_id, list(prompt), params_of(**fields))) as outputs:
+        return [output async for output in outputs]
+
+
+def text_of(outputs, index=0):
+    return "".join(choice.text for output in outputs for choice in output.outputs if choice.index == index)
+
+
+def running(cluster, name):
+    return cluster.instances[name].engine.stats().num_running
+
+
+async def test_the_tokens_of_one_instance(make_cluster):
+    cluster = await make_cluster(a={})
+    outputs = await generate(cluster, logprobs=0)
+    assert text_of(outputs) == "cdef"
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    last = outputs[-1]
+    assert last.outputs[0].finish_reason == "length"
+    assert last.outputs[0].cumulative_logprob == pytest.approx(
+        sum(
+            logprob[token].logprob
+            for output in outputs
+            for choice in output.outputs
+            for token, logprob in zip(choice.token_ids, choice.logprobs, strict=True)
+        )
+    )
+    metrics = last.metrics
+    assert metrics.arrival_s <= metrics.scheduled_s <= metrics.first_token_s <= metrics.last_token_s
+    assert metrics.graph_steps["exact"] > 0
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE])
+async def test_output_kinds(make_cluster, kind):
+    cluster = await make_cluster(a={})
+    outputs = await generate(cluster, n=2, output_kind=kind)
+    assert outputs[-1].finished
+    assert [choice.text for choice in outputs[-1].outputs] == ["cdef", "cdef"]
+    if kind is RequestOutputKind.FINAL_ONLY:
+        assert len(outputs) == 1
+
+
+async def test_prompt_logprobs_come_once(make_cluster):
+    cluster = await make_cluster(a={})
+    outputs = await generate(cluster, n=2, prompt=b"abc", prompt_logprobs=1, output_kind=RequestOutputKind.FINAL_ONLY)
+    found = outputs[-1].prompt_logprobs
+    assert found[0] is None
+    assert [list(entries) for entries in found[1:]] == [[ord("b")], [ord("c")]]
+
+
+async def test_requests_spread_over_instances(make_cluster):
+    cluster = await make_cluster(a={}, b={})
+    for instance in cluster.instances.values():
+        instance.runner.gate.clear()
+    first = asyncio.create_task(generate(cluster, "1"))
+    await cluster.until(lambda: sum(each.load.num_running for each in cluster.cluster.instances()) == 1)
+    second = asyncio.create_task(generate(cluster, "2"))
+    await cluster.until(lambda: [each.load.num_running for each in cluster.cluster.instances()] == [1, 1])
+    for instance in cluster.instances.values():
+        instance.runner.gate.set()
+    assert [text_of(outputs) for outputs in await asyncio.gather(first, second)] == ["cdef", "cdef"]
+
+
+async def test_an_embedding(make_cluster):
+    cluster = await make_cluster(a={})
+    params = embedding_params(PoolingParams(normalize=False))
+    outputs = [output async for output in cluster.client.generate("r", [7, 8], params)]
+    np.testing.assert_array_equal(outputs[0].embedding, [3.0, 4.0, 8.0])
+    assert outputs[0].finished
+
+
+async def test_an_instance_that_refuses_gives_way_to_another(make_cluster):
+    cluster = await make_cluster(a={"max_waiting": 1}, b={})
+    full = cluster.instances["a"]
+    full.service.is_draining = True
+    assert text_of(await generate(cluster)) == "cdef"
+
+
+async def test_when_all_refuse_the_client_hears_when_to_come_back(make_cluster):
+    cluster = await make_cluster(a={"max_waiting": 1})
+    with pytest.raises(ApiError) as caught:
+        await generate(cluster, n=8)
+        await asyncio.gather(*(generate(cluster, str(index), n=8, max_tokens=100) for index in range(8)))
+    assert caught.value.kind.status == 429
+    assert caught.value.retry_after_s >= 1
+
+
+async def test_a_mistake_of_the_client_is_told_as_it_is(make_cluster):
+    cluster = await make_cluster(a={}, b={})
+    with pytest.raises(ApiError) as caught:
+        await generate(cluster, max_tokens=1000)
+    assert (caught.value.kind.status, caught.value.code) == (400, "context_length_exceeded")
+
+
+async def test_without_instances_a_request_waits_then_fails(make_cluster):
+    cluster = await make_cluster(failover=FailoverConfig(wait_s=0.01), a={})
+    await cluster.cluster.update([])
+    with pytest.raises(ApiError) as caught:
+        await generate(cluster)
+    assert (caught.value.kind.status, caught.value.code) == (503, "no_instance")
+    assert not cluster.client.is_healthy
+
+
+async def test_a_request_waits_for_the_first_instance(make_cluster):
+    cluster = await make_cluster(a={})
+    await cluster.cluster.update([])
+    waiting = asyncio.create_task(generate(cluster))
+    await asyncio.sleep(0)
+    await cluster.register()
+    assert text_of(await waiting) == "cdef"
+
+
+async def test_abort_ends_a_running_request(make_cluster):
+    cluster = await make_cluster(a={})
+    cluster.instances["a"].runner.gate.clear()
+    task = asyncio.create_task(generate(cluster, max_tokens=100))
+    await cluster.until(lambda: running(cluster, "a") == 1)
+    await cluster.client.abort("r")
+    outputs = await task
+    assert outputs[-1].finished and outputs[-1].outputs[0].finish_reason == "abort"
+    cluster.instances["a"].runner.gate.set()
+    assert await cluster.instances["a"].service.limiter.wait_idle(10)
+
+
+async def test_a_client_that_leaves_frees_its_instance(make_cluster):
+    cluster = await make_cluster(a={})
+    cluster.instances["a"].runner.gate.clear()
+    task = asyncio.create_task(generate(cluster, max_tokens=100))
+    await cluster.until(lambda: running(cluster, "a") == 1)
+    task.cancel()
+    await asyncio.wait([task])
+    cluster.instances["a"].runner.gate.set()
+    assert await cluster.instances["a"].service.limiter.wait_idle(10)
+
+
+async def test_an_instance_that_is_gone_before_its_first_token(make_cluster):
+    cluster = await make_cluster(a={}, b={})
+    for instance in cluster.instances.values():
+        instance.runner.gate.clear()
+    task = asyncio.create_task(generate(cluster))
+    await cluster.until(lambda: running(cluster, "a") + running(cluster, "b") == 1)
+    gone, other = ("a", "b") if running(cluster, "a") else ("b", "a")
+    cluster.instances[other].runner.gate.set()
+    await cluster.instances[gone].stop()
+    assert text_of(await task) == "cdef"
+
+
+async def test_a_silent_instance_is_no_place(make_cluster, monkeypatch):
+    monkeypatch.setattr("xllm_compile.scheduler.cluster.instance_link.SILENCE_S", 0.2)
+    cluster = await make_cluster(a={}, b={})
+    cluster.instances["a"].servicer.is_silent = True
+    await cluster.until(lambda: [each.health for each in cluster.cluster.instances()][0] is Health.SUSPECT)
+    assert [text_of(await generate(cluster, str(index))) for index in range(3)] == ["cdef"] * 3
+    assert cluster.instances["a"].runner.num_steps == 0
+    cluster.instances["a"].servicer.is_silent = False
+    await cluster.until(lambda: all(each.takes_work for each in cluster.cluster.instances()))
+
+
+async def test_a_request_that_ends_its_instances_is_given_up(make_cluster):
+    cluster = await make_cluster(failover=FailoverConfig(max_losses=2, wait_s=10), a={}, b={}, c={})
+    for instance in cluster.instances.values():
+        instance.runner.gate.clear()
+    task = asyncio.create_task(generate(cluster))
+    left = set(cluster.instances)
+    for _ in range(2):
+        await cluster.until(lambda: any(running(cluster, name) for name in left))
+        name = next(name for name in left if running(cluster, name))
+        left.remove(name)
+        await cluster.instances[name].stop()
+    with pytest.raises(ApiError) as caught:
+        await task
+    assert caught.value.code == "instances_lost"
