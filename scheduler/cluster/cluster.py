@@ -2,20 +2,24 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink
 from xllm_compile.scheduler.cluster.state import Health, Instance, InstanceInfo, Pool, Role
 
-_POOLS = {Role.PREFILL: Pool.PREFILL, Role.DECODE: Pool.DECODE}
+_POOLS = {Role.MIX: Pool.MIX, Role.PREFILL: Pool.PREFILL, Role.DECODE: Pool.DECODE}
+
+Doubt = Callable[[str, str], None]
+"""Of name and incarnation."""
 
 
 class Cluster:
     """Belongs to one event loop."""
 
-    def __init__(self, *, api_key: str | None = None) -> None:
-        """api_key is what the instances ask for."""
+    def __init__(self, *, api_key: str | None = None, doubt: Doubt = lambda name, incarnation: None) -> None:
+        """api_key is what the instances ask for; doubt is told of an instance that was lost."""
         self._api_key = api_key
+        self._doubt = doubt
         self._links: dict[str, InstanceLink] = {}
         self._health: dict[str, Health] = {}
         self._pools: dict[str, Pool] = {}
@@ -31,17 +35,21 @@ class Cluster:
         for name, (info, health) in known.items():
             self._health[name] = health
             if name not in self._links:
-                self._links[name] = link = InstanceLink(info, api_key=self._api_key, on_report=self._notify)
+                self._links[name] = link = InstanceLink(info, api_key=self._api_key, on_report=self.notify)
                 await link.start()
-        self._notify()
+        self.notify()
 
     def set_pools(self, pools: Mapping[str, Pool]) -> None:
         """What instances do now, by name; of those without, their role says."""
         self._pools = dict(pools)
-        self._notify()
+        self.notify()
 
     async def close(self) -> None:
         await self.update(())
+
+    def doubt(self, link: InstanceLink) -> None:
+        """A request lost it."""
+        self._doubt(link.info.name, link.info.incarnation)
 
     def link(self, name: str) -> InstanceLink | None:
         return self._links.get(name)
@@ -53,7 +61,7 @@ class Cluster:
             Instance(
                 info=link.info,
                 health=self._health[name] if link.is_up else Health.SUSPECT,
-                pool=self._pools.get(name, _POOLS.get(link.info.role, Pool.DECODE)),
+                pool=self._pools.get(name, _POOLS.get(link.info.role, Pool.MIX)),
                 load=link.load,
                 load_age_s=now - link.reported_s,
             )
@@ -73,6 +81,7 @@ class Cluster:
         except TimeoutError:
             return
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Wake those in `wait_changed`."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

@@ -11,7 +11,8 @@ from xllm_compile.runtime.outputs import CompletionOutput, EngineStats, RequestO
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.cluster import Cluster
-from xllm_compile.scheduler.cluster.completion import Completion, FailoverConfig, Place, least_loaded
+from xllm_compile.scheduler.cluster.completion import Completion, FailoverConfig
+from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.request_outputs import RequestOutputs
 from xllm_compile.scheduler.cluster.token_log import TokenLog
 from xllm_compile.scheduler.tasks import cancel_all
@@ -22,15 +23,20 @@ class ClusterClient:
 
     is_paused = is_sleeping = False
 
-    def __init__(self, cluster: Cluster, *, place: Place = least_loaded, config: FailoverConfig | None = None) -> None:
+    def __init__(self, cluster: Cluster, *, placer: Placer | None = None, config: FailoverConfig | None = None) -> None:
         self._cluster = cluster
-        self._place = place
+        self._placer = placer or Placer()
         self._config = config or FailoverConfig()
         self._open: dict[str, list[Completion]] = {}
 
     @property
     def is_healthy(self) -> bool:
         return self._cluster.is_ready
+
+    @property
+    def num_open(self) -> int:
+        """Requests that generate."""
+        return len(self._open)
 
     async def generate(
         self, request_id: str, prompt: str | list[int], params: SamplingParams
@@ -39,7 +45,7 @@ class ClusterClient:
         assert not isinstance(prompt, str), "the gateway tokenises"
         request = RequestOutputs(request_id, prompt, params)
         completions = [
-            Completion(self._cluster, self._place, TokenLog(prompt, params, index), request.metrics, self._config)
+            Completion(self._cluster, self._placer, TokenLog(prompt, params, index), request.metrics, self._config)
             for index in range(params.n)
         ]
         if params.pooling is not None:

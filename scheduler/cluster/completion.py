@@ -1,10 +1,10 @@
-"""One completion on a cluster: placed, and placed again where its instance is lost."""
+"""One completion on a cluster: placed, handed over, and placed again where an instance is lost or refuses."""
 
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,12 @@ from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.cluster import Cluster
 from xllm_compile.scheduler.cluster.generate_messages import count_metrics, embed_message, prompt_logprobs_of
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink, InstanceLostError
-from xllm_compile.scheduler.cluster.state import Instance
+from xllm_compile.scheduler.cluster.placer import Placer
+from xllm_compile.scheduler.cluster.state import Instance, Placement
 from xllm_compile.scheduler.cluster.token_log import TokenLog
+from xllm_compile.scheduler.proto import xllm_pb2
 
 logger = logging.getLogger(__name__)
-
-Place = Callable[[Sequence[Instance], TokenLog], Instance]
-"""Chooses among instances that take work, at least one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,19 +30,28 @@ class FailoverConfig:
     """How long a request waits for an instance when there is none."""
 
 
+class _TryElsewhereError(Exception):
+    """The attempt is over; why, is noted."""
+
+
+class _AbortedError(Exception):
+    """The request was aborted while it waited."""
+
+
 class Completion:
-    """Iterate `outputs` once."""
+    """Iterate `outputs` once, or await `embedding`."""
 
     def __init__(
-        self, cluster: Cluster, place: Place, log: TokenLog, metrics: RequestMetrics, config: FailoverConfig
+        self, cluster: Cluster, placer: Placer, log: TokenLog, metrics: RequestMetrics, config: FailoverConfig
     ) -> None:
         """metrics are the request's; this adds what the completion does."""
         self._cluster = cluster
-        self._place = place
+        self._placer = placer
         self._log = log
         self._metrics = metrics
         self._config = config
         self._is_aborted = False
+        self._key = uuid.uuid4().hex
         self._running: tuple[InstanceLink, str] | None = None
         self._num_losses = 0
         self._avoided: set[str] = set()
@@ -58,66 +66,113 @@ class Completion:
     def abort(self) -> None:
         """End it: the last output says so."""
         self._is_aborted = True
+        self._cluster.notify()
         if self._running is not None:
             link, name = self._running
             link.abort(name)
 
     async def outputs(self) -> AsyncGenerator[CompletionOutput, None]:
         """What is new, until its end. Raises ApiError where no instance takes it."""
-        while (instance := await self._find_instance()) is not None:
-            with self._survive(instance):
-                async with aclosing(self._run_on(instance)) as outputs:
-                    async for output in outputs:
-                        yield output
-                return
-        yield CompletionOutput(index=self.index, text="", token_ids=[], finish_reason="abort")
+        try:
+            while True:
+                placement = await self._place()
+                try:
+                    async with aclosing(self._attempt(placement)) as outputs:
+                        async for output in outputs:
+                            yield output
+                    return
+                except _TryElsewhereError:
+                    continue
+        except _AbortedError:
+            yield CompletionOutput(index=self.index, text="", token_ids=[], finish_reason="abort")
+        finally:
+            self._placer.finished(self._key)
 
     async def embedding(self, pooling: PoolingParams) -> list[float]:
         """Of the prompt. Raises ApiError as `outputs` does."""
-        while (instance := await self._find_instance()) is not None:
-            with self._survive(instance):
-                link = self._link(instance)
-                return list((await link.embed(embed_message(self._log.prompt, pooling))).embedding)
-        raise errors.ApiError(errors.UNAVAILABLE, "The server ended this request early.", code="aborted")
-
-    @contextmanager
-    def _survive(self, instance: Instance) -> Iterator[None]:
-        """Take note of a lost instance, and of one that refuses: the request may be placed again."""
         try:
-            yield
-        except InstanceLostError as err:
-            self._lose(instance, err)
-        except errors.ApiError as err:
-            if err.kind not in (errors.OVERLOADED, errors.UNAVAILABLE):
-                raise
-            self._refusals[instance.info.incarnation] = err
+            while True:
+                link = self._link((await self._place()).prefill)
+                try:
+                    return list((await link.embed(embed_message(self._log.prompt, pooling))).embedding)
+                except InstanceLostError as err:
+                    self._lose(link, err)
+                except errors.ApiError as err:
+                    self._note_refusal(link, err)
+        except _AbortedError:
+            raise errors.ApiError(errors.UNAVAILABLE, "The server ended this request early.", code="aborted") from None
+        finally:
+            self._placer.finished(self._key)
 
-    def _link(self, instance: Instance) -> InstanceLink:
-        link = self._cluster.link(instance.name)
-        if link is None:
-            raise InstanceLostError(f"{instance.name}: it left")
-        return link
-
-    async def _run_on(self, instance: Instance) -> AsyncGenerator[CompletionOutput, None]:
-        link = self._link(instance)
-        # Of this attempt: the instance may still hold an earlier one.
+    async def _attempt(self, placement: Placement) -> AsyncGenerator[CompletionOutput, None]:
+        prefill, decode = self._link(placement.prefill), self._link(placement.decode)
+        # Of this attempt: an instance may still hold an earlier one.
         request = self._log.request(uuid.uuid4().hex)
+        if prefill is not decode:
+            reservation = await self._reserve(decode)
+            is_handed_over = False
+            try:
+                request.hand_over.reservation.CopyFrom(reservation)
+                async with aclosing(self._run(prefill, request)) as responses:
+                    async for response in responses:
+                        is_handed_over = _is_handed_over(response)
+                        for output in self._take(response):
+                            yield output
+                if not is_handed_over:
+                    return
+            finally:
+                if not is_handed_over:
+                    decode.release(reservation.reservation_id)
+            request = self._log.request(uuid.uuid4().hex)
+            request.resume.reservation_id = reservation.reservation_id
+        async with aclosing(self._run(decode, request)) as responses:
+            async for response in responses:
+                for output in self._take(response):
+                    yield output
+
+    async def _run(self, link: InstanceLink, request: Any) -> AsyncGenerator[Any, None]:
+        """Responses of the instance. Raises _TryElsewhereError where it is lost, refuses or ends the request early."""
         self._running = link, request.request_id
         try:
             async with aclosing(link.run(request)) as responses:
                 async for response in responses:
-                    for output in self._take(response):
-                        if output.finish_reason == "abort" and not self._is_aborted:
-                            raise InstanceLostError(f"{instance.name}: it ended the request early")
-                        yield output
+                    if _is_aborted(response) and not self._is_aborted:
+                        # What it brings is left out of the log: its text may be cut where the next token changes it.
+                        raise InstanceLostError(f"{link.info.name}: it ended the request early")
+                    yield response
+        except InstanceLostError as err:
+            self._lose(link, err)
+            raise _TryElsewhereError from err
+        except errors.ApiError as err:
+            self._note_refusal(link, err)
+            raise _TryElsewhereError from err
         finally:
             self._running = None
+
+    async def _reserve(self, link: InstanceLink) -> Any:
+        """Room for the prompt's KV there. Raises _TryElsewhereError."""
+        request = xllm_pb2.ReserveRequest(
+            reservation_id=uuid.uuid4().hex,
+            token_ids=self._log.all_token_ids,
+            weights_key=link.info.weights_key,
+            kv_layout=link.info.kv_layout,
+        )
+        try:
+            return await link.reserve(request)
+        except InstanceLostError as err:
+            self._lose(link, err)
+            raise _TryElsewhereError from err
+        except errors.ApiError as err:
+            self._note_refusal(link, err)
+            raise _TryElsewhereError from err
 
     def _take(self, response: Any) -> list[CompletionOutput]:
         outputs = [self._log.take(choice) for choice in response.choices]
         if any(output.token_ids for output in outputs):
             now = time.monotonic()
-            self._metrics.first_token_s = self._metrics.first_token_s or now
+            if self._metrics.first_token_s is None:
+                self._metrics.first_token_s = now
+            self._placer.first_token(self._key)
             self._metrics.last_token_s = now
             self._num_losses = 0
         if response.prompt_logprobs:
@@ -133,39 +188,53 @@ class Completion:
         if self._metrics.scheduled_s is None and message.HasField("queue_time_ms"):
             self._metrics.scheduled_s = self._metrics.arrival_s + message.queue_time_ms / 1e3
 
-    def _lose(self, instance: Instance, err: InstanceLostError) -> None:
+    def _link(self, name: str) -> InstanceLink:
+        link = self._cluster.link(name)
+        assert link is not None, "a placement holds until the next await"
+        return link
+
+    def _lose(self, link: InstanceLink, err: InstanceLostError) -> None:
         self._num_losses += 1
-        self._avoided.add(instance.info.incarnation)
+        self._avoided.add(link.info.incarnation)
+        self._cluster.doubt(link)
         logger.warning("a request with %d tokens goes on elsewhere: %s", len(self._log.token_ids), err)
         if self._num_losses >= self._config.max_losses:
             message = f"The request lost {self._num_losses} instances without a token between; it may be the cause."
             raise errors.ApiError(errors.UNAVAILABLE, message, code="instances_lost") from err
 
-    async def _find_instance(self) -> Instance | None:
-        """None where the request was aborted meanwhile. Raises ApiError when no instance comes in time."""
+    def _note_refusal(self, link: InstanceLink, err: errors.ApiError) -> None:
+        """Raises it where it is about the request and others would say the same."""
+        if err.kind not in (errors.OVERLOADED, errors.UNAVAILABLE):
+            raise err
+        self._refusals[link.info.incarnation] = err
+
+    async def _place(self) -> Placement:
+        """Raises _AbortedError, and ApiError where no instance takes it or none comes in time."""
         deadline = time.monotonic() + self._config.wait_s
         while not self._is_aborted:
             usable = [instance for instance in self._cluster.instances() if instance.takes_work]
-            open_to_it = [each for each in usable if each.info.incarnation not in self._refusals]
-            if open_to_it:
-                fresh = [each for each in open_to_it if each.info.incarnation not in self._avoided]
-                return self._place(fresh or open_to_it, self._log)
+            willing = [each for each in usable if each.info.incarnation not in self._refusals]
+            if willing:
+                fresh = [each for each in willing if each.info.incarnation not in self._avoided]
+                return self._placer.place(self._key, self._log.shape(), fresh or willing)
             if usable:
-                raise self._refusal()
+                raise self._soonest_refusal(usable)
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 message = f"No instance of this service has been up for {self._config.wait_s:g} s."
                 raise errors.ApiError(errors.UNAVAILABLE, message, code="no_instance", retry_after_s=1)
             await self._cluster.wait_changed(left_s)
-        return None
+        raise _AbortedError
 
-    def _refusal(self) -> errors.ApiError:
+    def _soonest_refusal(self, instances: list[Instance]) -> errors.ApiError:
         """All refused: of what they said, the soonest time to come back."""
-        return min(self._refusals.values(), key=lambda err: (err.kind is not errors.OVERLOADED, err.retry_after_s or 0))
+        refusals = [self._refusals[each.info.incarnation] for each in instances]
+        return min(refusals, key=lambda err: (err.kind is not errors.OVERLOADED, err.retry_after_s or 0))
 
 
-def least_loaded(instances: Sequence[Instance], log: TokenLog) -> Instance:
-    """Where the fewest prompt tokens wait, then where the fewest sequences are."""
-    return min(
-        instances, key=lambda each: (each.load.num_waiting_tokens, each.load.num_running + each.load.num_waiting)
-    )
+def _is_handed_over(response: Any) -> bool:
+    return any(choice.finish_reason == xllm_pb2.FINISH_REASON_HANDED_OVER for choice in response.choices)
+
+
+def _is_aborted(response: Any) -> bool:
+    return any(choice.finish_reason == xllm_pb2.FINISH_REASON_ABORT for choice in response.choices)

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.generate_messages import api_error
 from xllm_compile.scheduler.cluster.instance_messages import load_of
 from xllm_compile.scheduler.cluster.state import InstanceInfo, InstanceLoad
@@ -24,6 +25,7 @@ LOAD_PERIOD_MS = 250
 # A report that is so late means that the instance, or the way to it, stands still: what it has is done elsewhere.
 SILENCE_S = 3.0
 _RETRY_S = 0.2
+_CALL_TIMEOUT_S = 5.0
 _MAX_MESSAGE_BYTES = 64 << 20
 
 
@@ -72,6 +74,19 @@ class InstanceLink:
     async def embed(self, request: Any) -> Any:
         """The answer to an EmbedRequest. Raises ApiError where the instance refuses, InstanceLostError."""
         return await self._call(self._inference.Embed, request)
+
+    async def reserve(self, request: Any) -> Any:
+        """The Reservation for a ReserveRequest. Raises ApiError where the instance refuses, InstanceLostError."""
+        return await self._call(self._instance.Reserve, request, _CALL_TIMEOUT_S)
+
+    def release(self, reservation_id: str) -> None:
+        """Give the reservation up, in the background: where that fails it times out."""
+        self._spawn(self._release(reservation_id))
+
+    async def _release(self, reservation_id: str) -> None:
+        with contextlib.suppress(InstanceLostError, errors.ApiError):
+            request = xllm_pb2.ReleaseRequest(reservation_id=reservation_id)
+            await self._call(self._instance.Release, request, _CALL_TIMEOUT_S)
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:

@@ -6,6 +6,7 @@ from typing import Any
 from xllm_compile.runtime.outputs import CompletionOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler.cluster.generate_messages import completion_of, generate_message
+from xllm_compile.scheduler.cluster.state import RequestShape
 from xllm_compile.scheduler.proto import xllm_pb2
 
 
@@ -19,6 +20,7 @@ class TokenLog:
         if index > 0:
             # One of them brings those of the prompt.
             self._message.sampling.ClearField("prompt_logprobs")
+        self._params = params
         self.index = index
         self.prompt = prompt
         self.token_ids: list[int] = []
@@ -26,9 +28,22 @@ class TokenLog:
         self._cumulative_logprob: float | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Of prompt and output."""
-        return len(self.prompt) + len(self.token_ids)
+    def all_token_ids(self) -> list[int]:
+        """Prompt and output."""
+        return [*self.prompt, *self.token_ids]
+
+    def shape(self) -> RequestShape:
+        """Of what is left."""
+        params = self._params
+        assert params.max_tokens is not None or params.pooling is not None, "the gateway bounds every request"
+        return RequestShape(
+            num_prompt_tokens=len(self.prompt) + len(self.token_ids),
+            max_output_tokens=(params.max_tokens or 0) - len(self.token_ids),
+            ttft_slo_s=None if params.ttft_slo_ms is None else params.ttft_slo_ms / 1e3,
+            tpot_slo_s=None if params.tpot_slo_ms is None else params.tpot_slo_ms / 1e3,
+            is_offline=params.offline,
+            priority=params.priority,
+        )
 
     def request(self, request_id: str) -> Any:
         """A GenerateRequest for what is left."""

@@ -1,5 +1,6 @@
 import asyncio
 from contextlib import aclosing
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,12 @@ from xllm_compile.scheduler.errors import ApiError
 
 
 def params_of(**fields):
-    given = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 4, "output_kind": RequestOutputKind.DELTA}
+    given: dict[str, Any] = {
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "max_tokens": 4,
+        "output_kind": RequestOutputKind.DELTA,
+    }
     return SamplingParams(**given | fields)
 
 
@@ -23,6 +29,12 @@ async def generate(cluster, request_id="r", prompt=b"ab", **fields):
 
 def text_of(outputs, index=0):
     return "".join(choice.text for output in outputs for choice in output.outputs if choice.index == index)
+
+
+def ids_of(outputs, index=0):
+    return [
+        token for output in outputs for choice in output.outputs if choice.index == index for token in choice.token_ids
+    ]
 
 
 def running(cluster, name):
@@ -101,7 +113,7 @@ async def test_when_all_refuse_the_client_hears_when_to_come_back(make_cluster):
         await generate(cluster, n=8)
         await asyncio.gather(*(generate(cluster, str(index), n=8, max_tokens=100) for index in range(8)))
     assert caught.value.kind.status == 429
-    assert caught.value.retry_after_s >= 1
+    assert (caught.value.retry_after_s or 0) >= 1
 
 
 async def test_a_mistake_of_the_client_is_told_as_it_is(make_cluster):
@@ -168,7 +180,7 @@ async def test_a_silent_instance_is_no_place(make_cluster, monkeypatch):
     monkeypatch.setattr("xllm_compile.scheduler.cluster.instance_link.SILENCE_S", 0.2)
     cluster = await make_cluster(a={}, b={})
     cluster.instances["a"].servicer.is_silent = True
-    await cluster.until(lambda: [each.health for each in cluster.cluster.instances()][0] is Health.SUSPECT)
+    await cluster.until(lambda: next(each.health for each in cluster.cluster.instances()) is Health.SUSPECT)
     assert [text_of(await generate(cluster, str(index))) for index in range(3)] == ["cdef"] * 3
     assert cluster.instances["a"].runner.num_steps == 0
     cluster.instances["a"].servicer.is_silent = False
@@ -189,3 +201,78 @@ async def test_a_request_that_ends_its_instances_is_given_up(make_cluster):
     with pytest.raises(ApiError) as caught:
         await task
     assert caught.value.code == "instances_lost"
+
+
+class Interrupted:
+    """A request whose instance has brought some tokens and stands still."""
+
+    def __init__(self, cluster, **fields):
+        self.cluster = cluster
+        self.outputs: list[Any] = []
+        self.task = asyncio.create_task(self._generate(fields))
+
+    async def _generate(self, fields):
+        async with aclosing(self.cluster.client.generate("r", list(b"ab"), params_of(**fields))) as outputs:
+            async for output in outputs:
+                self.outputs.append(output)
+                if len(self.outputs) == 3:
+                    self._stop_the_instance()
+        return self.outputs
+
+    def _stop_the_instance(self):
+        for instance in self.cluster.instances.values():
+            instance.runner.gate.clear()
+
+    async def begun(self):
+        """The name of the instance, and of another."""
+        while len(self.outputs) < 3:
+            await asyncio.sleep(0.005)
+        names = sorted(self.cluster.instances, key=lambda name: not running(self.cluster, name))
+        return names[0], names[1]
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"n": 2}, {"temperature": 1.0, "seed": 3}, {"stop": ("mno",), "max_tokens": 60}]
+)
+async def test_a_stream_goes_on_elsewhere_with_the_same_tokens(make_cluster, fields):
+    fields = {"max_tokens": 40, "logprobs": 0} | fields
+    cluster = await make_cluster(a={}, b={})
+    expected = await generate(cluster, **fields)
+    request = Interrupted(cluster, **fields)
+    gone, other = await request.begun()
+    await cluster.instances[gone].stop()
+    cluster.instances[other].runner.gate.set()
+    outputs = await request.task
+    for index in range(fields.get("n", 1)):
+        assert text_of(outputs, index) == text_of(expected, index)
+        assert ids_of(outputs, index) == ids_of(expected, index)
+    assert outputs[-1].finished
+    assert outputs[-1].outputs[0].stop_reason == expected[-1].outputs[0].stop_reason
+
+
+async def test_an_instance_that_cuts_requests_to_end_in_time_loses_none(make_cluster):
+    cluster = await make_cluster(a={}, b={})
+    expected = await generate(cluster, max_tokens=40)
+    request = Interrupted(cluster, max_tokens=40)
+    draining, other = await request.begun()
+    instance = cluster.instances[draining]
+    instance.service.is_draining = True
+    cut = asyncio.create_task(instance.engine.drain(0.0))
+    for each in cluster.instances.values():
+        each.runner.gate.set()
+    await cut
+    outputs = await request.task
+    assert text_of(outputs) == text_of(expected)
+    assert outputs[-1].outputs[0].finish_reason == "length"
+    assert cluster.instances[other].runner.num_steps > 0
+
+
+async def test_abort_reaches_a_request_that_waits_for_an_instance(make_cluster):
+    cluster = await make_cluster(a={})
+    await cluster.cluster.update([])
+    task = asyncio.create_task(generate(cluster))
+    while not cluster.client.num_open:
+        await asyncio.sleep(0.005)
+    await cluster.client.abort("r")
+    outputs = await asyncio.wait_for(task, 5)
+    assert outputs[-1].outputs[0].finish_reason == "abort"

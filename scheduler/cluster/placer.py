@@ -1,0 +1,66 @@
+"""Applies the routing policy to live instances, and tells it what became of what it placed."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.cluster.state import Instance, InstanceInfo, Placement, Refusal, RequestShape
+from xllm_compile.scheduler.policies.correction import Correction
+from xllm_compile.scheduler.policies.placements import Placements
+from xllm_compile.scheduler.policies.routing import RoutingRules, route
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Expected:
+    info: InstanceInfo
+    ttft_s: float
+    placed_s: float
+
+
+class Placer:
+    """Keys are the caller's, one for each time that a request is placed."""
+
+    def __init__(self, rules: RoutingRules | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rules = rules or RoutingRules()
+        self._clock = clock
+        self._placements = Placements()
+        self._ttft = Correction()
+        self._expected: dict[str, _Expected] = {}
+        """Of those without a first token yet."""
+        self._turn = 0
+
+    def place(self, key: str, request: RequestShape, instances: Sequence[Instance]) -> Placement:
+        """Raises ApiError where no instance can take it: 400 for ever, 429 for now."""
+        now = self._clock()
+        corrected = [
+            replace(instance, ttft_ratio=self._ttft.ratio(instance.info))
+            for instance in self._placements.added(instances, now)
+        ]
+        chosen = route(request, corrected, rules=self._rules, turn=self._turn)
+        if isinstance(chosen, Refusal):
+            if chosen.retry_after_s is None:
+                raise errors.invalid(chosen.reason, code="context_length_exceeded")
+            raise errors.queue_full(chosen.reason, chosen.retry_after_s)
+        self._turn += 1
+        self._placements.place(key, request, chosen, now)
+        info = next(instance.info for instance in instances if instance.name == chosen.prefill)
+        self._expected[key] = _Expected(info=info, ttft_s=chosen.ttft_s, placed_s=now)
+        return chosen
+
+    def first_token(self, key: str) -> None:
+        now = self._clock()
+        self._placements.first_token(key, now)
+        expected = self._expected.pop(key, None)
+        if expected is not None and expected.ttft_s > 0:
+            self._ttft.observe(expected.info, expected.ttft_s, now - expected.placed_s)
+
+    def finished(self, key: str) -> None:
+        """In whatever way."""
+        self._placements.finished(key)
+        self._expected.pop(key, None)
+
+    def gone(self, instances: Iterable[InstanceInfo]) -> None:
+        for info in instances:
+            self._placements.gone(info.name)
+            self._ttft.gone(info)
