@@ -249,6 +249,15 @@ def load_kernels(path: Path) -> None:
     logger.info("loaded CPU kernels from %s", path)
 
 
+def copy_bytes() -> Callable[[int, int, int], None]:
+    """(target address, source address, num_bytes): copies past the caches, with Python's lock released."""
+    assert _loaded is not None, "load_kernels comes first"
+    copy = _loaded[1]._library.xllm_copy_bytes
+    copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    copy.restype = None
+    return cast(Callable[[int, int, int], None], copy)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolStats:
     """Of the activation pool, in bytes but for ``num_overflows``."""

@@ -29,7 +29,7 @@ class Client:
         close: Callable[[], None],
     ) -> None:
         """open_session connects, raising TransferError. close lets go of what both use."""
-        self._address = address
+        self.address = address
         self._num_bytes = region.num_bytes
         self._open_session = open_session
         self._send = send
@@ -79,7 +79,7 @@ class Client:
         finally:
             self._give_back(session, is_usable=is_usable)
         if refusal is not None:
-            raise TransferError(f"{self._address} refuses a write of KV: {refusal}")
+            raise TransferError(f"{self.address} refuses a write of KV: {refusal}")
 
     def _idle_session(self) -> Session | None:
         with self._changed:
@@ -114,7 +114,7 @@ class Client:
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise TransferError(f"the connection to {self._address} was closed by this side")
+            raise TransferError(f"the connection to {self.address} was closed by this side")
 
     def close(self) -> None:
         with self._changed:

@@ -7,9 +7,10 @@ from xllm_compile.runtime.transfer.mapping import Mapping
 from xllm_compile.runtime.transfer.permits import Permits
 from xllm_compile.runtime.transfer.server import Server
 from xllm_compile.runtime.transfer.shm import CopyBytes, connect_shm, machine_id, open_shm_receiver
+from xllm_compile.runtime.transfer.tcp import connect_tcp, open_tcp_receiver
 from xllm_compile.runtime.transfer.transfer import Receiver, Region, Sender, TransferConfig
 
-_CONNECT: dict[str, Callable[[str, Region, TransferConfig], Sender]] = {"shm": connect_shm}
+_CONNECT: dict[str, Callable[[str, Region, TransferConfig], Sender]] = {"shm": connect_shm, "tcp": connect_tcp}
 SCHEMES = tuple(_CONNECT)
 """The fastest way first."""
 
@@ -35,7 +36,9 @@ def open_receiver(
 
 
 def _open(scheme: str, receiver: "_Receiver", config: TransferConfig, copy: CopyBytes) -> Server:
-    return open_shm_receiver(receiver.mapping, receiver.permits, config, copy)
+    if scheme == "shm":
+        return open_shm_receiver(receiver.mapping, receiver.permits, config, copy)
+    return open_tcp_receiver(receiver.mapping, receiver.permits, config)
 
 
 class _Receiver:

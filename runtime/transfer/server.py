@@ -93,7 +93,7 @@ class Server:
                     self._take_write(session, channel)
             finally:
                 channel.close()
-        except TransferError as err:
+        except (TransferError, OSError) as err:
             if not self._closing.is_set():
                 logger.warning("a connection for KV ends: %s", err)
         finally:

@@ -23,7 +23,7 @@ class Stream:
     def __init__(self, connection: socket.socket, peer: str, timeout_s: float) -> None:
         self.socket = connection
         self.peer = peer
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         # The kernel's own timeouts: Python's would ask for readiness before every call, and give up MSG_WAITALL.
         timeout = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
         connection.settimeout(None)
@@ -78,7 +78,7 @@ class Stream:
         try:
             num_bytes = call()
         except BlockingIOError:
-            raise TransferError(f"{self.peer} made no progress for {self._timeout_s:g} s") from None
+            raise TransferError(f"{self.peer} made no progress for {self.timeout_s:g} s") from None
         except OSError as err:
             raise ConnectionLostError(f"{self.peer} is gone: {err.strerror or err}") from None
         if num_bytes == 0:

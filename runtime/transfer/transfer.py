@@ -47,6 +47,12 @@ class TransferConfig:
     """mooncake and nixl take writes of anybody who reaches their ports: they are refused unless this says that the
     network lets none but instances do so."""
 
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s={self.timeout_s} of KV transfers must be above 0")
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"port={self.port} of KV transfers must be in [0, 65535]; 0 takes a free one")
+
 
 class Receiver(Protocol):
     """The side that owns the region. Thread-safe."""
@@ -80,6 +86,11 @@ class Receiver(Protocol):
 
 class Sender(Protocol):
     """A connection to one receiver. Thread-safe; calls wait until the bytes are there."""
+
+    @property
+    def address(self) -> str:
+        """The receiver's, of those it has."""
+        ...
 
     def write(self, token: bytes, ranges: Sequence[ByteRange]) -> None:
         """Copy the ranges; nobody may change their bytes meanwhile. Raises TransferError; some may have arrived then.

@@ -17,7 +17,7 @@ SIZE = 3 << 20
 CONFIG = TransferConfig(secret=b"between us", timeout_s=30)
 
 
-@pytest.fixture(params=["shm"])
+@pytest.fixture(params=["shm", "tcp"])
 def scheme(request):
     return request.param
 

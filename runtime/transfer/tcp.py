@@ -1,0 +1,145 @@
+"""Over TCP: the bytes follow the request on the same connection, and a checksum follows them.
+
+The sender has the kernel read its pages (sendfile: no copy on its side, and none of them may change before the answer,
+which a write waits for anyway). The receiver's thread receives straight into the permitted pages. The checksum
+finds what TCP's own 16 bits do not, and bytes that changed while they were sent.
+"""
+
+import functools
+import socket
+from collections.abc import Sequence
+from ipaddress import ip_address
+
+import xxhash
+
+from xllm_compile.runtime.transfer.client import Client
+from xllm_compile.runtime.transfer.mapping import Mapping
+from xllm_compile.runtime.transfer.permits import Permits, RefusedError, Write
+from xllm_compile.runtime.transfer.server import Server
+from xllm_compile.runtime.transfer.session import Session, WriteRequest, greet_receiver
+from xllm_compile.runtime.transfer.stream import Stream
+from xllm_compile.runtime.transfer.transfer import ByteRange, Region, Sender, TransferConfig, TransferError
+
+# What is hashed while it is in the cache, and what moves between two looks at whether the token is revoked.
+_FRAME_BYTES = 1 << 20
+# Below it one call with a copy is quicker than several without.
+_SMALL_BYTES = 64 << 10
+_CHECKSUM_BYTES = 8
+_BACKLOG = 64
+
+
+def listen(config: TransferConfig) -> socket.socket:
+    """Raises ValueError when strangers could reach it or peers could not, OSError when it cannot be had."""
+    if config.host in ("", "0.0.0.0", "::"):
+        raise ValueError(f"KV transfers cannot be sent to host {config.host!r}: name an address that peers reach")
+    if not config.secret and not _is_loopback(config.host):
+        raise ValueError(
+            f"KV transfers on {config.host} without a secret would be open to whoever reaches it; give all instances"
+            " the same one, or listen on 127.0.0.1"
+        )
+    try:
+        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((config.host, config.port), family=family, backlog=_BACKLOG)
+    except OSError as err:
+        where = f"{config.host}:{config.port}"
+        raise OSError(err.errno, f"KV transfers cannot listen on {where}: {err.strerror}") from None
+
+
+def open_tcp_receiver(mapping: Mapping, permits: Permits, config: TransferConfig) -> Server:
+    """Raises ValueError and OSError as `listen` does."""
+    listening = listen(config)
+    return Server(
+        listening, tcp_address("tcp", listening), permits, config, lambda session: _TcpChannel(session.stream, mapping)
+    )
+
+
+def tcp_address(scheme: str, listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"{scheme}:[{host}]:{port}" if ":" in host else f"{scheme}:{host}:{port}"
+
+
+def connect_tcp(address: str, region: Region, config: TransferConfig) -> Sender:
+    """Raises ValueError when the address is none."""
+    mapping = Mapping(region, is_writable=False)
+    send = functools.partial(_send, mapping, region)
+    open_session = functools.partial(connect_session, address, config)
+    return Client(address, region, lambda: open_session()[0], send, mapping.close)
+
+
+def connect_session(address: str, config: TransferConfig) -> tuple[Session, bytes]:
+    """A new connection to SCHEME:HOST:PORT, with what the receiver says about itself. Raises TransferError."""
+    host, _, port = address.partition(":")[2].rpartition(":")
+    try:
+        connection = socket.create_connection((host.strip("[]"), int(port)), config.timeout_s)
+    except OSError as err:
+        raise TransferError(f"{address} cannot be reached: {err.strerror or err}; has it ended?") from None
+    stream = Stream(connection, address, config.timeout_s)
+    try:
+        tune(stream)
+        return greet_receiver(stream, config.secret)
+    except BaseException:
+        stream.close()
+        raise
+
+
+def tune(stream: Stream) -> None:
+    """Small messages go at once, and a host that is gone is noticed."""
+    stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stream.timeout_s * 1000))
+
+
+def _send(mapping: Mapping, region: Region, session: Session, request: bytes, ranges: Sequence[ByteRange]) -> None:
+    checksum = xxhash.xxh3_64()
+    if sum(part.num_bytes for part in ranges) <= _SMALL_BYTES:
+        views = [mapping.view(part.source, part.num_bytes) for part in ranges]
+        for view in views:
+            checksum.update(view)
+        session.stream.send(request, *views, checksum.digest())
+        return
+    session.stream.send(request)
+    for part in ranges:
+        for begin in range(part.source, part.source + part.num_bytes, _FRAME_BYTES):
+            num_bytes = min(_FRAME_BYTES, part.source + part.num_bytes - begin)
+            session.stream.send_file(region.file, begin, num_bytes)
+            # While the receiver takes them.
+            checksum.update(mapping.view(begin, num_bytes))
+    session.stream.send(checksum.digest())
+
+
+class _TcpChannel:
+    def __init__(self, stream: Stream, target: Mapping) -> None:
+        tune(stream)
+        self._target = target
+
+    def receive(self, session: Session, request: WriteRequest, write: Write) -> None:
+        checksum = xxhash.xxh3_64()
+        for part in request.ranges:
+            for begin in range(part.target, part.target + part.num_bytes, _FRAME_BYTES):
+                if write.permit.is_revoked:
+                    raise TransferError(f"a write of {session.stream.peer} was cut short: its token was revoked")
+                view = self._target.view(begin, min(_FRAME_BYTES, part.target + part.num_bytes - begin))
+                session.stream.receive(view)
+                checksum.update(view)
+        if session.stream.receive_bytes(_CHECKSUM_BYTES) != checksum.digest():
+            raise RefusedError("the bytes that arrived are not those that were sent (checksum)")
+
+    def refuse(self, session: Session, request: WriteRequest) -> None:
+        if request.num_bytes > self._target.num_bytes:
+            raise TransferError(f"{session.stream.peer} announces {request.num_bytes} bytes: more than there are")
+        session.stream.discard(request.num_bytes + _CHECKSUM_BYTES)
+
+    def cut(self, session: Session) -> None:
+        session.stream.shut()
+
+    def close(self) -> None:
+        pass
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
