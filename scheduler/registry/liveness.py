@@ -6,7 +6,10 @@ nothing when it is not the one that is registered.
 
     registered, it answers               ACTIVE      gets work
     gone from the registry, it answers   LEASE_LOST  gets work; unheard for heartbeat_timeout_s: SUSPECT
-    it does not answer                   SUSPECT     no work; gone from the registry too, and for removal_s: removed
+    it does not answer, or not SERVING   SUSPECT     no work; gone from the registry and silent for removal_s: removed
+
+An instance that drains unregisters, answers NOT_SERVING while it finishes its work, and is removed as soon as it does
+not answer any more.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +28,7 @@ class Answer(StrEnum):
 
     SERVING = "serving"
     NOT_SERVING = "not_serving"
-    """It is leaving, or its engine is gone."""
+    """It drains, or its engine is gone."""
     NONE = "none"
 
 
@@ -200,14 +203,12 @@ def _heard(table: Table, member: Member, now_s: float) -> Table:
 
 
 def _probed(table: Table, member: Member, answer: Answer, now_s: float) -> Table:
-    match answer:
-        case Answer.SERVING:
-            return _with(table, replace(member, answer=answer, heard_s=now_s))
-        case Answer.NOT_SERVING if not member.is_registered:
-            # It has unregistered, and says goodbye.
-            return _without(table, member.info.name)
-        case _:
-            return _with(table, replace(member, answer=answer))
+    if answer is not Answer.NONE:
+        return _with(table, replace(member, answer=answer, heard_s=now_s))
+    if member.answer is Answer.NOT_SERVING and not member.is_registered:
+        # It has said that it leaves.
+        return _without(table, member.info.name)
+    return _with(table, replace(member, answer=answer))
 
 
 def _time_passed(table: Table, now_s: float, config: LivenessConfig) -> Table:

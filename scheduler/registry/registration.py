@@ -32,8 +32,8 @@ class _ReplacedError(Exception):
 class Registration:
     """Registers on entering, in the background; unregisters on leaving.
 
-    Waits for a registry that is not there, and puts back an entry that was lost. To drain an instance, leave first and
-    only then answer its health probes with NOT_SERVING: in this order the gateways take it for a goodbye.
+    Waits for a registry that is not there, and puts back an entry that was lost. An instance that drains leaves, and
+    answers health probes with NOT_SERVING until it ends.
     """
 
     def __init__(

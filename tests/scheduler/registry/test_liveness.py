@@ -70,8 +70,11 @@ def view(*events):
         ([put(A1, 1), deleted("a", 2), NONE], [("1", "suspect")]),
         ([put(A1, 1), deleted("a", 2), 3, TimePassed()], [("1", "suspect")]),
         ([put(A1, 1), deleted("a", 2), 2, HEARD, 2, TimePassed()], [("1", "lease_lost")]),
-        # It said goodbye.
-        ([put(A1, 1), deleted("a", 2), NOT_SERVING], []),
+        # It drains, for as long as it takes, and then it is gone.
+        ([put(A1, 1), deleted("a", 2), NOT_SERVING], [("1", "suspect")]),
+        ([put(A1, 1), NOT_SERVING, deleted("a", 2), HEARD], [("1", "suspect")]),
+        ([put(A1, 1), deleted("a", 2), 14, NOT_SERVING, 14, TimePassed(), HEARD, 14, TimePassed()], [("1", "suspect")]),
+        ([put(A1, 1), deleted("a", 2), NOT_SERVING, NONE], []),
         # Back from SUSPECT.
         ([put(A1, 1), deleted("a", 2), NONE, HEARD], [("1", "lease_lost")]),
         ([put(A1, 1), deleted("a", 2), NONE, SERVING], [("1", "lease_lost")]),
@@ -84,6 +87,7 @@ def view(*events):
         ([put(A1, 1), NONE, HEARD], [("1", "active")]),
         # Its engine is gone: its heartbeats do not hide that.
         ([put(A1, 1), NOT_SERVING, HEARD], [("1", "suspect")]),
+        ([put(A1, 1), NOT_SERVING, NONE], [("1", "suspect")]),
         ([put(A1, 1), NOT_SERVING, SERVING], [("1", "active")]),
         # Forgotten 15 s after the last sign of life.
         ([put(A1, 1), deleted("a", 2), NONE, 14.9, TimePassed()], [("1", "suspect")]),
@@ -101,7 +105,7 @@ def view(*events):
         ([put(A1, 1), put(A2, 2), NONE], [("2", "active")]),
         ([put(A1, 1), put(A2, 2), NOT_SERVING], [("2", "active")]),
         ([put(A2, 2), deleted("a", 3), NONE_OF_2, HEARD], [("2", "suspect")]),
-        ([put(A1, 1), deleted("a", 2), NOT_SERVING, put(A1, 1), listed(1, A1), HEARD, SERVING], []),
+        ([put(A1, 1), deleted("a", 2), NOT_SERVING, NONE, put(A1, 1), listed(1, A1), HEARD, SERVING], []),
         ([HEARD, SERVING, NONE, deleted("a", 1), TimePassed()], []),
     ],
 )  # fmt: skip

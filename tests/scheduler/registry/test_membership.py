@@ -70,15 +70,17 @@ def registered(registry, info, **options):
     return Registration(registry, info, namespace="ns", **{"ttl_s": 1, **options})
 
 
-async def test_an_instance_is_there_from_registering_to_its_goodbye(registry, members, answers):
+async def test_an_instance_is_there_from_registering_to_its_end(registry, members, answers):
     assert not members.is_ready
     async with registered(registry, instance()) as registration:
         await until(members, ("a", "1", "active"))
         assert members.is_ready and registration.registered.is_set()
         assert (await registry.get(KEY)).lease_id
         answers["a", "1"] = Answer.NOT_SERVING
-    await until(members)
+    await until(members, ("a", "1", "suspect"))
     assert await registry.get(KEY) is None
+    answers["a", "1"] = Answer.NONE
+    await until(members)
 
 
 async def test_who_is_registered_already_is_seen(registry, answers, clock):
