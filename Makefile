@@ -22,7 +22,8 @@ bench-check: $(VENV)/.installed
 	$(BIN)/xllm-bench check
 
 proto: $(VENV)/.installed-dev
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. xllm_compile/scheduler/proto/xllm.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+	  xllm_compile/scheduler/proto/xllm.proto xllm_compile/scheduler/proto/etcd.proto
 
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

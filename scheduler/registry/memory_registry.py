@@ -40,7 +40,8 @@ class MemoryRegistry:
         self._max_history = max_history
         self._entries: dict[str, Entry] = {}
         self._leases: dict[int, _Lease] = {}
-        self._next_lease_id = 1
+        # Where revisions begin above those of an earlier process, its leases are not taken for ours either.
+        self._next_lease_id = first_revision
         self._revision = first_revision
         # Changes of revisions above _compacted, in order.
         self._history: list[Change] = []
