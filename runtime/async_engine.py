@@ -9,15 +9,19 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
+from xllm_compile.runtime.reservations import Reservation
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.sequence import Request, num_queued_tokens
+from xllm_compile.runtime.transfer.transfer import TransferError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ MAX_INLINE_TOKENS = 512
 
 # More of them would only take turns with the model's own threads.
 NUM_GRAMMAR_COMPILERS = 2
+
+T = TypeVar("T")
 
 PauseMode = Literal["keep", "wait", "abort"]
 SleepMode = Literal["wait", "abort"]
@@ -133,6 +139,8 @@ class AsyncEngine:
         # Guarded by _wake:
         self._inbox: list[Request | str | None] = []
         """Requests to add and ids to abort, in order; None where a pause begins that lets those before it finish."""
+        self._calls: list[partial[None]] = []
+        """To be made between two steps."""
         self._streams: dict[str, RequestStream] = {}
         self._mailboxes: dict[asyncio.AbstractEventLoop, _Mailbox] = {}
         self._num_waiting = 0
@@ -147,6 +155,7 @@ class AsyncEngine:
         self._idle.set()
         self._at_rest = threading.Event()
         """Paused, and nothing is on its way."""
+        engine.watch(self._notify)
         self._thread = threading.Thread(target=self._run, name="xllm-engine", daemon=True)
         self._thread.start()
 
@@ -171,17 +180,18 @@ class AsyncEngine:
         *,
         prompt_text: str | None = None,
         resume: Resume | None = None,
+        hand_over: HandOver | None = None,
     ) -> RequestStream:
         """Admit a request; its outputs come from the stream. Nothing is computed for a request that raises here.
 
         Raises ValueError on a bad prompt, option or an id in use; QueueFullError, EngineDrainingError,
         EngineDeadError. prompt_text is shown in the outputs beside a prompt of token ids; resume is what the request
-        has generated elsewhere.
+        has generated elsewhere, hand_over where its KV goes with its next token.
         """
         loop = asyncio.get_running_loop()
         if self._error is not None or self._is_stopping:
             raise self._dead_error()
-        make = partial(self.engine.make_request, request_id, prompt, params, prompt_text, resume)
+        make = partial(self.engine.make_request, request_id, prompt, params, prompt_text, resume, hand_over)
         if params.structured is not None:
             # Here the request waits for its grammar, and nobody else does.
             request = await loop.run_in_executor(self._compilers, make)
@@ -196,6 +206,8 @@ class AsyncEngine:
         if reading is not None:
             # Others are computed while this one's KV comes from disk.
             await asyncio.wrap_future(reading)
+        if request.reservation_id:
+            await self._claim(request)
         with self._wake:
             self._check_admission(request)
             stream = RequestStream(self, request, self._mailbox_of(loop))
@@ -215,12 +227,15 @@ class AsyncEngine:
         *,
         prompt_text: str | None = None,
         resume: Resume | None = None,
+        hand_over: HandOver | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come. Leaving the loop early or cancelling aborts the request.
 
         Raises what `submit` raises, at the first step of the iteration.
         """
-        stream = await self.submit(request_id, prompt, params, prompt_text=prompt_text, resume=resume)
+        stream = await self.submit(
+            request_id, prompt, params, prompt_text=prompt_text, resume=resume, hand_over=hand_over
+        )
         try:
             async for output in stream:
                 yield output
@@ -233,6 +248,57 @@ class AsyncEngine:
             if request_id in self._streams:
                 self._inbox.append(request_id)
                 self._wake.notify()
+
+    async def reserve(self, reservation_id: str, token_ids: Sequence[int], timeout_s: float) -> Reservation:
+        """See Engine.reserve. Raises what `submit` raises, too. Cancelled, nothing stays reserved."""
+        with self._wake:
+            self._check_open()
+        try:
+            return await self._call(partial(self.engine.reserve, reservation_id, token_ids, timeout_s))
+        except asyncio.CancelledError:
+            self._post(partial(self.engine.release, reservation_id))
+            raise
+
+    async def release(self, reservation_id: str) -> bool:
+        """Returns when nothing writes to its pages any more; False where there is none of that id, or it was claimed.
+
+        Raises EngineDeadError, NoTransferError, TransferError when its writer cannot be stopped.
+        """
+        revoked = await self._call(partial(self.engine.release, reservation_id))
+        if revoked is None:
+            return False
+        await asyncio.shield(asyncio.wrap_future(revoked))
+        return True
+
+    async def _claim(self, request: Request) -> None:
+        """Have the KV that was sent for the request to itself. Where that is not possible it computes all of it."""
+        revoked = await self._call(partial(self.engine.claim, request))
+        if revoked is None:
+            logger.info("request %s: there is no reservation %s", request.request_id, request.reservation_id)
+            request.reservation_id = ""
+            return
+        # The revocation goes on whatever becomes of this request; a claim that nobody takes times out.
+        with suppress(TransferError):
+            await asyncio.shield(asyncio.wrap_future(revoked))
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        """What the function returns in the engine's thread, between two steps. Raises EngineDeadError."""
+        future: Future[T] = Future()
+        with self._wake:
+            self._check_alive()
+            self._calls.append(partial(_fulfil, future, function))
+            self._wake.notify()
+        return await asyncio.wrap_future(future)
+
+    def _post(self, function: Callable[[], object]) -> None:
+        """As `_call`, for a result that nobody waits for."""
+        with self._wake:
+            self._calls.append(partial(_fulfil, Future(), function))
+            self._wake.notify()
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
 
     def stats(self) -> EngineStats:
         return self.engine.stats()
@@ -327,15 +393,20 @@ class AsyncEngine:
         if self._error is not None or self._is_stopping:
             raise self._dead_error()
 
-    def _check_admission(self, request: Request) -> None:
+    def _check_open(self) -> None:
         self._check_alive()
         if self._is_draining:
             raise EngineDrainingError("the engine is draining; send the request to another instance")
         if self._is_asleep:
             raise EngineAsleepError("the engine is asleep; wake it up, or send the request to another instance")
+
+    def _check_admission(self, request: Request) -> None:
+        self._check_open()
         if request.request_id in self._streams:
             raise ValueError(f"request_id={request.request_id!r} is already in use; choose another")
-        self.engine.check_queue(request, num_waiting=self._num_waiting, num_waiting_tokens=self._num_waiting_tokens)
+        if not request.reservation_id:
+            # Else a place is kept for it, and it does not wait.
+            self.engine.check_queue(request, num_waiting=self._num_waiting, num_waiting_tokens=self._num_waiting_tokens)
 
     def _mailbox_of(self, loop: asyncio.AbstractEventLoop) -> _Mailbox:
         if loop not in self._mailboxes:
@@ -372,6 +443,9 @@ class AsyncEngine:
         with self._wake:
             while not self._is_stopping:
                 self._apply_inbox()
+                due_s = self.engine.tend()
+                if self._calls:
+                    return self._make_calls
                 if self._holds_new and not self.engine.has_work:
                     self._is_paused, self._holds_new = True, False
                 if self._is_paused:
@@ -382,8 +456,15 @@ class AsyncEngine:
                     return self.engine.step
                 if not self._streams:
                     self._idle.set()
-                self._wake.wait()
+                self._wake.wait(due_s)
             return None
+
+    def _make_calls(self) -> list[RequestOutput]:
+        with self._wake:
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+        return []
 
     def _apply_inbox(self) -> None:
         inbox, self._inbox = self._inbox, []
@@ -423,10 +504,24 @@ class AsyncEngine:
         with self._wake:
             self._is_stopping = True
             streams, self._streams = list(self._streams.values()), {}
+            calls, self._calls = self._calls, []
             self._idle.set()
             self._at_rest.set()
         for stream in streams:
             stream._mailbox.post([(stream, self._dead_error())])
+        for call in calls:
+            # Whoever waits for it learns of the end, as all who come later do.
+            if call.args[0].set_running_or_notify_cancel():
+                call.args[0].set_exception(self._dead_error())
+
+
+def _fulfil(future: "Future[T]", function: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except Exception as err:
+        future.set_exception(err)
 
 
 def _takes_long(prompt: str | Sequence[int], resume: Resume | None) -> bool:

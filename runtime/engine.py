@@ -19,18 +19,22 @@ from torch import Tensor
 
 from xllm_compile.runtime.batch import Batch, PoolRows, build_batch
 from xllm_compile.runtime.engine_config import EngineConfig
+from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.kv_exchange import KVExchange, NoTransferError
 from xllm_compile.runtime.local_scheduler import SchedulingRules, schedule
 from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
+from xllm_compile.runtime.policies.admission import Growth, fits, growth_of
 from xllm_compile.runtime.policies.chunk import StepLoad, load_of
 from xllm_compile.runtime.policies.order import Order
-from xllm_compile.runtime.policies.queue_bound import QueueBound, ServiceTime, check_queue
+from xllm_compile.runtime.policies.queue_bound import QueueBound, QueueFullError, ServiceTime, check_queue
 from xllm_compile.runtime.policies.state import Capacity, Limits, Schedule
 from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
 from xllm_compile.runtime.pooling import make_embedding
 from xllm_compile.runtime.prefix_sharing import look_up, readable_chain, without_followers
 from xllm_compile.runtime.request_factory import RequestFactory
+from xllm_compile.runtime.reservations import Reservation
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampler import SampledToken, SamplingFailure
 from xllm_compile.runtime.sampling_params import SamplingParams
@@ -40,6 +44,7 @@ from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_executor import StepExecutor, StepResult
 from xllm_compile.runtime.step_predictor import StepPredictor, StepPrior
 from xllm_compile.runtime.tokenizer import Tokenizer
+from xllm_compile.runtime.transfer.endpoint import TransferEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +62,8 @@ class _InFlight:
     """Those with tokens in it, each once."""
     load: StepLoad
     wait: Callable[[], StepResult]
+    computed: list[tuple[Sequence, int]]
+    """Sequences that are being handed over, with the tokens from their start whose KV is there afterwards."""
     ended: list[int] = field(default_factory=list)
     """Slots of sequences that ended after the launch: theirs until the step has run."""
 
@@ -73,8 +80,12 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         prior: StepPrior | None = None,
         speculator: Speculator | None = None,
+        transfer: TransferEndpoint | None = None,
     ) -> None:
-        """prior is what the build predicts of step times; without it the engine learns them from nothing."""
+        """prior is what the build predicts of step times; without it the engine learns them from nothing.
+
+        transfer takes KV from other instances and sends it to them; the engine closes it.
+        """
         self.tokenizer = tokenizer
         self.config = config or EngineConfig()
         self.max_model_len = min(runner.max_model_len, kv_cache.config.max_model_len)
@@ -86,6 +97,7 @@ class Engine:
             self.config,
             max_model_len=self.max_model_len,
             new_chain=kv_cache.new_chain,
+            kv_bytes_per_token=kv_cache.config.bytes_per_token,
             speculator=speculator,
             clock=clock,
         )
@@ -122,10 +134,12 @@ class Engine:
         self._ended: dict[str, Request] = {}
         """Requests that ended between steps; the next step reports them."""
         self._stats = EngineStats(kv_tokens_total=kv_cache.total_tokens)
+        self._exchange = None if transfer is None else KVExchange(kv_cache, transfer, clock=clock, free=self._give_back)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._ended or self._in_flight)
+        """Whether `step` has something to do. Requests that only wait for KV to be sent need `tend`."""
+        return bool(len(self._waiting) or self._running or self._ended or self._in_flight)
 
     @property
     def is_settled(self) -> bool:
@@ -160,9 +174,12 @@ class Engine:
         params: SamplingParams,
         prompt_text: str | None = None,
         resume: Resume | None = None,
+        hand_over: HandOver | None = None,
     ) -> Request:
-        """See RequestFactory.make. May be called from any thread."""
-        return self._factory.make(request_id, prompt, params, prompt_text, resume)
+        """See RequestFactory.make. May be called from any thread. Raises NoTransferError for a hand_over."""
+        if hand_over is not None:
+            self._transferring()
+        return self._factory.make(request_id, prompt, params, prompt_text, resume, hand_over)
 
     def prefetch(self, request: Request) -> "Future[None] | None":
         """Start to read from disk what is there of the prompt's KV; None where there is nothing to wait for.
@@ -202,11 +219,61 @@ class Engine:
         if request.is_finished:
             # It was resumed with its last token.
             self._ended[request.request_id] = request
+            if self._exchange is not None:
+                self._exchange.reservations.release(request.reservation_id)
             return
         self._requests[request.request_id] = request
         for sequence in request.sequences:
             sequence.number = next(self._numbers)
-            self._waiting.add(sequence)
+            if self._exchange is not None and self._exchange.adopt(sequence):
+                # Its place was kept for it: it was admitted when that was reserved.
+                self._begin(sequence, self._clock())
+            else:
+                self._waiting.add(sequence)
+
+    def reserve(self, reservation_id: str, token_ids: Items[int], timeout_s: float) -> Reservation:
+        """Hold a slot for a sequence that begins with these tokens, whose KV another instance sends.
+
+        The same id again renews it. Raises QueueFullError where there is no room now, ValueError, NoTransferError.
+        """
+        exchange = self._transferring()
+        known = exchange.reservations.renewed(reservation_id, token_ids)
+        if known is not None:
+            return known
+        self._factory.check_prompt(token_ids, num_new=1)
+        # The sender does not wait for steps: none may be under way that reads or copies what the reservation gets.
+        self._complete(self._ended, num_left=0)
+        self._check_room(len(token_ids))
+        reservation = exchange.reservations.open(reservation_id, token_ids, timeout_s)
+        self._executor.prepare_memory(self._kv_cache.ops.take(), self._kv_cache.ops.take_restores())
+        return reservation
+
+    def release(self, reservation_id: str) -> "Future[None] | None":
+        """See Reservations.release. Raises NoTransferError."""
+        return self._transferring().reservations.release(reservation_id)
+
+    def claim(self, request: Request) -> "Future[None] | None":
+        """Keep the request's reservation for it, before `add`: see Reservations.claim."""
+        if self._exchange is None:
+            return None
+        return self._exchange.reservations.claim(request.reservation_id, request.sequences[0].token_ids)
+
+    def watch(self, on_event: Callable[[], None]) -> None:
+        """Call it, in any thread, when `tend` has something to do."""
+        if self._exchange is not None:
+            self._exchange.watch(on_event)
+
+    def tend(self) -> float | None:
+        """Take note of what came of KV that other threads and instances read and write, between two steps.
+
+        Returns the seconds after which it wants to be called again at the latest.
+        """
+        if self._exchange is None:
+            return None
+        for sequence in self._exchange.tend():
+            self._release(sequence)
+            self._close(sequence.request)
+        return self._exchange.reservations.next_due_s()
 
     def abort(self, request_id: str) -> None:
         """End a request now; the next step reports it with finish_reason "abort". Unknown ids are ignored."""
@@ -249,6 +316,8 @@ class Engine:
 
     def close(self) -> None:
         """Wait for the device to be idle. No step comes after."""
+        if self._exchange is not None:
+            self._exchange.close()
         self._executor.close()
         self._kv_cache.close()
 
@@ -257,6 +326,12 @@ class Engine:
         return EngineStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
+            num_waiting_tokens=self._waiting.num_tokens
+            + sum(sequence.num_uncomputed_tokens for sequence in self._running if not sequence.is_behind_prompt),
+            num_decoding=sum(sequence.is_behind_prompt for sequence in self._running),
+            num_context_tokens=sum(
+                sequence.num_computed_tokens for sequence in self._running if sequence.is_behind_prompt
+            ),
             kv_tokens_used=self._kv_cache.used_tokens,
             kv_tokens_total=self._kv_cache.total_tokens,
             kv_pages=self._kv_cache.num_pages_by_state(),
@@ -276,6 +351,8 @@ class Engine:
             num_aborted=self._stats.num_aborted,
             graph_cache=self._runner.graph_cache_stats(),
             speculation=None if self._speculator is None else self._speculator.stats(),
+            reservations=None if self._exchange is None else self._exchange.reservations.stats(),
+            hand_overs=None if self._exchange is None else self._exchange.stats(),
         )
 
     def _schedule(self, changed: dict[str, Request]) -> Schedule[Sequence]:
@@ -325,14 +402,41 @@ class Engine:
                 granted[sequence] = 0
         return granted
 
-    def _plan(self) -> Schedule[Sequence]:
-        now = self._clock()
-        capacity = Capacity(
+    def _capacity(self) -> Capacity:
+        exchange, num_ended = self._exchange, sum(len(step.ended) for step in self._in_flight)
+        return Capacity(
             num_blocks=self._kv_cache.num_pages,
             num_free_blocks=self._kv_cache.num_free_pages,
             block_tokens=self._kv_cache.page_tokens,
-            num_held_seqs=sum(len(step.ended) for step in self._in_flight),
+            num_held_seqs=num_ended + (exchange.num_held if exchange else 0),
+            num_promised_blocks=exchange.num_promised_blocks(self.config.admission_horizon) if exchange else 0,
         )
+
+    def _check_room(self, num_tokens: int) -> None:
+        """Raise QueueFullError when a sequence of so many tokens does not fit beside what runs and what is reserved."""
+        capacity, horizon = self._capacity(), self.config.admission_horizon
+        num_seqs = len(self._running) + capacity.num_held_seqs
+        if num_seqs >= self._limits.max_num_seqs:
+            full = f"{num_seqs} sequences have all places of max_num_seqs={self._limits.max_num_seqs}"
+        else:
+            for sequence in self._running:
+                assert sequence.slot is not None
+                sequence.num_kv_blocks = self._kv_cache.num_own_pages(sequence.slot)
+            steps = min(horizon, self.max_model_len - num_tokens)
+            newcomer = Growth(num_tokens=num_tokens, num_held_blocks=0, num_freed_blocks=0, steps=steps, ends=False)
+            growths = [newcomer, *(growth_of(sequence, capacity, horizon) for sequence in self._running)]
+            num_free = capacity.num_free_blocks - capacity.num_promised_blocks
+            # Alone it may have everything: beyond the horizon nobody else wants it.
+            needs = capacity.blocks(num_tokens + 1)
+            if needs <= num_free and (num_seqs == 0 or fits(growths, num_free, capacity.block_tokens)):
+                return
+            full = f"{num_tokens} tokens do not fit into the KV cache beside {num_seqs} sequences"
+        time = self._service_time()
+        raise QueueFullError(f"{full}; retry later, or reserve elsewhere", time.drain_s(1, num_tokens))
+
+    def _plan(self) -> Schedule[Sequence]:
+        now = self._clock()
+        capacity = self._capacity()
         look_up(self._kv_cache, self._waiting, self._limits.max_num_seqs)
         most_new = len(self._running) + capacity.blocks(self._limits.max_num_batched_tokens)
         if len(self._waiting) or capacity.num_free_blocks < most_new:
@@ -357,7 +461,8 @@ class Engine:
         oldest = next(iter(self._requests.values()), None)
         if oldest is None or now - oldest.metrics.arrival_s <= self.config.starvation_s:
             return None
-        return next(sequence for sequence in oldest.sequences if not sequence.is_finished)
+        queued = (SequenceStatus.WAITING, SequenceStatus.RUNNING)
+        return next((sequence for sequence in oldest.sequences if sequence.status in queued), None)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -373,6 +478,10 @@ class Engine:
         num_cached = sequence.num_computed_tokens
         sequence.slot = self._kv_cache.allocate(readable_chain(sequence), sequence.num_tokens, num_cached)
         sequence.num_computed_tokens, sequence.num_unheld_blocks = self._kv_cache.length(sequence.slot), 0
+        self._begin(sequence, now)
+
+    def _begin(self, sequence: Sequence, now: float) -> None:
+        """It has a slot, and what is computed of it is there."""
         sequence.status = SequenceStatus.RUNNING
         self._running.append(sequence)
         request = sequence.request
@@ -396,7 +505,9 @@ class Engine:
         for rows in batch.prompt_rows:
             rows.sequence.request.num_prompt_logprobs_asked += len(rows.token_ids)
         requests = list({id(sequence.request): sequence.request for sequence, _ in plan.chunks}.values())
-        return _InFlight(batch=batch, requests=requests, load=load, wait=self._executor.launch(batch))
+        computed = [(one, one.num_computed_tokens) for one, _ in plan.chunks if one.request.hand_over is not None]
+        wait = self._executor.launch(batch)
+        return _InFlight(batch=batch, requests=requests, load=load, computed=computed, wait=wait)
 
     def _complete(self, changed: dict[str, Request], *, num_left: int) -> None:
         """Wait for launched steps until so many are left, and give their tokens to their sequences."""
@@ -409,6 +520,8 @@ class Engine:
             step = self._in_flight.popleft()
             self._count_step(step, result)
             self._free(step.ended)
+            if self._exchange is not None:
+                self._exchange.push(step.computed)
             self._postprocess(step.batch, result, changed)
 
     def _count_step(self, step: _InFlight, result: StepResult) -> None:
@@ -455,6 +568,8 @@ class Engine:
                 self._release(sequence)
                 length = sequence.num_output_tokens
                 self._mean_output_tokens = _MEAN_DECAY * self._mean_output_tokens + (1 - _MEAN_DECAY) * length
+            elif self._exchange is not None and sequence.request.hand_over is not None:
+                self._exchange.hand_over(sequence)
             self._report(sequence, changed)
         for rows, pooled in zip(batch.pool_rows, result.pooled, strict=True):
             if not rows.sequence.is_finished:
@@ -539,11 +654,24 @@ class Engine:
         if sequence.slot is None:
             return
         self._commit(sequence)
+        slot, sequence.slot = sequence.slot, None
+        if self._exchange is None or not self._exchange.keeps(slot, sequence):
+            self._give_back(slot)
+
+    def _give_back(self, slot: int) -> None:
+        """Free a slot when no launched step has it any more."""
         if self._in_flight:
-            self._in_flight[-1].ended.append(sequence.slot)
+            self._in_flight[-1].ended.append(slot)
         else:
-            self._kv_cache.free(sequence.slot)
-        sequence.slot = None
+            self._kv_cache.free(slot)
+
+    def _transferring(self) -> KVExchange:
+        if self._exchange is None:
+            raise NoTransferError(
+                "this instance neither takes nor sends KV: it was started without --transfer, or its artifact has"
+                " several ranks, of which a transfer would move one only"
+            )
+        return self._exchange
 
     def _forget_finished(self) -> None:
         """Drop finished and preempted sequences from the running list."""

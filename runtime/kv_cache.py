@@ -236,6 +236,11 @@ class KVCache:
     def length(self, slot: int) -> int:
         return self._live[slot].length
 
+    def page_offsets(self, slot: int) -> list[int]:
+        """Where the pages of the slot's sequence are in the device's memory, in bytes, by position."""
+        size = self.config.page_size
+        return [self._page(slot, position) * size for position in range(self._live[slot].num_pages)]
+
     def num_own_pages(self, slot: int) -> int:
         """By how much num_free_pages grows when the slot's sequence ends: it does not for what others share."""
         live = self._live[slot]

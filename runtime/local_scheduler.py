@@ -201,6 +201,7 @@ class _Planner(Generic[S]):
         if self.tokens_left + tokens_back == 0:
             return False
         free = self.blocks_at_start + sum(victim.num_kv_blocks for victim in victims)
+        free -= self.capacity.num_promised_blocks
         if not others:
             return free > sequence.num_unheld_blocks
         if self._new_blocks(sequence, sequence.num_uncomputed_tokens) > free:

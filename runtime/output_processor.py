@@ -80,6 +80,7 @@ def make_output(request: Request) -> RequestOutput | None:
         prompt_logprobs=prompt_logprobs,
         num_cached_tokens=request.num_cached_tokens,
         embedding=request.sequences[0].embedding,
+        num_kv_tokens=request.num_kv_tokens if request.sequences[0].finish_reason == "handed_over" else None,
     )
 
 

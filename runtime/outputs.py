@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from xllm_compile.runtime.memory.kv_tiers import TierStats
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "handed_over"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +69,8 @@ class RequestOutput:
     embedding: npt.NDArray[np.float32] | None = None
     """Of a finished request that asked for one; its outputs are one without tokens."""
     num_cached_tokens: int = 0
+    num_kv_tokens: int | None = None
+    """Of a request that was handed over: tokens from its start whose KV the receiver has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,12 +114,43 @@ class SpeculationStats:
         return sum(self.accepted_by_position)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReservationStats:
+    """Counters only grow."""
+
+    num_open: int = 0
+    """Held now, those included that are being given up."""
+    num_claimed: int = 0
+    num_released: int = 0
+    num_expired: int = 0
+    """Nobody came for them in time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HandOverStats:
+    """Counters only grow."""
+
+    num_open: int = 0
+    """Sequences whose slot waits for the sender."""
+    num_complete: int = 0
+    num_failed: int = 0
+    """Not all of the KV arrived."""
+    num_bytes: int = 0
+    """Bytes that arrived."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EngineStats:
     """A snapshot for /metrics, --stats and the benchmarks. Counters only grow."""
 
     num_running: int = 0
     num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    """Prompt tokens of those, and what is left of prompts that are being computed."""
+    num_decoding: int = 0
+    """Sequences of num_running behind their first token,"""
+    num_context_tokens: int = 0
+    """and their KV tokens."""
     kv_tokens_used: int = 0
     kv_tokens_total: int = 0
     kv_pages: dict[str, int] = field(default_factory=dict)
@@ -146,3 +179,6 @@ class EngineStats:
     graph_cache: GraphCacheStats = field(default_factory=GraphCacheStats)
     speculation: SpeculationStats | None = None
     """None without speculative decoding."""
+    reservations: ReservationStats | None = None
+    """None where no KV is taken from other instances, likewise sent to them."""
+    hand_overs: HandOverStats | None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 from xllm_compile.runtime.detokenizer import make_detokenizer
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.grammar import Grammar, GrammarCompiler
+from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.runtime.outputs import RequestMetrics
 from xllm_compile.runtime.resume import Resume, check_resume, replay
@@ -29,6 +30,7 @@ class RequestFactory:
         *,
         max_model_len: int,
         new_chain: Callable[[], BlockChain],
+        kv_bytes_per_token: int,
         speculator: Speculator | None,
         clock: Callable[[], float],
     ) -> None:
@@ -39,6 +41,7 @@ class RequestFactory:
         self._config = config
         self._grammars = GrammarCompiler(tokenizer, runner.vocab_size)
         self._new_chain = new_chain
+        self._kv_bytes_per_token = kv_bytes_per_token
         self._speculator = speculator
         self._clock = clock
 
@@ -49,15 +52,17 @@ class RequestFactory:
         params: SamplingParams,
         prompt_text: str | None = None,
         resume: Resume | None = None,
+        hand_over: HandOver | None = None,
     ) -> Request:
         """Tokenise, validate, compile a structured output. prompt_text is shown with a prompt of token ids.
 
-        resume is what the request has generated elsewhere; the request is finished where that was all.
+        resume is what the request has generated elsewhere; the request is finished where that was all. hand_over is
+        where its KV goes, once there is a token.
         Raises ValueError on a bad prompt or option.
         """
         text = prompt if isinstance(prompt, str) else prompt_text
         token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        self._check_prompt(token_ids, num_new=0 if params.pooling else 1)
+        self.check_prompt(token_ids, num_new=0 if params.pooling else 1)
         self._check_params(params)
         grammar = None if params.structured is None else self._grammars.compile(params.structured)
         # An embedding comes of the prompt alone, which may fill the context.
@@ -70,6 +75,7 @@ class RequestFactory:
             metrics=RequestMetrics(arrival_s=self._clock()),
             max_output_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            hand_over=hand_over,
         )
         ttft_slo_ms = params.ttft_slo_ms or self._config.ttft_slo_ms
         tpot_slo_ms = params.tpot_slo_ms or self._config.tpot_slo_ms
@@ -79,11 +85,14 @@ class RequestFactory:
             check_resume(resume, params, request.max_output_tokens)
             self._check_token_ids("resume.output_token_ids", resume.output_token_ids)
             request.metrics.is_resumed = len(resume.output_token_ids) > 0
+            request.reservation_id, request.num_kv_tokens = resume.reservation_id, resume.num_kv_tokens
         request.sequences = [self._make_sequence(request, index, grammar) for index in range(params.n)]
         for sequence in request.sequences:
             if resume is not None:
                 replay(sequence, resume, self._tokenizer)
             sequence.speculation = self._speculation(sequence)
+            if hand_over is not None:
+                self._check_hand_over(hand_over, sequence)
         return request
 
     def _speculation(self, sequence: Sequence) -> Speculation | None:
@@ -120,7 +129,8 @@ class RequestFactory:
             ),
         )
 
-    def _check_prompt(self, token_ids: Items[int], num_new: int) -> None:
+    def check_prompt(self, token_ids: Items[int], num_new: int) -> None:
+        """Raises ValueError when it is no prompt for num_new tokens behind it."""
         if not token_ids:
             raise ValueError("the prompt has 0 tokens, at least 1 is needed; send a non-empty prompt")
         if len(token_ids) + num_new > self.max_model_len:
@@ -130,6 +140,16 @@ class RequestFactory:
                 "shorten the prompt or build the artifact with a larger max_model_len"
             )
         self._check_token_ids("prompt", token_ids)
+
+    def _check_hand_over(self, hand_over: HandOver, sequence: Sequence) -> None:
+        if sequence.request.params.n != 1:
+            raise ValueError(f"n={sequence.request.params.n} must be 1 with hand_over; send a request for each")
+        fitting = len(hand_over.page_offsets) * hand_over.page_bytes // self._kv_bytes_per_token
+        if sequence.num_tokens > fitting:
+            raise ValueError(
+                f"hand_over has pages for {fitting} tokens, the request has {sequence.num_tokens};"
+                " reserve for the prompt with all that was generated"
+            )
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.pooling is not None and (params.pooling.dimensions or 0) > self._embedding_size:

@@ -25,6 +25,8 @@ class Resume:
     """Characters of text that the client has: these are not sent again."""
     reservation_id: str = ""
     """Of the KV that was sent here for it; empty where there is none."""
+    num_kv_tokens: int = 0
+    """Tokens from the start whose KV has arrived there, as its sender says. The rest is computed."""
 
 
 def check_resume(resume: Resume, params: SamplingParams, max_output_tokens: int) -> None:

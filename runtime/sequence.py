@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from xllm_compile.runtime.detokenizer import Detokenizer
+from xllm_compile.runtime.hand_over import HandOver, Push
 from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.runtime.outputs import FinishReason, Logprob, RequestMetrics
 from xllm_compile.runtime.sampler import SamplingState
@@ -23,6 +24,8 @@ MAX_PROMPT_LOGPROB_ROWS = 256
 class SequenceStatus(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    HANDING_OVER = "handing_over"
+    """Computed; its KV is on the way to another instance."""
     FINISHED = "finished"
 
 
@@ -63,6 +66,8 @@ class Sequence:
     pooled: Tensor | None = None
     """[E] what the chunks so far add up to, for an embedding."""
     embedding: npt.NDArray[np.float32] | None = None
+    push: Push | None = None
+    """Sends its KV to another instance."""
     num_tokens_sent: int = 0
     """Output tokens that were part of a DELTA output."""
     num_resumed_tokens: int = 0
@@ -96,13 +101,18 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether what is left to compute is one generated token."""
-        return self.num_computed_tokens >= self.num_prompt_tokens and self.num_uncomputed_tokens == 1
+        return self.is_behind_prompt and self.num_uncomputed_tokens == 1
+
+    @property
+    def is_behind_prompt(self) -> bool:
+        """Whether the prompt is computed, or will be by launched steps."""
+        return self.num_computed_tokens >= self.num_prompt_tokens
 
     @property
     def num_left_tokens(self) -> int:
         """Tokens that may still be generated after those that launched steps bring at most."""
         num_coming = self.num_pending_tokens + self.num_draft_tokens
-        return self.request.max_output_tokens - self.num_output_tokens - num_coming
+        return self._max_output_tokens - self.num_output_tokens - num_coming
 
     @property
     def max_chunk_tokens(self) -> int:
@@ -114,7 +124,13 @@ class Sequence:
     @property
     def num_growth_tokens(self) -> int:
         """Tokens that may be stored after the uncomputed ones: those to come but the last, which nothing follows."""
-        return max(0, self.request.max_output_tokens - self.num_output_tokens - self.num_pending_tokens - 1)
+        return max(0, self._max_output_tokens - self.num_output_tokens - self.num_pending_tokens - 1)
+
+    @property
+    def _max_output_tokens(self) -> int:
+        """With the tokens generated elsewhere. What is handed over goes on elsewhere after one token."""
+        most = self.request.max_output_tokens
+        return most if self.request.hand_over is None else min(most, self.num_resumed_tokens + 1)
 
     @property
     def is_offline(self) -> bool:
@@ -187,6 +203,12 @@ class Request:
     num_cached_tokens: int = 0
     """Of the prompt, when its first sequence was first started."""
     is_prompt_sent: bool = False
+    reservation_id: str = ""
+    """Of the slot that waits for it, with KV that another instance computed,"""
+    num_kv_tokens: int = 0
+    """that of so many tokens from the start. Of a request that was handed over: what the receiver has."""
+    hand_over: HandOver | None = None
+    """Where its KV goes, instead of more than one token being generated here."""
 
     @property
     def is_finished(self) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xllm_compile.runtime.batch import Batch
 from xllm_compile.runtime.mask_worker import MaskWorker
-from xllm_compile.runtime.memory.page_ops import run_copies, run_restores
+from xllm_compile.runtime.memory.page_ops import Restore, run_copies, run_restores
 from xllm_compile.runtime.memory.xtensor import XTensor
 from xllm_compile.runtime.pooling import pool_chunk
 from xllm_compile.runtime.sampler import (
@@ -32,7 +32,7 @@ from xllm_compile.runtime.sampler import (
 )
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.speculative.verify import verify
-from xllm_compile.runtime.step import ModelRunner
+from xllm_compile.runtime.step import Int32Array, ModelRunner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +117,10 @@ class StepExecutor:
         self._queue.put(launched)
         return launched.wait
 
+    def prepare_memory(self, page_ops: Int32Array, restores: Sequence[Restore]) -> None:
+        """Make the copies and restores now, ahead of the next step. Nothing may be launched."""
+        self._device.prepare_memory(page_ops, restores)
+
     def close(self) -> None:
         """Wait for what was launched, and end the thread."""
         if self._queue is not None:
@@ -148,8 +152,7 @@ class _Device:
         batch.step.token_ids[batch.pending_rows] = self._last_tokens[batch.pending_slots]
         step, drafts = self._speculator.draft(batch) if self._speculator else (batch.step, [])
         drafted_s = time.monotonic()
-        run_copies(step.page_ops, self._xtensor)
-        run_restores(batch.restores, self._xtensor)
+        self.prepare_memory(step.page_ops, batch.restores)
         logits = self._runner.execute(step)
         num_drafted = [len(draft.token_ids) for draft in drafts]
         prompt_logprobs = _prompt_logprobs(batch, logits, sum(num_drafted))
@@ -168,6 +171,10 @@ class _Device:
             started_s=started_s,
             ended_s=time.monotonic(),
         )
+
+    def prepare_memory(self, page_ops: Int32Array, restores: Sequence[Restore]) -> None:
+        run_copies(page_ops, self._xtensor)
+        run_restores(restores, self._xtensor)
 
     def close(self) -> None:
         self._masks.close()

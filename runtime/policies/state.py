@@ -88,7 +88,10 @@ class Capacity:
     block_tokens: int = 1
     """Tokens of one KV block."""
     num_held_seqs: int = 0
-    """Places of sequences that ended while a step with them runs: free once it has run."""
+    """Places that are taken although nothing runs there: of sequences that ended while a step with them runs, whose KV
+    is being sent, or for whom they are reserved."""
+    num_promised_blocks: int = 0
+    """Of the free ones those that newcomers may not have: what is reserved will grow into them."""
     swap_pays: Callable[[int], bool] | None = None
     """Whether so many tokens are sooner copied out and back than computed again; None where nothing can be copied."""
 

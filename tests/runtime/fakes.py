@@ -14,11 +14,14 @@ from torch import Tensor
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.memory.cpu_memory import CpuMemory
 from xllm_compile.runtime.memory.kv_tiers import KVTiers
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step import Step
 from xllm_compile.runtime.tokenizer import Tokenizer
+from xllm_compile.runtime.transfer.endpoint import open_endpoint
+from xllm_compile.runtime.transfer.transfer import TransferConfig
 
 EOS = "<|im_end|>"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", EOS)
@@ -173,9 +176,10 @@ def make_kv_cache(
     total_tokens: int = 512,
     block_tokens: int | None = None,
     tiers: KVTiers | None = None,
+    page_tokens: int | None = None,
 ) -> KVCache:
     # A page holds one token, so that tests may count memory in tokens; with a prefix cache it is no whole block.
-    page_tokens = 1 if block_tokens is None else 3
+    page_tokens = page_tokens or (1 if block_tokens is None else 3)
     num_layers, head_dim = 2, 256
     bytes_per_token = num_layers * 2 * head_dim * torch.float32.itemsize
     return KVCache(
@@ -213,15 +217,21 @@ class EngineFactory:
         make_speculator: Callable[[HistoryRunner], Speculator] | None = None,
         block_tokens: int | None = None,
         tiers: KVTiers | None = None,
+        page_tokens: int | None = None,
+        transfer: TransferConfig | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> tuple[Engine, HistoryRunner]:
-        """block_tokens turns the prefix cache on."""
+        """block_tokens turns the prefix cache on; with transfer it hands requests over, by shared memory."""
         kv_cache = make_kv_cache(
             max_model_len=max_model_len,
             num_slots=num_slots,
             total_tokens=total_tokens,
             block_tokens=block_tokens,
             tiers=tiers,
+            page_tokens=page_tokens,
         )
+        memory = kv_cache.xtensor.memory
+        assert isinstance(memory, CpuMemory)
         runner = HistoryRunner(
             kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, poison=poison
         )
@@ -229,6 +239,12 @@ class EngineFactory:
         ticks = iter(range(1, 1_000_000))
         speculator = make_speculator(runner) if make_speculator else None
         engine = Engine(
-            runner, kv_cache, self.tokenizer, config, clock=lambda: float(next(ticks)), speculator=speculator
+            runner,
+            kv_cache,
+            self.tokenizer,
+            config,
+            clock=clock or (lambda: float(next(ticks))),
+            speculator=speculator,
+            transfer=None if transfer is None else open_endpoint(("shm",), memory.region, transfer),
         )
         return engine, runner

@@ -1,0 +1,207 @@
+"""Sends the KV of prompts to the instances that go on with them, chunk by chunk while the rest is being computed.
+
+A sequence with a hand-over ends with its first token. What a completed step computed of it is sent from there on by
+another thread; its slot stays until that thread has nothing more to read. A receiver that is gone ends the sending and
+not the request: the last output says how much has arrived, and whoever goes on computes the rest.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+
+from xllm_compile.runtime.outputs import HandOverStats
+from xllm_compile.runtime.transfer.transfer import ByteRange, Sender, TransferError
+
+logger = logging.getLogger(__name__)
+
+_NUM_THREADS = 4
+_MAX_SENDERS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HandOver:
+    """Where a request's KV goes: the answer of the receiver's reservation (runtime/reservations.py)."""
+
+    transfers: Items[str]
+    token: bytes
+    num_cached_tokens: int
+    """Tokens from the start that the receiver has."""
+    page_offsets: Items[int]
+    """Of its pages, by position; page_bytes each."""
+    page_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.page_bytes < 1 or not self.page_offsets:
+            raise ValueError(
+                f"hand_over has {len(self.page_offsets)} pages of {self.page_bytes} bytes, which is no place;"
+                " give it what Reserve answered"
+            )
+
+
+class Push:
+    """The KV of one sequence on its way. The engine's thread says how far it may go, a thread of the pool sends."""
+
+    def __init__(
+        self,
+        target: HandOver,
+        sender: Sender | None,
+        token_bytes: int,
+        pool: ThreadPoolExecutor,
+        on_rest: Callable[[], None],
+    ) -> None:
+        """on_rest is called by the pool's thread when it has nothing more to send. sender: None sends nothing."""
+        self.num_bytes = 0
+        self._target = target
+        self._sender = sender
+        self._token_bytes = token_bytes
+        self._pool = pool
+        self._on_rest = on_rest
+        self._lock = Lock()
+        # Guarded by _lock:
+        self._num_sent = self._num_queued = target.num_cached_tokens
+        self._parts: list[tuple[int, list[ByteRange]]] = []
+        """Tokens from the start that are there once the ranges are; in order."""
+        self._is_busy = False
+        self._error: TransferError | None = None
+
+    @property
+    def num_sent_tokens(self) -> int:
+        """Tokens from the start whose KV the receiver has."""
+        return self._num_sent
+
+    @property
+    def error(self) -> TransferError | None:
+        return self._error
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the sequence's pages may be read now."""
+        return self._is_busy
+
+    def advance(self, num_tokens: int, page_offsets: Items[int], page_bytes: int) -> None:
+        """The KV of the first num_tokens is there, on this side's pages: send what was not. Returns at once."""
+        with self._lock:
+            if num_tokens <= self._num_queued or self._error is not None or self._sender is None:
+                return
+            begin, end = self._num_queued * self._token_bytes, num_tokens * self._token_bytes
+            target = self._target
+            ranges = split_ranges(begin, end, page_offsets, page_bytes, target.page_offsets, target.page_bytes)
+            self._parts.append((num_tokens, ranges))
+            self._num_queued = num_tokens
+            if self._is_busy:
+                return
+            self._is_busy = True
+        self._pool.submit(self._send)
+
+    def pause(self) -> None:
+        """Send nothing more; a write under way goes on. `advance` begins again with what has not arrived."""
+        with self._lock:
+            self._parts.clear()
+            self._num_queued = self._num_sent
+
+    def _send(self) -> None:
+        assert self._sender is not None
+        while True:
+            with self._lock:
+                if not self._parts or self._error is not None:
+                    self._is_busy = False
+                    break
+                parts, self._parts = self._parts, []
+            ranges = [part for _, ranges in parts for part in ranges]
+            try:
+                self._sender.write(self._target.token, ranges)
+            except (TransferError, ValueError) as err:
+                with self._lock:
+                    self._error = err if isinstance(err, TransferError) else TransferError(str(err))
+            else:
+                with self._lock:
+                    self._num_sent = max(self._num_sent, parts[-1][0])
+                    self._num_queued = max(self._num_queued, self._num_sent)
+                    self.num_bytes += sum(part.num_bytes for part in ranges)
+        self._on_rest()
+
+
+class HandOvers:
+    """The pushes of one instance. Belongs to the engine's thread."""
+
+    def __init__(self, connect: Callable[[Items[str]], Sender], token_bytes: int) -> None:
+        """connect raises ValueError where none of the addresses can be reached."""
+        self._connect = connect
+        self._token_bytes = token_bytes
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="xllm-push")
+        self._senders: OrderedDict[tuple[str, ...], Sender] = OrderedDict()
+        """By addresses, the one used last at the end."""
+        self._num_complete = self._num_failed = self._num_bytes = 0
+        self.on_rest: Callable[[], None] = lambda: None
+        """Called in another thread when a push has nothing more to send."""
+
+    def start(self, request_id: str, target: HandOver) -> Push:
+        """Where no address can be reached nothing is sent, which is not an error of the request."""
+        sender = None
+        try:
+            sender = self._sender(tuple(target.transfers))
+        except ValueError as err:
+            logger.warning("request %s: its KV stays here: %s", request_id, err)
+        return Push(target, sender, self._token_bytes, self._pool, lambda: self.on_rest())
+
+    def count(self, request_id: str, push: Push, num_tokens: int) -> None:
+        """A sequence of num_tokens was handed over."""
+        self._num_bytes += push.num_bytes
+        if push.num_sent_tokens == num_tokens:
+            self._num_complete += 1
+            return
+        self._num_failed += 1
+        if push.error is not None:
+            arrived = push.num_sent_tokens
+            logger.warning("request %s: %d of %d tokens of KV arrived: %s", request_id, arrived, num_tokens, push.error)
+
+    def stats(self, num_open: int) -> HandOverStats:
+        return HandOverStats(
+            num_open=num_open,
+            num_complete=self._num_complete,
+            num_failed=self._num_failed,
+            num_bytes=self._num_bytes,
+        )
+
+    def close(self) -> None:
+        """Ends the writes under way."""
+        for sender in self._senders.values():
+            sender.close()
+        self._pool.shutdown()
+
+    def _sender(self, addresses: tuple[str, ...]) -> Sender:
+        if addresses not in self._senders:
+            self._senders[addresses] = self._connect(addresses)
+            if len(self._senders) > _MAX_SENDERS:
+                # Closing waits for its writes; a receiver that was restarted has other addresses than before.
+                self._pool.submit(self._senders.popitem(last=False)[1].close)
+        self._senders.move_to_end(addresses)
+        return self._senders[addresses]
+
+
+def split_ranges(
+    begin: int,
+    end: int,
+    source_offsets: Items[int],
+    source_page_bytes: int,
+    target_offsets: Items[int],
+    target_page_bytes: int,
+) -> list[ByteRange]:
+    """Bytes [begin, end) of a sequence, from its pages on one side to those on the other, whose size may differ."""
+    ranges: list[ByteRange] = []
+    while begin < end:
+        source_page, source_at = divmod(begin, source_page_bytes)
+        target_page, target_at = divmod(begin, target_page_bytes)
+        count = min(end - begin, source_page_bytes - source_at, target_page_bytes - target_at)
+        source, target = source_offsets[source_page] + source_at, target_offsets[target_page] + target_at
+        last = ranges[-1] if ranges else None
+        if last is not None and (last.source + last.num_bytes, last.target + last.num_bytes) == (source, target):
+            ranges[-1] = ByteRange(source=last.source, target=last.target, num_bytes=last.num_bytes + count)
+        else:
+            ranges.append(ByteRange(source=source, target=target, num_bytes=count))
+        begin += count
+    return ranges

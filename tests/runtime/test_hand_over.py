@@ -1,0 +1,422 @@
+"""Prefill on one engine, decode on another: the tokens of one engine, whatever is lost on the way, and nothing held."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tests.runtime.fakes import EngineFactory, HistoryRunner
+from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.hand_over import HandOver, split_ranges
+from xllm_compile.runtime.kv_exchange import NoTransferError
+from xllm_compile.runtime.outputs import RequestOutput
+from xllm_compile.runtime.policies.queue_bound import QueueFullError
+from xllm_compile.runtime.reservations import Reservation, ReservationError
+from xllm_compile.runtime.resume import Resume
+from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
+from xllm_compile.runtime.transfer.transfer import ByteRange, TransferConfig, TransferError
+
+PROMPT = list(range(60, 85))
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "output_kind": RequestOutputKind.DELTA}
+
+
+@dataclass
+class Clock:
+    now_s: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class Side:
+    """An engine, and what it reports."""
+
+    engine: Engine
+    runner: HistoryRunner
+    clock: Clock
+    outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
+    event: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.engine.watch(self.event.set)
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            self.outputs.setdefault(output.request_id, []).append(output)
+
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        """As the engine's thread does it: step while there is work, sleep until other threads have something."""
+        while not is_done():
+            self.event.clear()
+            self.engine.tend()
+            if self.engine.has_work:
+                self.step()
+            elif not is_done():
+                assert self.event.wait(timeout=60)
+
+    def run(self, name: str) -> list[RequestOutput]:
+        self.run_until(lambda: bool(self.outputs.get(name)) and self.outputs[name][-1].finished)
+        return self.outputs.pop(name)
+
+    def rest(self) -> None:
+        """Until nothing is held any more."""
+        self.run_until(lambda: self.is_empty)
+
+    @property
+    def is_empty(self) -> bool:
+        stats = self.engine.stats()
+        assert stats.reservations is not None and stats.hand_overs is not None
+        num_held = stats.reservations.num_open + stats.hand_overs.num_open + stats.num_running + stats.num_waiting
+        return (
+            num_held == 0 and not self.engine.has_work and stats.kv_tokens_used == 0 and stats.kv_pages["mapped"] == 0
+        )
+
+    def decode(self, reservation_id: str, tokens: list[int], num_kv_tokens: int, **options: Any) -> list[int]:
+        """Resume there; the tokens that it adds."""
+        resume = Resume(output_token_ids=tokens, reservation_id=reservation_id, num_kv_tokens=num_kv_tokens)
+        params = SamplingParams(**{"max_tokens": 10} | GREEDY | options)
+        request = self.engine.make_request("decode", PROMPT, params, resume=resume)
+        claimed = self.engine.claim(request)
+        if claimed is not None:
+            claimed.result(timeout=60)
+        self.engine.add(request)
+        return tokens_of(self.run("decode"))
+
+    @property
+    def num_computed(self) -> int:
+        return sum(len(step.token_ids) for step in self.runner.steps)
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[int]:
+    return [token for output in outputs for completion in output.outputs for token in completion.token_ids]
+
+
+def target_of(reservation: Reservation) -> HandOver:
+    return HandOver(
+        transfers=reservation.transfers,
+        token=reservation.token,
+        num_cached_tokens=reservation.num_cached_tokens,
+        page_offsets=reservation.page_offsets,
+        page_bytes=reservation.page_bytes,
+    )
+
+
+def prefill(side: Side, target: HandOver, name: str = "prefill", **options: Any) -> None:
+    params = SamplingParams(**{"max_tokens": 10} | GREEDY | options)
+    side.engine.add(side.engine.make_request(name, PROMPT, params, hand_over=target))
+
+
+MakeSide = Callable[..., Side]
+
+
+@pytest.fixture
+def make_side(make_engine: EngineFactory) -> Iterator[MakeSide]:
+    sides: list[Side] = []
+
+    def make(**options: Any) -> Side:
+        clock = Clock()
+        given: dict[str, Any] = {
+            "max_num_batched_tokens": 8,
+            "block_tokens": 4,
+            "transfer": TransferConfig(timeout_s=5),
+        }
+        engine, runner = make_engine(**given | {"clock": clock} | options)
+        sides.append(Side(engine, runner, clock))
+        return sides[-1]
+
+    yield make
+    for side in sides:
+        side.engine.close()
+
+
+# Pages of P and of D, in tokens; they need not be equal.
+@pytest.mark.parametrize(("p_pages", "d_pages"), [(3, 3), (1, 5), (7, 2)])
+@pytest.mark.parametrize("cached", [0, 5, 17, 25])
+def test_tokens_are_those_of_one_engine(make_side: MakeSide, p_pages: int, d_pages: int, cached: int) -> None:
+    p, d = make_side(page_tokens=p_pages), make_side(page_tokens=d_pages)
+    if cached:
+        d.engine.add_request("before", [*PROMPT[:cached], 9], SamplingParams(max_tokens=1, **GREEDY))
+        d.run("before")
+    reservation = d.engine.reserve("r", PROMPT, 10.0)
+    assert reservation.num_cached_tokens == cached // 4 * 4
+    prefill(p, target_of(reservation))
+    first, *_, last = p.run("prefill")
+    assert [output.finished for output in (first, last)] == [False, True]
+    assert last.outputs[0].finish_reason == "handed_over" and last.num_kv_tokens == len(PROMPT)
+    p.rest()
+    before = d.num_computed
+    expected = p.runner.greedy(PROMPT, 10)
+    assert tokens_of([first]) == expected[:1]
+    assert d.decode("r", expected[:1], len(PROMPT)) == expected[1:]
+    # Nothing of the prompt: a step for each token but the first.
+    assert d.num_computed - before == 9
+    d.rest()
+    # What arrived is found by others, too.
+    d.engine.add_request("after", [*PROMPT, 7], SamplingParams(max_tokens=1, **GREEDY))
+    assert d.run("after")[-1].num_cached_tokens == 24
+
+
+def test_chunks_are_sent_while_the_rest_is_computed(make_side: MakeSide) -> None:
+    p, d = make_side(), make_side()
+    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)))
+    while p.engine.stats().num_steps < 2:
+        p.step()
+    assert p.engine.stats().hand_overs is not None and "prefill" not in p.outputs
+    # Only what arrives in time for that: a first chunk of 8 tokens is there before the prompt is computed.
+    p.event.wait(timeout=60)
+    p.engine.abort("prefill")
+    assert p.run("prefill")[-1].outputs[0].finish_reason == "abort"
+    p.rest()
+    expected = p.runner.greedy(PROMPT, 10)
+    assert d.decode("r", [], 8) == expected
+    d.rest()
+
+
+@pytest.mark.parametrize("arrived", [0, 3, 8, 24, 25, 99])
+def test_what_has_not_arrived_is_computed(make_side: MakeSide, arrived: int) -> None:
+    p, d = make_side(), make_side()
+    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)))
+    p.run("prefill")
+    expected = p.runner.greedy(PROMPT, 10)
+    assert d.decode("r", expected[:1], arrived) == expected[1:]
+    assert d.num_computed == 25 - min(arrived, 25) + 9
+    d.rest()
+
+
+def test_a_request_that_its_first_token_ends_is_not_handed_over(make_side: MakeSide) -> None:
+    p, d = make_side(), make_side()
+    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)), max_tokens=1)
+    last = p.run("prefill")[-1]
+    assert last.outputs[0].finish_reason == "length" and last.num_kv_tokens is None
+    revoked = d.engine.release("r")
+    assert revoked is not None
+    p.rest()
+    d.rest()
+    assert d.engine.release("r") is None
+
+
+def test_a_receiver_that_is_gone_costs_no_request(make_side: MakeSide) -> None:
+    p, d = make_side(), make_side()
+    target = target_of(d.engine.reserve("r", PROMPT, 10.0))
+    d.engine.close()
+    prefill(p, target)
+    last = p.run("prefill")[-1]
+    assert (last.outputs[0].finish_reason, last.num_kv_tokens) == ("handed_over", 0)
+    p.rest()
+    stats = p.engine.stats().hand_overs
+    assert stats is not None and (stats.num_failed, stats.num_complete) == (1, 0)
+
+
+def test_an_address_of_nowhere_sends_nothing(make_side: MakeSide) -> None:
+    p = make_side()
+    target = HandOver(
+        transfers=("shm:elsewhere/x",), token=b"t" * 32, num_cached_tokens=4, page_offsets=(0,), page_bytes=1 << 30
+    )
+    prefill(p, target)
+    assert p.run("prefill")[-1].num_kv_tokens == 4
+    p.rest()
+
+
+def test_a_reservation_times_out_and_its_token_is_void(make_side: MakeSide) -> None:
+    p, d = make_side(), make_side()
+    target = target_of(d.engine.reserve("r", PROMPT, 10.0))
+    d.clock.now_s += 9.0
+    d.engine.tend()
+    # The same again renews it.
+    assert target_of(d.engine.reserve("r", PROMPT, 10.0)) == target
+    d.clock.now_s += 9.0
+    assert d.engine.tend() == pytest.approx(1.0)
+    assert not d.is_empty
+    d.clock.now_s += 1.0
+    d.rest()
+    assert d.engine.tend() is None
+    prefill(p, target)
+    assert p.run("prefill")[-1].num_kv_tokens == 0
+    expected = p.runner.greedy(PROMPT, 10)
+    assert d.decode("r", expected[:1], 25) == expected[1:]
+    stats = d.engine.stats().reservations
+    assert stats is not None and (stats.num_expired, stats.num_claimed) == (1, 0)
+
+
+def test_an_id_is_good_for_one_request(make_side: MakeSide) -> None:
+    d = make_side()
+    d.engine.reserve("r", PROMPT, 10.0)
+    with pytest.raises(ReservationError, match="'r' holds 25 other tokens; choose another"):
+        d.engine.reserve("r", PROMPT[1:], 10.0)
+    params = SamplingParams(max_tokens=4, **GREEDY)
+    resume = Resume(output_token_ids=[], reservation_id="r")
+    other = d.engine.make_request("other", [*PROMPT[1:], 3], params, resume=resume)
+    with pytest.raises(ReservationError, match="KV of other tokens"):
+        d.engine.claim(other)
+    one, two = (d.engine.make_request(name, PROMPT, params, resume=resume) for name in ("one", "two"))
+    claimed = d.engine.claim(one)
+    assert claimed is not None and d.engine.claim(two) is None
+    with pytest.raises(ReservationError, match="is claimed"):
+        d.engine.reserve("r", PROMPT, 10.0)
+    claimed.result(timeout=60)
+    d.engine.add(one)
+    d.engine.add(two)
+    for name in ("one", "two"):
+        assert tokens_of(d.run(name)) == d.runner.greedy(PROMPT, 4)
+    d.rest()
+
+
+def test_a_claim_that_nobody_takes_times_out(make_side: MakeSide) -> None:
+    d = make_side()
+    d.engine.reserve("r", PROMPT, 10.0)
+    resume = Resume(output_token_ids=[], reservation_id="r")
+    request = d.engine.make_request("one", PROMPT, SamplingParams(max_tokens=4, **GREEDY), resume=resume)
+    claimed = d.engine.claim(request)
+    assert claimed is not None
+    claimed.result(timeout=60)
+    d.clock.now_s += 10.0
+    d.rest()
+    d.engine.add(request)
+    assert tokens_of(d.run("one")) == d.runner.greedy(PROMPT, 4)
+    d.rest()
+
+
+def test_reservations_count_as_sequences(make_side: MakeSide) -> None:
+    d = make_side(max_num_seqs=3, num_slots=3, total_tokens=512)
+    for index in range(3):
+        d.engine.reserve(str(index), [index + 3, *PROMPT], 10.0)
+    with pytest.raises(QueueFullError, match="3 sequences have all places of max_num_seqs=3") as caught:
+        d.engine.reserve("more", PROMPT, 10.0)
+    assert caught.value.retry_after_s > 0
+    d.engine.add_request("waits", PROMPT, SamplingParams(max_tokens=4, **GREEDY))
+    d.step()
+    assert d.engine.stats().num_running == 0
+    d.engine.release("1")
+    assert tokens_of(d.run("waits")) == d.runner.greedy(PROMPT, 4)
+
+
+def test_pages_are_promised_once(make_side: MakeSide) -> None:
+    """Whoever runs may grow for as long as admission looks ahead, and so may what is reserved."""
+    d = make_side(total_tokens=70, page_tokens=1)
+    d.engine.add_request("runs", [5] * 20, SamplingParams(max_tokens=20, **GREEDY))
+    for _ in range(5):
+        d.step()
+    with pytest.raises(QueueFullError, match="do not fit into the KV cache beside 1 sequences"):
+        d.engine.reserve("long", [6] * 40, 10.0)
+    d.engine.reserve("short", [6] * 8, 10.0)
+    d.engine.add_request("newcomer", [7] * 10, SamplingParams(max_tokens=30, **GREEDY))
+    d.run("runs")
+    assert d.engine.stats().num_preemptions == 0
+    d.engine.release("short")
+    d.run("newcomer")
+    d.rest()
+
+
+def test_aborts_at_any_step_leave_nothing(make_side: MakeSide) -> None:
+    p, d = make_side(), make_side()
+    for num_steps in range(8):
+        prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)))
+        for _ in range(num_steps):
+            p.engine.tend()
+            if p.engine.has_work:
+                p.step()
+        p.engine.abort("prefill")
+        d.engine.release("r")
+        p.rest()
+        d.rest()
+        p.outputs.clear()
+    # And nothing of it is left in what others find.
+    p.engine.add_request("after", PROMPT, SamplingParams(max_tokens=5, **GREEDY))
+    assert tokens_of(p.run("after")) == p.runner.greedy(PROMPT, 5)
+
+
+class SlowSender:
+    """Holds each write until it is let go."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def write(self, token: bytes, ranges: list[ByteRange]) -> None:
+        self.began.set()
+        assert self.go_on.wait(timeout=60)
+        raise TransferError("the peer is gone")
+
+    def close(self) -> None:
+        pass
+
+
+def test_pages_stay_while_they_are_read(make_side: MakeSide, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = SlowSender()
+    monkeypatch.setattr("xllm_compile.runtime.transfer.endpoint.connect", lambda *_: sender)
+    p, d = make_side(), make_side()
+    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)))
+    while not sender.began.is_set():
+        p.step()
+    p.engine.abort("prefill")
+    p.run("prefill")
+    used = p.engine.stats()
+    assert used.hand_overs is not None and used.hand_overs.num_open == 1 and used.kv_pages["mapped"] > 0
+    # Others run meanwhile.
+    p.engine.add_request("other", [7] * 9, SamplingParams(max_tokens=4, **GREEDY))
+    assert tokens_of(p.run("other")) == p.runner.greedy([7] * 9, 4)
+    assert not p.is_empty
+    sender.go_on.set()
+    p.rest()
+
+
+def test_preempted_prefills_send_what_they_compute_again(make_side: MakeSide) -> None:
+    p, d = make_side(total_tokens=60, page_tokens=1, max_model_len=60), make_side()
+    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)), offline=True)
+    p.step()
+    p.engine.add_request("online", [5] * 30, SamplingParams(max_tokens=20, **GREEDY))
+    p.run("online")
+    assert p.engine.stats().num_preemptions == 1
+    assert p.run("prefill")[-1].num_kv_tokens == 25
+    expected = p.runner.greedy(PROMPT, 10)
+    assert d.decode("r", expected[:1], 25) == expected[1:]
+    p.rest()
+    d.rest()
+
+
+def test_a_resumed_request_is_handed_over_as_well(make_side: MakeSide) -> None:
+    p, d = make_side(), make_side()
+    expected = p.runner.greedy(PROMPT, 10)
+    target = target_of(d.engine.reserve("r", PROMPT + expected[:4], 10.0))
+    params = SamplingParams(max_tokens=10, **GREEDY)
+    request = p.engine.make_request(
+        "prefill", PROMPT, params, resume=Resume(output_token_ids=expected[:4]), hand_over=target
+    )
+    p.engine.add(request)
+    outputs = p.run("prefill")
+    assert tokens_of(outputs) == expected[4:5] and outputs[-1].num_kv_tokens == 29
+    assert d.decode("r", expected[:5], 29) == expected[5:]
+    assert d.num_computed == 5
+
+
+def test_an_engine_without_transfers_says_so(make_side: MakeSide) -> None:
+    engine = make_side(transfer=None).engine
+    with pytest.raises(NoTransferError, match="started without --transfer"):
+        engine.reserve("r", PROMPT, 10.0)
+    target = HandOver(transfers=(), token=b"", num_cached_tokens=0, page_offsets=(0,), page_bytes=1)
+    with pytest.raises(NoTransferError, match="started without --transfer"):
+        engine.make_request("p", PROMPT, SamplingParams(**GREEDY), hand_over=target)
+
+
+def test_bad_hand_overs_are_refused(make_side: MakeSide) -> None:
+    engine = make_side().engine
+    target = HandOver(transfers=(), token=b"", num_cached_tokens=0, page_offsets=(0, 4096), page_bytes=4096)
+    with pytest.raises(ValueError, match="pages for 2 tokens, the request has 25"):
+        engine.make_request("p", PROMPT, SamplingParams(**GREEDY), hand_over=target)
+    with pytest.raises(ValueError, match="n=2 must be 1 with hand_over"):
+        engine.make_request("p", [5], SamplingParams(n=2, **GREEDY), hand_over=target)
+    with pytest.raises(ValueError, match="0 pages of 4096 bytes"):
+        HandOver(transfers=(), token=b"", num_cached_tokens=0, page_offsets=(), page_bytes=4096)
+
+
+def test_ranges_meet_both_sides_pages() -> None:
+    # Pages of 4 bytes at 100 and 104, 200; of 3 bytes at 0, 50, 53.
+    found = split_ranges(1, 9, (100, 104, 200), 4, (0, 50, 53), 3)
+    assert found == [
+        ByteRange(source=101, target=1, num_bytes=2),
+        ByteRange(source=103, target=50, num_bytes=5),
+        ByteRange(source=200, target=55, num_bytes=1),
+    ]
+    assert split_ranges(5, 5, (100, 104), 4, (0, 50), 3) == []
