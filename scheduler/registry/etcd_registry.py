@@ -48,8 +48,9 @@ _CHANNEL_OPTIONS = [
 _STATUS = grpc.StatusCode
 _DENIED = {_STATUS.PERMISSION_DENIED, _STATUS.UNAUTHENTICATED}
 _STALE_TOKEN = ("invalid auth token", "revision of auth store is old")
-# Etcd answers UNAVAILABLE while it has no leader, too.
-_TRY_AGAIN = {_STATUS.UNAVAILABLE, _STATUS.DEADLINE_EXCEEDED, _STATUS.CANCELLED}
+# Etcd answers UNAVAILABLE while it has no leader, too. INTERNAL is what gRPC calls a message it wanted to send when
+# the connection broke.
+_TRY_AGAIN = {_STATUS.UNAVAILABLE, _STATUS.DEADLINE_EXCEEDED, _STATUS.CANCELLED, _STATUS.INTERNAL}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
