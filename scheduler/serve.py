@@ -16,6 +16,9 @@ EXIT_USAGE = 2
 
 # The keys of tool_formats.FORMATS and reasoning.FORMATS, whose modules --help has no time for.
 TOOL_CALL_PARSERS = ("hermes", "qwen25", "qwen3", "qwen3_coder", "llama3_json", "deepseek_v3", "deepseek_v31")
+# Likewise policies/routing.py.
+ROUTING_POLICIES = ("round_robin", "load", "prefix", "slo")
+ROLES = ("gateway",)
 REASONING_PARSERS = ("qwen3", "deepseek_r1", "deepseek_v3")
 
 
@@ -31,6 +34,28 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 @click.option("--host", default="127.0.0.1", help="Address of both servers; beyond this machine it needs an API key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="HTTP port; 0 lets the system choose.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, help="gRPC port; 0 lets the system choose.")
+@click.option(
+    "--role",
+    type=click.Choice(ROLES),
+    help="Part of a service of several processes: a gateway takes requests and computes nothing itself.",
+)
+@click.option(
+    "--registry",
+    metavar="ADDRESS",
+    help="Where the service's processes find each other: HOST:PORT of a gateway's, or etcd://HOST:PORT.",
+)
+@click.option(
+    "--registry-port",
+    type=click.IntRange(0, 65535),
+    default=8002,
+    help="Port of a gateway's own registry, without --registry; 0 lets the system choose.",
+)
+@click.option(
+    "--routing",
+    type=click.Choice(ROUTING_POLICIES),
+    default="slo",
+    help="How a gateway chooses instances: in turns, by load, by cached prefixes, or by the targets.",
+)
 @click.option("--served-model-name", multiple=True, metavar="NAME", help="Name in the API; may be repeated.")
 @click.option("--api-key", envvar="XLLM_API_KEY", show_envvar=True, help="Key that clients must send.")
 @click.option("--allow-unauthenticated", is_flag=True, help="Serve other machines without an API key.")

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from xllm_compile.scheduler.grpc_api import GrpcServer
@@ -39,16 +40,22 @@ class ServerConfig:
             raise ValueError(f"drain_timeout_s={self.drain_timeout_s} must not be negative")
 
 
+Listed = AbstractAsyncContextManager[object]
+"""While it is entered, others send requests here."""
+
+
 async def run_server(
     config: ServerConfig,
     http_socket: socket.socket,
     service: Service,
     on_ready: Callable[[int, int], None],
+    *,
+    list_at: Callable[[int], Listed] = lambda grpc_port: nullcontext(),
 ) -> bool:
     """Serve until SIGTERM or SIGINT, then drain. True when every open request was answered in full.
 
-    on_ready gets the HTTP and gRPC ports once both answer. A second signal ends the process at once. Raises OSError
-    when the gRPC port is taken.
+    on_ready gets the HTTP and gRPC ports once both answer. list_at makes of the gRPC port what is entered then, and left
+    before the drain. A second signal ends the process at once. Raises OSError when the gRPC port is taken.
     """
     stop = _catch_signals()
     http = HttpServer(build_app(service), max_connections=config.max_connections)
@@ -59,8 +66,9 @@ async def run_server(
         http_port = http_socket.getsockname()[1]
         await grpc.start()
         await http.ready.wait()
-        on_ready(http_port, grpc_port)
-        await stop.wait()
+        async with list_at(grpc_port):
+            on_ready(http_port, grpc_port)
+            await stop.wait()
         return await _drain(config, service, grpc)
     finally:
         http.should_exit = True

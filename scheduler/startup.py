@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ from xllm_compile.scheduler.artifact_source import find_artifact
 if TYPE_CHECKING:
     from xllm_compile.runtime.instance import Instance
     from xllm_compile.runtime.speculative.config import SpeculativeConfig
+    from xllm_compile.runtime.tokenizer import Tokenizer
+    from xllm_compile.scheduler.engine_client import EngineClient
+    from xllm_compile.scheduler.server import ServerConfig
+    from xllm_compile.scheduler.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,9 @@ def serve(options: Mapping[str, Any]) -> int:
     artifact = find_artifact(options["artifact"], options)
     # Before the long part: a port that is taken should not cost a model load.
     http_socket = bind_socket(host, options["port"])
+    if options["role"] == "gateway":
+        with http_socket:
+            return _serve_gateway(artifact, options, http_socket, max_connections)
     with http_socket:
         # The servers' imports run beside the loading of the artifact, which mostly waits for disk and memory.
         imports = threading.Thread(target=_import_servers, name="xllm-imports", daemon=True)
@@ -115,47 +123,111 @@ def _import_servers() -> None:
 
 
 def _run(instance: "Instance", options: Mapping[str, Any], http_socket: socket.socket, max_connections: int) -> int:
-    import prometheus_client
-
     from xllm_compile.runtime.async_engine import AsyncEngine
-    from xllm_compile.scheduler.chat_formats import ChatFormats
-    from xllm_compile.scheduler.server import ServerConfig, run_server
-    from xllm_compile.scheduler.service import Service
+    from xllm_compile.scheduler.server import run_server
 
-    # They double every counter and histogram with the time it was made.
-    prometheus_client.disable_created_metrics()
-    host = options["host"]
     engine = AsyncEngine(instance.engine, instance.release_weights)
     try:
-        service = Service(
+        service = _make_service(
+            options,
             engine=engine,
             tokenizer=instance.tokenizer,
-            model_names=options["served_model_name"] or (instance.model_name,),
+            model_name=instance.model_name,
             max_model_len=instance.max_model_len,
-            version=__version__,
-            api_key=options["api_key"],
-            max_streams=options["max_streams"],
-            chat_formats=ChatFormats.choose(
-                instance.tokenizer.chat_template_text,
-                tool_call_parser=options["tool_call_parser"],
-                reasoning_parser=options["reasoning_parser"],
-            ),
         )
-        config = ServerConfig(
-            host=host,
-            grpc_port=options["grpc_port"],
-            max_connections=max_connections,
-            drain_timeout_s=options["drain_timeout"],
-        )
-        is_clean = asyncio.run(run_server(config, http_socket, service, lambda *ports: _announce(host, *ports)))
+        config = _server_config(options, max_connections)
+        is_clean = asyncio.run(run_server(config, http_socket, service, partial(_announce, config.host)))
     finally:
         engine.shutdown()
     return 0 if is_clean else 1
 
 
-def _announce(host: str, http_port: int, grpc_port: int) -> None:
+def _serve_gateway(artifact: Path, options: Mapping[str, Any], http_socket: socket.socket, max_connections: int) -> int:
+    """Of the artifact only the manifest and the tokenizer are read."""
+    from xllm_compile.runtime.artifact import TOKENIZER, read_manifest
+    from xllm_compile.runtime.tokenizer import Tokenizer
+    from xllm_compile.scheduler.cluster.cluster_client import ClusterClient
+    from xllm_compile.scheduler.cluster.gateway import Gateway, ServedRegistry
+    from xllm_compile.scheduler.cluster.placer import Placer
+    from xllm_compile.scheduler.cluster.registry_address import parse_registry
+    from xllm_compile.scheduler.policies.routing import RoutingRules
+    from xllm_compile.scheduler.server import run_server
+
+    host, api_key = options["host"], options["api_key"]
+    manifest = read_manifest(artifact)
+    registry = (
+        parse_registry(options["registry"], api_key=api_key)
+        if options["registry"]
+        else ServedRegistry(host=host, port=options["registry_port"])
+    )
+
+    async def run() -> bool:
+        async with Gateway(registry, api_key=api_key) as gateway:
+            placer = Placer(RoutingRules(policy=options["routing"]))
+            service = _make_service(
+                options,
+                engine=ClusterClient(gateway.cluster, placer=placer),
+                tokenizer=Tokenizer.from_directory(artifact / TOKENIZER),
+                model_name=manifest.model.name,
+                max_model_len=options["max_model_len"] or manifest.model.max_model_len,
+            )
+            config = _server_config(options, max_connections)
+            registry_port = gateway.registry_port
+
+            def announce(http_port: int, grpc_port: int) -> None:
+                _announce(host, http_port, grpc_port, registry_port)
+
+            return await run_server(config, http_socket, service, announce)
+
+    return 0 if asyncio.run(run()) else 1
+
+
+def _make_service(
+    options: Mapping[str, Any],
+    *,
+    engine: "EngineClient",
+    tokenizer: "Tokenizer",
+    model_name: str,
+    max_model_len: int,
+) -> "Service":
+    import prometheus_client
+
+    from xllm_compile.scheduler.chat_formats import ChatFormats
+    from xllm_compile.scheduler.service import Service
+
+    # They double every counter and histogram with the time it was made.
+    prometheus_client.disable_created_metrics()
+    return Service(
+        engine=engine,
+        tokenizer=tokenizer,
+        model_names=options["served_model_name"] or (model_name,),
+        max_model_len=max_model_len,
+        version=__version__,
+        api_key=options["api_key"],
+        max_streams=options["max_streams"],
+        chat_formats=ChatFormats.choose(
+            tokenizer.chat_template_text,
+            tool_call_parser=options["tool_call_parser"],
+            reasoning_parser=options["reasoning_parser"],
+        ),
+    )
+
+
+def _server_config(options: Mapping[str, Any], max_connections: int) -> "ServerConfig":
+    from xllm_compile.scheduler.server import ServerConfig
+
+    return ServerConfig(
+        host=options["host"],
+        grpc_port=options["grpc_port"],
+        max_connections=max_connections,
+        drain_timeout_s=options["drain_timeout"],
+    )
+
+
+def _announce(host: str, http_port: int, grpc_port: int, registry_port: int = 0) -> None:
     name = f"[{host}]" if ":" in host else host
-    ready = f"READY http={name}:{http_port} grpc={name}:{grpc_port} startup_s={process_age_s():.2f}"
+    registry = f" registry={name}:{registry_port}" if registry_port else ""
+    ready = f"READY http={name}:{http_port} grpc={name}:{grpc_port}{registry} startup_s={process_age_s():.2f}"
     print(ready, flush=True)
     logger.info("serving on http://%s:%d and grpc %s:%d", name, http_port, name, grpc_port)
 

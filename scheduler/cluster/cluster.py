@@ -2,28 +2,40 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink
 from xllm_compile.scheduler.cluster.state import Health, Instance, InstanceInfo, Pool, Role
 
 _POOLS = {Role.MIX: Pool.MIX, Role.PREFILL: Pool.PREFILL, Role.DECODE: Pool.DECODE}
 
-Doubt = Callable[[str, str], None]
-"""Of name and incarnation."""
+
+class Listener(Protocol):
+    """Who decides on liveness (registry/membership.py), told by name and incarnation."""
+
+    def heard(self, name: str, incarnation: str) -> None:
+        """It has reported its load."""
+
+    def doubt(self, name: str, incarnation: str) -> None:
+        """A call to it failed."""
 
 
 class Cluster:
     """Belongs to one event loop."""
 
-    def __init__(self, *, api_key: str | None = None, doubt: Doubt = lambda name, incarnation: None) -> None:
-        """api_key is what the instances ask for; doubt is told of an instance that was lost."""
+    def __init__(self, *, api_key: str | None = None) -> None:
+        """api_key is what the instances ask for."""
         self._api_key = api_key
-        self._doubt = doubt
+        self._listener: Listener | None = None
         self._links: dict[str, InstanceLink] = {}
         self._health: dict[str, Health] = {}
         self._pools: dict[str, Pool] = {}
         self._changed = asyncio.Event()
+
+    def listen(self, listener: Listener) -> None:
+        """Have it told what the links notice."""
+        self._listener = listener
 
     async def update(self, members: Iterable[tuple[InstanceInfo, Health]]) -> None:
         """Take over who the registry says is there. A name with a new incarnation is another instance."""
@@ -35,7 +47,7 @@ class Cluster:
         for name, (info, health) in known.items():
             self._health[name] = health
             if name not in self._links:
-                self._links[name] = link = InstanceLink(info, api_key=self._api_key, on_report=self.notify)
+                self._links[name] = link = InstanceLink(info, api_key=self._api_key, on_report=self._note_report)
                 await link.start()
         self.notify()
 
@@ -49,7 +61,8 @@ class Cluster:
 
     def doubt(self, link: InstanceLink) -> None:
         """A request lost it."""
-        self._doubt(link.info.name, link.info.incarnation)
+        if self._listener is not None:
+            self._listener.doubt(link.info.name, link.info.incarnation)
 
     def link(self, name: str) -> InstanceLink | None:
         return self._links.get(name)
@@ -80,6 +93,13 @@ class Cluster:
             await asyncio.wait_for(changed.wait(), timeout_s)
         except TimeoutError:
             return
+
+    def _note_report(self, link: InstanceLink) -> None:
+        if not link.is_up:
+            self.doubt(link)
+        elif self._listener is not None:
+            self._listener.heard(link.info.name, link.info.incarnation)
+        self.notify()
 
     def notify(self) -> None:
         """Wake those in `wait_changed`."""

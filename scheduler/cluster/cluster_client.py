@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
 from xllm_compile.runtime.outputs import CompletionOutput, EngineStats, RequestOutput
+from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.cluster import Cluster
@@ -39,15 +40,13 @@ class ClusterClient:
         return len(self._open)
 
     async def generate(
-        self, request_id: str, prompt: str | list[int], params: SamplingParams
+        self, request_id: str, prompt: str | list[int], params: SamplingParams, *, resume: Resume | None = None
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs as an engine gives them. Raises ApiError."""
+        """Outputs as an engine gives them. Raises ApiError, ValueError on a bad resume."""
         assert not isinstance(prompt, str), "the gateway tokenises"
         request = RequestOutputs(request_id, prompt, params)
-        completions = [
-            Completion(self._cluster, self._placer, TokenLog(prompt, params, index), request.metrics, self._config)
-            for index in range(params.n)
-        ]
+        logs = [TokenLog(prompt, params, index, resume) for index in range(params.n)]
+        completions = [Completion(self._cluster, self._placer, log, request.metrics, self._config) for log in logs]
         if params.pooling is not None:
             yield request.embedded(await completions[0].embedding(params.pooling))
             return

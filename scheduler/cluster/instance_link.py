@@ -37,7 +37,11 @@ class InstanceLink:
     """Belongs to one event loop, between `start` and `close`."""
 
     def __init__(
-        self, info: InstanceInfo, *, api_key: str | None = None, on_report: Callable[[], None] = lambda: None
+        self,
+        info: InstanceInfo,
+        *,
+        api_key: str | None = None,
+        on_report: Callable[["InstanceLink"], None] = lambda link: None,
     ) -> None:
         """on_report is called after each report of the instance's load, and when it is lost."""
         self.info = info
@@ -169,7 +173,7 @@ class InstanceLink:
                         reason = "another instance has its address"
                         break
                     self.load, self.reported_s, self.is_up = load_of(report), time.monotonic(), True
-                    self._on_report()
+                    self._on_report(self)
                 reports.cancel()
             except TimeoutError:
                 reports.cancel()
@@ -183,7 +187,7 @@ class InstanceLink:
         if self.is_up:
             logger.warning("instance %s is lost: %s", self.info.name, reason)
             self.is_up = False
-            self._on_report()
+            self._on_report(self)
         self._lose_stream(self._stream, reason)
 
     def _lose_stream(self, stream: Any, reason: str) -> None:

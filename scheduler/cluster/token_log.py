@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xllm_compile.runtime.outputs import CompletionOutput
+from xllm_compile.runtime.resume import Resume, check_resume
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler.cluster.generate_messages import completion_of, generate_message
 from xllm_compile.scheduler.cluster.state import RequestShape
@@ -13,7 +14,12 @@ from xllm_compile.scheduler.proto import xllm_pb2
 class TokenLog:
     """The request of one completion and the tokens it has brought so far, from whichever instances."""
 
-    def __init__(self, prompt: Sequence[int], params: SamplingParams, index: int) -> None:
+    def __init__(
+        self, prompt: Sequence[int], params: SamplingParams, index: int = 0, resume: Resume | None = None
+    ) -> None:
+        """resume: what the client has already. Raises ValueError where it cannot go on."""
+        if resume is not None:
+            check_resume(resume, params, params.max_tokens or 0)
         # The engine tells the completions of a seeded request apart in the same way.
         seed = None if params.seed is None else params.seed + index
         self._message = generate_message("", prompt, params, seed)
@@ -23,8 +29,8 @@ class TokenLog:
         self._params = params
         self.index = index
         self.prompt = prompt
-        self.token_ids: list[int] = []
-        self._num_text_chars = 0
+        self.token_ids: list[int] = list(resume.output_token_ids) if resume else []
+        self._num_text_chars = resume.num_text_chars if resume else 0
         self._cumulative_logprob: float | None = None
 
     @property
