@@ -117,6 +117,16 @@ def engine_dead() -> ApiError:
     return ApiError(INTERNAL, "The engine of this server has stopped; its log has the cause.", code="engine_dead")
 
 
+def engine_stopped() -> ApiError:
+    """Of a server that is asked for its health; its requests fail with engine_dead."""
+    return ApiError(UNAVAILABLE, "The engine of this server has stopped.", code="engine_dead")
+
+
+def no_instance() -> ApiError:
+    message = "No instance of this service is up; start one, or see the gateway's log."
+    return ApiError(UNAVAILABLE, message, code="no_instance", retry_after_s=RETRY_AFTER_S)
+
+
 def internal() -> ApiError:
     """The text is fixed: an exception's own text may hold prompts or paths; the log has it."""
     return ApiError(INTERNAL, "The server had an error while processing your request.", code="internal_error")

@@ -1,7 +1,7 @@
 """The OpenAI HTTP API and its neighbours as an ASGI application."""
 
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -27,8 +27,8 @@ Handler = Callable[[Service, bytes, Send], Coroutine[Any, Any, None]]
 OPEN_PATHS = frozenset({"/health"})
 
 
-def build_app(service: Service) -> ASGIApp:
-    """The whole application; all state is the service's."""
+def build_app(service: Service, routes: Sequence[Route] = ()) -> ASGIApp:
+    """The whole application; all state is the service's, but for that of further routes."""
     info = InfoApi(service)
     control = ControlApi(service)
     router = Router(
@@ -49,6 +49,7 @@ def build_app(service: Service) -> ASGIApp:
             Route("/health", info.health),
             Route("/version", info.version),
             Route("/metrics", info.metrics),
+            *routes,
         ],
         redirect_slashes=False,
     )

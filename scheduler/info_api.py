@@ -42,7 +42,7 @@ class InfoApi:
         if self._service.is_draining:
             raise errors.draining()
         if not self._service.engine.is_healthy:
-            raise errors.ApiError(errors.UNAVAILABLE, "The engine of this server has stopped.", code="engine_dead")
+            raise self._service.unhealthy()
         return Response(status_code=200)
 
     async def version(self, request: Request) -> Response:

@@ -82,6 +82,10 @@ class ServiceMetrics:
     def count_request(self, api: str, outcome: str) -> None:
         self._requests.labels(api, outcome).inc()
 
+    def register(self, collector: Collector) -> None:
+        """Show what it has as well."""
+        self._registry.register(collector)
+
     def render(self) -> bytes:
         return generate_latest(self._registry)
 

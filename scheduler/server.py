@@ -5,9 +5,11 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+
+from starlette.routing import Route
 
 from xllm_compile.scheduler.grpc_api import GrpcServer
 from xllm_compile.scheduler.http_api import build_app
@@ -50,15 +52,17 @@ async def run_server(
     service: Service,
     on_ready: Callable[[int, int], None],
     *,
+    routes: Sequence[Route] = (),
     list_at: Callable[[int], Listed] = lambda grpc_port: nullcontext(),
 ) -> bool:
     """Serve until SIGTERM or SIGINT, then drain. True when every open request was answered in full.
 
-    on_ready gets the HTTP and gRPC ports once both answer. list_at makes of the gRPC port what is entered then, and left
-    before the drain. A second signal ends the process at once. Raises OSError when the gRPC port is taken.
+    on_ready gets the HTTP and gRPC ports once both answer. What list_at makes of the gRPC port is entered then, and
+    left before the drain. routes are HTTP's beside the service's own. A second signal ends the process at once. Raises
+    OSError when the gRPC port is taken.
     """
     stop = _catch_signals()
-    http = HttpServer(build_app(service), max_connections=config.max_connections)
+    http = HttpServer(build_app(service, routes), max_connections=config.max_connections)
     grpc = GrpcServer(service)
     grpc_port = grpc.bind(config.host, config.grpc_port)
     http_task = asyncio.create_task(http.serve(sockets=[http_socket]))

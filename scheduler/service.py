@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.resume import Resume
@@ -38,7 +38,9 @@ class Service:
         max_streams: int = 1024,
         max_body_bytes: int = 8 << 20,
         chat_formats: ChatFormats | None = None,
+        unhealthy: Callable[[], errors.ApiError] = errors.engine_stopped,
     ) -> None:
+        """unhealthy says what is the matter while the engine is not healthy."""
         self.engine = engine
         self.tokenizer = tokenizer
         self.model_names = tuple(model_names)
@@ -46,6 +48,7 @@ class Service:
         self.version = version
         self.max_body_bytes = max_body_bytes
         self.chat_formats = chat_formats or ChatFormats.choose(tokenizer.chat_template_text)
+        self.unhealthy = unhealthy
         self.limiter = StreamLimiter(max_streams)
         self.metrics = ServiceMetrics(engine.stats, self.limiter)
         self.is_draining = False

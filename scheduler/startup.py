@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from xllm_compile.runtime.speculative.config import SpeculativeConfig
     from xllm_compile.runtime.tokenizer import Tokenizer
     from xllm_compile.scheduler.engine_client import EngineClient
+    from xllm_compile.scheduler.errors import ApiError
     from xllm_compile.scheduler.server import ServerConfig
     from xllm_compile.scheduler.service import Service
 
@@ -146,10 +147,13 @@ def _serve_gateway(artifact: Path, options: Mapping[str, Any], http_socket: sock
     """Of the artifact only the manifest and the tokenizer are read."""
     from xllm_compile.runtime.artifact import TOKENIZER, read_manifest
     from xllm_compile.runtime.tokenizer import Tokenizer
+    from xllm_compile.scheduler.cluster.cluster_api import ClusterApi
     from xllm_compile.scheduler.cluster.cluster_client import ClusterClient
+    from xllm_compile.scheduler.cluster.cluster_metrics import ClusterCollector
     from xllm_compile.scheduler.cluster.gateway import Gateway, ServedRegistry
     from xllm_compile.scheduler.cluster.placer import Placer
     from xllm_compile.scheduler.cluster.registry_address import parse_registry
+    from xllm_compile.scheduler.errors import no_instance
     from xllm_compile.scheduler.policies.routing import RoutingRules
     from xllm_compile.scheduler.server import run_server
 
@@ -170,14 +174,17 @@ def _serve_gateway(artifact: Path, options: Mapping[str, Any], http_socket: sock
                 tokenizer=Tokenizer.from_directory(artifact / TOKENIZER),
                 model_name=manifest.model.name,
                 max_model_len=options["max_model_len"] or manifest.model.max_model_len,
+                unhealthy=no_instance,
             )
+            service.metrics.register(ClusterCollector(gateway.cluster))
             config = _server_config(options, max_connections)
             registry_port = gateway.registry_port
 
             def announce(http_port: int, grpc_port: int) -> None:
                 _announce(host, http_port, grpc_port, registry_port)
 
-            return await run_server(config, http_socket, service, announce)
+            routes = ClusterApi(gateway.cluster).routes()
+            return await run_server(config, http_socket, service, announce, routes=routes)
 
     return 0 if asyncio.run(run()) else 1
 
@@ -189,10 +196,12 @@ def _make_service(
     tokenizer: "Tokenizer",
     model_name: str,
     max_model_len: int,
+    unhealthy: "Callable[[], ApiError] | None" = None,
 ) -> "Service":
     import prometheus_client
 
     from xllm_compile.scheduler.chat_formats import ChatFormats
+    from xllm_compile.scheduler.errors import engine_stopped
     from xllm_compile.scheduler.service import Service
 
     # They double every counter and histogram with the time it was made.
@@ -205,6 +214,7 @@ def _make_service(
         version=__version__,
         api_key=options["api_key"],
         max_streams=options["max_streams"],
+        unhealthy=unhealthy or engine_stopped,
         chat_formats=ChatFormats.choose(
             tokenizer.chat_template_text,
             tool_call_parser=options["tool_call_parser"],

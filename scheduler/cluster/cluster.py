@@ -7,6 +7,7 @@ from typing import Protocol
 
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink
 from xllm_compile.scheduler.cluster.state import Health, Instance, InstanceInfo, Pool, Role
+from xllm_compile.scheduler.cluster.stats import ClusterStats
 
 _POOLS = {Role.MIX: Pool.MIX, Role.PREFILL: Pool.PREFILL, Role.DECODE: Pool.DECODE}
 
@@ -28,6 +29,7 @@ class Cluster:
         """api_key is what the instances ask for."""
         self._api_key = api_key
         self._listener: Listener | None = None
+        self.stats = ClusterStats()
         self._links: dict[str, InstanceLink] = {}
         self._health: dict[str, Health] = {}
         self._pools: dict[str, Pool] = {}

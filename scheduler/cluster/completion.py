@@ -46,6 +46,7 @@ class Completion:
     ) -> None:
         """metrics are the request's; this adds what the completion does."""
         self._cluster = cluster
+        self._stats = cluster.stats
         self._placer = placer
         self._log = log
         self._metrics = metrics
@@ -108,7 +109,10 @@ class Completion:
         prefill, decode = self._link(placement.prefill), self._link(placement.decode)
         # Of this attempt: an instance may still hold an earlier one.
         request = self._log.request(uuid.uuid4().hex)
+        self._stats.num_placed += 1
+        self._stats.num_resumed_tokens += len(self._log.token_ids)
         if prefill is not decode:
+            self._stats.num_split += 1
             reservation = await self._reserve(decode)
             is_handed_over = False
             try:
@@ -123,6 +127,7 @@ class Completion:
             finally:
                 if not is_handed_over:
                     decode.release(reservation.reservation_id)
+            self._stats.num_handed_over += 1
             request = self._log.request(uuid.uuid4().hex)
             request.resume.reservation_id = reservation.reservation_id
         async with aclosing(self._run(decode, request)) as responses:
@@ -195,6 +200,7 @@ class Completion:
 
     def _lose(self, link: InstanceLink, err: InstanceLostError) -> None:
         self._num_losses += 1
+        self._stats.num_lost += 1
         self._avoided.add(link.info.incarnation)
         self._cluster.doubt(link)
         logger.warning("a request with %d tokens goes on elsewhere: %s", len(self._log.token_ids), err)
@@ -206,6 +212,7 @@ class Completion:
         """Raises it where it is about the request and others would say the same."""
         if err.kind not in (errors.OVERLOADED, errors.UNAVAILABLE):
             raise err
+        self._stats.num_refused += 1
         self._refusals[link.info.incarnation] = err
 
     async def _place(self) -> Placement:
@@ -221,8 +228,7 @@ class Completion:
                 raise self._soonest_refusal(usable)
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                message = f"No instance of this service has been up for {self._config.wait_s:g} s."
-                raise errors.ApiError(errors.UNAVAILABLE, message, code="no_instance", retry_after_s=1)
+                raise errors.no_instance()
             await self._cluster.wait_changed(left_s)
         raise _AbortedError
 

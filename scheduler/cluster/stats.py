@@ -1,0 +1,19 @@
+"""What a gateway counts of its requests' ways through the instances. Counters only grow."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterStats:
+    num_placed: int = 0
+    """Requests, and again each time that one is placed anew."""
+    num_split: int = 0
+    """Of these, prefilled on one instance and decoded on another."""
+    num_handed_over: int = 0
+    """Of those the ones that got so far."""
+    num_lost: int = 0
+    """Placements that ended because the instance was lost, or ended the request."""
+    num_refused: int = 0
+    """Placements that the instance refused."""
+    num_resumed_tokens: int = 0
+    """Tokens with which requests went on elsewhere."""
