@@ -393,6 +393,17 @@ def xtensor_command(results: Path, **options: Any) -> None:
     run_xtensor(results, _command_line(), **options)
 
 
+@command.command("transfer")
+@click.option("--rounds", type=click.IntRange(1), default=25, help="Of 64 MiB, all ways in turns.")
+@click.option("--small-rounds", type=click.IntRange(1), default=200, help="Of each smaller size.")
+@results_option
+def transfer_command(results: Path, **options: Any) -> None:
+    """KV from process to process by each way, against copying and plain TCP -> transfer.json."""
+    from xllm_compile.benchmarks.bench_transfer import run_transfer
+
+    run_transfer(results, _command_line(), **options)
+
+
 @command.command("balance")
 @click.option("--device", default="ascend-910b2", help="On what: a device spec by name.")
 @click.option("--traces", type=click.Path(path_type=Path), help="Folder for Chrome traces of the plans.")

@@ -1,7 +1,6 @@
 """A connected socket that sends and receives whole messages, or says what is wrong with the peer."""
 
 import contextlib
-import os
 import socket
 import struct
 from collections.abc import Callable
@@ -67,12 +66,6 @@ class Stream:
                 sent -= len(left.pop(0))
             if sent:
                 left[0] = left[0][sent:]
-
-    def send_file(self, file: int, offset: int, num_bytes: int) -> None:
-        """Bytes of a file, without a copy: they must stay as they are until the peer says that it has them."""
-        while num_bytes:
-            sent = self._moved(lambda: os.sendfile(self.socket.fileno(), file, offset, num_bytes))  # noqa: B023
-            offset, num_bytes = offset + sent, num_bytes - sent
 
     def _moved(self, call: Callable[[], int]) -> int:
         try:
