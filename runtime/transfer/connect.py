@@ -1,16 +1,25 @@
 """Chooses how KV moves between two instances."""
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 
+from xllm_compile.runtime.transfer.fabric import MakeFabric, connect_fabric, open_fabric_receiver
 from xllm_compile.runtime.transfer.mapping import Mapping
+from xllm_compile.runtime.transfer.mooncake import make_mooncake
+from xllm_compile.runtime.transfer.nixl import make_nixl
 from xllm_compile.runtime.transfer.permits import Permits
 from xllm_compile.runtime.transfer.server import Server
 from xllm_compile.runtime.transfer.shm import CopyBytes, connect_shm, machine_id, open_shm_receiver
 from xllm_compile.runtime.transfer.tcp import connect_tcp, open_tcp_receiver
 from xllm_compile.runtime.transfer.transfer import Receiver, Region, Sender, TransferConfig
 
-_CONNECT: dict[str, Callable[[str, Region, TransferConfig], Sender]] = {"shm": connect_shm, "tcp": connect_tcp}
+_FABRICS: dict[str, MakeFabric] = {"mooncake": make_mooncake, "nixl": make_nixl}
+_CONNECT: dict[str, Callable[[str, Region, TransferConfig], Sender]] = {
+    "shm": connect_shm,
+    **{scheme: functools.partial(connect_fabric, make) for scheme, make in _FABRICS.items()},
+    "tcp": connect_tcp,
+}
 SCHEMES = tuple(_CONNECT)
 """The fastest way first."""
 
@@ -22,9 +31,7 @@ def open_receiver(
 
     copy is what shm copies with. Where a target's kernels are loaded, theirs is faster: native.copy_bytes.
     """
-    unknown = [scheme for scheme in schemes if scheme not in SCHEMES]
-    if unknown or not schemes:
-        raise ValueError(f"KV transfer {', '.join(unknown) or 'by nothing'}: there is {', '.join(SCHEMES)}")
+    _check_schemes(schemes)
     receiver = _Receiver(region, config)
     try:
         for scheme in sorted(set(schemes), key=SCHEMES.index):
@@ -38,6 +45,8 @@ def open_receiver(
 def _open(scheme: str, receiver: "_Receiver", config: TransferConfig, copy: CopyBytes) -> Server:
     if scheme == "shm":
         return open_shm_receiver(receiver.mapping, receiver.permits, config, copy)
+    if scheme in _FABRICS:
+        return open_fabric_receiver(scheme, _FABRICS[scheme], receiver.mapping, receiver.permits, config)
     return open_tcp_receiver(receiver.mapping, receiver.permits, config)
 
 
@@ -70,14 +79,17 @@ class _Receiver:
         self.mapping.close()
 
 
-def connect(addresses: Sequence[str], region: Region, config: TransferConfig) -> Sender:
-    """Sends from the region by the fastest of a receiver's addresses that this process can use.
+def connect(
+    addresses: Sequence[str], region: Region, config: TransferConfig, schemes: Sequence[str] = ("shm", "tcp")
+) -> Sender:
+    """Sends from the region by the fastest of a receiver's addresses whose scheme is among those of this side.
 
     shm is for processes of one user on one machine. Connects when first written to. Raises ValueError when there is
-    none.
+    none, or the scheme's library is not installed.
     """
+    _check_schemes(schemes)
     for scheme in SCHEMES:
-        for address in addresses:
+        for address in addresses if scheme in schemes else ():
             if not address.startswith(f"{scheme}:"):
                 continue
             if scheme == "shm" and address.split(":")[1].split("/")[0] != machine_id():
@@ -85,5 +97,11 @@ def connect(addresses: Sequence[str], region: Region, config: TransferConfig) ->
             return _CONNECT[scheme](address, region, config)
     raise ValueError(
         f"no way to send KV to {', '.join(addresses) or 'an instance without addresses'}: this side has"
-        f" {', '.join(SCHEMES)}, and shm reaches its own machine and user only"
+        f" {', '.join(schemes)}, and shm reaches its own machine and user only"
     )
+
+
+def _check_schemes(schemes: Sequence[str]) -> None:
+    unknown = [scheme for scheme in schemes if scheme not in SCHEMES]
+    if unknown or not schemes:
+        raise ValueError(f"KV transfer {', '.join(unknown) or 'by nothing'}: there is {', '.join(SCHEMES)}")

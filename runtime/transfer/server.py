@@ -45,15 +45,22 @@ class Server:
         permits: Permits,
         config: TransferConfig,
         open_channel: Callable[[Session], Channel],
+        *,
         details: bytes = b"",
+        release: Callable[[], None] = lambda: None,
     ) -> None:
-        """open_channel raises TransferError for a sender that does not keep to the scheme. The socket is owned."""
+        """Owns the socket.
+
+        open_channel raises TransferError for a sender that does not keep to the scheme. details are for senders,
+        release is called when nothing is received any more.
+        """
         self.address = address
         self._listening = listening
         self._permits = permits
         self._config = config
         self._open_channel = open_channel
         self._details = details
+        self._release = release
         self._lock = Lock()
         self._closing = Event()
         self._connections: dict[Stream, Thread] = {}
@@ -138,3 +145,4 @@ class Server:
             stream.shut()
         for thread in connections.values():
             thread.join()
+        self._release()

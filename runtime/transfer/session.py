@@ -48,8 +48,10 @@ class WriteRequest:
 class Session:
     """A connection whose two ends have proved that they know the secret."""
 
-    def __init__(self, stream: Stream, key: bytes) -> None:
+    def __init__(self, stream: Stream, key: bytes, details: bytes = b"") -> None:
         self.stream = stream
+        self.details = details
+        """What the receiver said about itself."""
         self._key = key
         self._num_writes = 0
 
@@ -103,8 +105,8 @@ def greet_sender(stream: Stream, secret: bytes, details: bytes) -> Session:
     return Session(stream, hmac.digest(secret, b"session" + nonces, "sha256"))
 
 
-def greet_receiver(stream: Stream, secret: bytes) -> tuple[Session, bytes]:
-    """The sender's side: the session, and the receiver's details. Raises TransferError."""
+def greet_receiver(stream: Stream, secret: bytes) -> Session:
+    """The sender's side. Raises TransferError."""
     magic = stream.receive_bytes(len(_MAGIC))
     if magic != _MAGIC:
         raise TransferError(f"{stream.peer} is no KV receiver of this version (it begins with {magic!r})")
@@ -121,4 +123,4 @@ def greet_receiver(stream: Stream, secret: bytes) -> tuple[Session, bytes]:
     if num_bytes > _MAX_TEXT_BYTES:
         raise TransferError(f"{stream.peer} sends {num_bytes} bytes about itself, {_MAX_TEXT_BYTES} is the most")
     details = stream.receive_bytes(num_bytes)
-    return Session(stream, hmac.digest(secret, b"session" + nonces, "sha256")), details
+    return Session(stream, hmac.digest(secret, b"session" + nonces, "sha256"), details)

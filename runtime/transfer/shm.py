@@ -69,7 +69,7 @@ def connect_shm(address: str, region: Region, config: TransferConfig) -> Sender:
             except OSError as err:
                 raise TransferError(f"{address} cannot be reached: {err.strerror}; has it ended?") from None
             _check_user(stream)
-            session, _ = greet_receiver(stream, config.secret)
+            session = greet_receiver(stream, config.secret)
             _send_region(stream, region)
         except BaseException:
             stream.close()

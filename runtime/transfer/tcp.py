@@ -31,7 +31,7 @@ def listen(config: TransferConfig) -> socket.socket:
     """Raises ValueError when strangers could reach it or peers could not, OSError when it cannot be had."""
     if config.host in ("", "0.0.0.0", "::"):
         raise ValueError(f"KV transfers cannot be sent to host {config.host!r}: name an address that peers reach")
-    if not config.secret and not _is_loopback(config.host):
+    if not config.secret and not is_loopback(config.host):
         raise ValueError(
             f"KV transfers on {config.host} without a secret would be open to whoever reaches it; give all instances"
             " the same one, or listen on 127.0.0.1"
@@ -61,12 +61,11 @@ def connect_tcp(address: str, region: Region, config: TransferConfig) -> Sender:
     """Raises ValueError when the address is none."""
     mapping = Mapping(region, is_writable=False)
     send = functools.partial(_send, mapping)
-    open_session = functools.partial(connect_session, address, config)
-    return Client(address, region, lambda: open_session()[0], send, mapping.close)
+    return Client(address, region, functools.partial(connect_session, address, config), send, mapping.close)
 
 
-def connect_session(address: str, config: TransferConfig) -> tuple[Session, bytes]:
-    """A new connection to SCHEME:HOST:PORT, with what the receiver says about itself. Raises TransferError."""
+def connect_session(address: str, config: TransferConfig) -> Session:
+    """A new connection to SCHEME:HOST:PORT. Raises TransferError."""
     host, _, port = address.partition(":")[2].rpartition(":")
     try:
         connection = socket.create_connection((host.strip("[]"), int(port)), config.timeout_s)
@@ -140,7 +139,7 @@ class _TcpChannel:
         pass
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

@@ -46,6 +46,8 @@ class TransferConfig:
     allow_open_ports: bool = False
     """mooncake and nixl take writes of anybody who reaches their ports: they are refused unless this says that the
     network lets none but instances do so."""
+    mooncake_protocol: str = "tcp"
+    """What mooncake moves bytes by: tcp, or rdma where the machine has it."""
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:

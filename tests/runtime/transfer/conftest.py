@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.runtime.transfer.libraries import MODULES, why_missing
+
 
 @pytest.fixture
 def no_leaks():
     """Descriptors, threads and mapped regions are as many after the test as before."""
+    for scheme in MODULES:
+        why_missing(scheme)
     before = _counts()
     yield
     assert _counts() == before

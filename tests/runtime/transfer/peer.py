@@ -80,7 +80,7 @@ class _Commands:
 
 def send_half(address: str, config: TransferConfig, token: bytes, num_bytes: int) -> Session:
     """A write over TCP to the beginning of the region, as far as the middle."""
-    session, _ = connect_session(address, config)
+    session = connect_session(address, config)
     part = ByteRange(source=0, target=0, num_bytes=num_bytes)
     session.stream.send(session.request(token, [part]), bytes(num_bytes // 2))
     return session

@@ -167,7 +167,7 @@ def test_a_torn_write_is_none_and_the_receiver_takes_the_next(target, source):
     for num_bytes in (1000, SIZE):
         with half_written(receiver.addresses[0], token, num_bytes):
             pass
-    session, _ = connect_session(receiver.addresses[0], CONFIG)
+    session = connect_session(receiver.addresses[0], CONFIG)
     session.stream.send(session.request(token, [WHOLE])[:-1])
     session.stream.close()
     sender = connect(receiver.addresses, source, CONFIG)
@@ -180,7 +180,7 @@ def test_a_torn_write_is_none_and_the_receiver_takes_the_next(target, source):
 def test_a_corrupted_byte_is_found_and_the_connection_goes_on(target):
     receiver = open_receiver(["tcp"], target, CONFIG)
     token = permitted(receiver)
-    session, _ = connect_session(receiver.addresses[0], CONFIG)
+    session = connect_session(receiver.addresses[0], CONFIG)
     size = 3_000_000
     sent = content(size, 5)
     for damaged, reply in ((size // 2, "the bytes that arrived are not those that were sent"), (None, None)):
@@ -198,7 +198,7 @@ def test_a_corrupted_byte_is_found_and_the_connection_goes_on(target):
 def test_a_request_that_is_sent_again_or_changed_proves_nothing(target):
     receiver = open_receiver(["tcp"], target, CONFIG)
     token = permitted(receiver)
-    session, _ = connect_session(receiver.addresses[0], CONFIG)
+    session = connect_session(receiver.addresses[0], CONFIG)
     request = session.request(token, [ByteRange(source=0, target=0, num_bytes=1)])
     other = session.request(token, [ByteRange(source=0, target=1, num_bytes=1)])
     data = b"x" + xxhash.xxh3_64(b"x").digest()
@@ -302,7 +302,7 @@ def test_memory_is_not_shared_with_another_user(target, source):
         try:
             connection = socket.socket(socket.AF_UNIX)
             connection.connect(f"\0xllm-kv-{name}")
-            session, _ = greet_receiver(Stream(connection, "receiver", 600), b"")
+            session = greet_receiver(Stream(connection, "receiver", 600), b"")
             socket.send_fds(connection, [b"f"], [source.file])
             session.stream.send(session.request(token, [WHOLE]))
             session.receive_reply()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.runtime.transfer.libraries import needs_library
 from tests.runtime.transfer.memory import content, memory, read
 from xllm_compile.runtime.transfer.connect import connect, open_receiver
 from xllm_compile.runtime.transfer.transfer import ByteRange, TransferConfig, TransferError
@@ -14,11 +15,12 @@ from xllm_compile.runtime.transfer.transfer import ByteRange, TransferConfig, Tr
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 SIZE = 3 << 20
-CONFIG = TransferConfig(secret=b"between us", timeout_s=30)
+CONFIG = TransferConfig(secret=b"between us", timeout_s=30, allow_open_ports=True)
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=["shm", "tcp", "mooncake", "nixl"])
 def scheme(request):
+    needs_library(request.param)
     return request.param
 
 
@@ -42,8 +44,8 @@ def receiver(scheme, target):
 
 
 @pytest.fixture
-def sender(receiver, source):
-    sender = connect(receiver.addresses, source, CONFIG)
+def sender(scheme, receiver, source):
+    sender = connect(receiver.addresses, source, CONFIG, [scheme])
     yield sender
     sender.close()
 
@@ -122,8 +124,8 @@ def test_ranges_outside_of_the_senders_region_are_an_error_of_the_caller(receive
             sender.write(token, [ByteRange(source=source, target=0, num_bytes=size)])
 
 
-def test_writes_of_many_threads_at_once_do_not_mix(receiver, sender, source, target):
-    other = connect(receiver.addresses, source, CONFIG)
+def test_writes_of_many_threads_at_once_do_not_mix(scheme, receiver, sender, source, target):
+    other = connect(receiver.addresses, source, CONFIG, [scheme])
     size = SIZE // 64
 
     def write(at):
@@ -138,15 +140,17 @@ def test_writes_of_many_threads_at_once_do_not_mix(receiver, sender, source, tar
     assert read(target) == content(SIZE, 1)
 
 
-def test_another_secret_is_refused(receiver, source):
-    sender = connect(receiver.addresses, source, TransferConfig(secret=b"a guess", timeout_s=30))
+def test_another_secret_is_refused(scheme, receiver, source):
+    sender = connect(
+        receiver.addresses, source, TransferConfig(secret=b"a guess", timeout_s=30, allow_open_ports=True), [scheme]
+    )
     with pytest.raises(TransferError, match="another secret"):
         sender.write(permitted(receiver), [ByteRange(source=0, target=0, num_bytes=1)])
     sender.close()
 
 
-def test_a_receiver_that_closed_is_a_named_error_and_so_is_a_sender_that_did(receiver, source):
-    sender = connect(receiver.addresses, source, CONFIG)
+def test_a_receiver_that_closed_is_a_named_error_and_so_is_a_sender_that_did(scheme, receiver, source):
+    sender = connect(receiver.addresses, source, CONFIG, [scheme])
     part = [ByteRange(source=0, target=0, num_bytes=1)]
     token = permitted(receiver)
     sender.write(token, part)
