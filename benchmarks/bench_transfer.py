@@ -32,7 +32,7 @@ SMALL_BYTES = (64, 4 << 10, 64 << 10, 1 << 20)
 # Rounds write to parts of it in turn: no cache holds them.
 _REGION_BYTES = 4 * LARGE_BYTES
 _BARS_GB_PER_S = {"shm": 15, "tcp": 3}
-_NEEDS = {"mooncake": "mooncake", "nixl": "nixl"}
+_NEEDS = {"mooncake": "mooncake", "nixl": "nixl_cu12"}
 Write = Callable[[int, int, int], None]
 """(offset, num_bytes, bytes in one piece)"""
 
@@ -107,8 +107,7 @@ def open_ways(kernels: Path, schemes: Sequence[str]) -> Iterator[dict[str, Write
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         ways["plain TCP"] = partial(_send_plain, plain, source)
         for scheme in schemes:
-            address = [address for address in ready["addresses"] if address.startswith(scheme)]
-            sender = connect(address, memory.region, CONFIG)
+            sender = connect(ready["addresses"], memory.region, CONFIG, [scheme])
             stack.callback(sender.close)
             ways[scheme] = partial(_write, sender.write, token)
         yield ways
