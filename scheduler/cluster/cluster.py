@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Protocol
 
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink
@@ -91,10 +92,9 @@ class Cluster:
     async def wait_changed(self, timeout_s: float) -> None:
         """Until something changed since the call, or the time is over."""
         changed = self._changed
-        try:
-            await asyncio.wait_for(changed.wait(), timeout_s)
-        except TimeoutError:
-            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
 
     def _note_report(self, link: InstanceLink) -> None:
         if not link.is_up:

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -168,7 +168,7 @@ class InstanceLink:
             reason = "it ended the reports"
             try:
                 reports = self._instance.WatchLoad(request, metadata=self._metadata)
-                while (report := await asyncio.wait_for(reports.read(), SILENCE_S)) is not grpc.aio.EOF:
+                while (report := await _soon(reports.read())) is not grpc.aio.EOF:
                     if report.incarnation != self.info.incarnation:
                         reason = "another instance has its address"
                         break
@@ -228,6 +228,12 @@ class _Run:
             self.is_over = not isinstance(item, InstanceLostError)
             raise item
         return item
+
+
+async def _soon(reading: Awaitable[Any]) -> Any:
+    # wait_for of Python 3.11 forgets a cancellation that comes together with what it waits for.
+    async with asyncio.timeout(SILENCE_S):
+        return await reading
 
 
 def _reason(err: Exception) -> str:
