@@ -203,6 +203,17 @@ def request_soak_command(work_dir: Path, results: Path, **options: Any) -> None:
     run_request_soak(work_dir, results, _command_line(), **options)
 
 
+@command.command("registry")
+@click.option("--operations", type=click.IntRange(1), default=1000, help="Of each kind that count.")
+@click.option("--kills", type=click.IntRange(1), default=5, help="Times that etcd is killed and started.")
+@results_option
+def registry_command(results: Path, operations: int, kills: int) -> None:
+    """Put, get and watch in memory and in etcd, and etcd's return after kill -9 -> registry.json."""
+    from xllm_compile.benchmarks.bench_registry import run_registry
+
+    run_registry(results, _command_line(), operations=operations, kills=kills)
+
+
 @command.command("serve")
 @click.argument("target")
 @results_option

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scheduler.registry.etcd_process import ETCD, MISSING, EtcdProcess
+from xllm_compile.benchmarks.etcd_process import ETCD, MISSING, EtcdProcess
 from xllm_compile.scheduler.registry.etcd_config import EtcdConfig
 from xllm_compile.scheduler.registry.etcd_registry import EtcdRegistry
 from xllm_compile.scheduler.registry.memory_registry import MemoryRegistry
@@ -17,10 +17,8 @@ from xllm_compile.scheduler.registry.registry_server import RegistryServer, serv
 def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdProcess]:
     if ETCD is None:
         pytest.skip(MISSING)
-    etcd = EtcdProcess(tmp_path_factory.mktemp("etcd"))
-    etcd.start()
-    yield etcd
-    etcd.kill()
+    with EtcdProcess(tmp_path_factory.mktemp("etcd")) as etcd:
+        yield etcd
 
 
 @pytest.fixture
@@ -28,10 +26,8 @@ def etcd(tmp_path: Path) -> Iterator[EtcdProcess]:
     """One of the test's own, running; to be killed and started at will."""
     if ETCD is None:
         pytest.skip(MISSING)
-    etcd = EtcdProcess(tmp_path)
-    etcd.start()
-    yield etcd
-    etcd.kill()
+    with EtcdProcess(tmp_path) as etcd:
+        yield etcd
 
 
 @pytest.fixture(

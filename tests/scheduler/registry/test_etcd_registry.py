@@ -8,8 +8,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from tests.scheduler.registry.etcd_process import free_port
 from tests.scheduler.registry.test_registry import take
+from xllm_compile.benchmarks.etcd_process import free_port
 from xllm_compile.scheduler.proto import etcd_pb2, etcd_pb2_grpc
 from xllm_compile.scheduler.registry.etcd_config import EtcdConfig
 from xllm_compile.scheduler.registry.etcd_registry import EtcdRegistry

@@ -120,6 +120,12 @@ def test_all_changes_of_a_revision_count():
     assert table.revision == 4
 
 
+def test_of_a_batch_that_is_partly_known_the_rest_counts():
+    b = instance("b")
+    batch = RegistryChanged(changes=((1, Registered(info=A1)), (2, Registered(info=b))))
+    assert run(put(A1, 1), NONE, batch).view == ((A1, Health.SUSPECT), (b, Health.ACTIVE))
+
+
 def test_nothing_new_is_the_same_table():
     table = run(put(A1, 1), deleted("a", 2))
     for event in (put(A1, 1), deleted("a", 2), listed(1, A1), listed(2), TimePassed()):
@@ -166,7 +172,7 @@ def test_times_are_above_zero(name):
 
 @st.composite
 def histories(draw):
-    """A registry's history, and events in any order: each of its changes any number of times, listings, and others.
+    """A registry's history, and events in any order: batches of its changes, again and again, listings, and others.
 
     A process registers under a name never again once another incarnation has.
     """
@@ -185,9 +191,10 @@ def histories(draw):
             registered.add(name)
             changes.append((revision, Registered(info=instance(name, str(incarnation[name])))))
         snapshots.append(tuple(instance(name, str(incarnation[name])) for name in sorted(registered)))
+    places = st.integers(0, len(changes) - 1)
     someone = st.tuples(st.sampled_from(names), st.integers(1, 4).map(str))
     event = st.one_of(
-        st.sampled_from(changes).map(lambda change: RegistryChanged(changes=(change,))),
+        st.tuples(places, places).map(lambda at: RegistryChanged(changes=tuple(changes[min(at) : max(at) + 1]))),
         st.integers(0, len(changes)).map(lambda at: RegistryListed(infos=snapshots[at], revision=at)),
         st.tuples(someone, st.sampled_from(Answer)).map(
             lambda it: Probed(name=it[0][0], incarnation=it[0][1], answer=it[1])
@@ -205,7 +212,7 @@ def newest_seen(changes, events):
         if isinstance(event, RegistryListed):
             revision = max(revision, event.revision)
         elif isinstance(event, RegistryChanged):
-            revision = max(revision, event.changes[0][0])
+            revision = max(revision, event.changes[-1][0])
     return {c.info.name: c.info.incarnation for at, c in changes if at <= revision and isinstance(c, Registered)}
 
 
@@ -234,7 +241,7 @@ def test_no_old_incarnation_comes_back(history):
                 retired[name, old] = table.revision
             elif member.health is Health.SUSPECT and now.health is not Health.SUSPECT:
                 # Only its own sign of life, or its own new registration, brings it back.
-                assert _speaks_for(event, name, old), event
+                assert _speaks_for(event, name, old, before.revision), event
         for name, member in table.members.items():
             for other, incarnation in retired:
                 assert (name, member.info.incarnation) != (other, incarnation)
@@ -248,12 +255,13 @@ def _registered_after(changes, key, revision, until):
     )
 
 
-def _speaks_for(event, name, incarnation):
+def _speaks_for(event, name, incarnation, seen):
     match event:
-        case RegistryListed(infos=infos):
-            return any((info.name, info.incarnation) == (name, incarnation) for info in infos)
-        case RegistryChanged(changes=((_, Registered(info=info)),)):
-            return (info.name, info.incarnation) == (name, incarnation)
+        case RegistryListed(infos=infos, revision=revision):
+            return revision > seen and any((info.name, info.incarnation) == (name, incarnation) for info in infos)
+        case RegistryChanged(changes=changes):
+            puts = [c.info for at, c in changes if at > seen and isinstance(c, Registered)]
+            return any((info.name, info.incarnation) == (name, incarnation) for info in puts)
         case Heard() | Probed(answer=Answer.SERVING):
             return (event.name, event.incarnation) == (name, incarnation)
     return False

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.scheduler.registry.etcd_process import free_port
 from tests.scheduler.registry.test_etcd_registry import client
 from tests.scheduler.registry.test_membership import until
+from xllm_compile.benchmarks.etcd_process import free_port
 from xllm_compile.scheduler.registry.liveness import LivenessConfig
 from xllm_compile.scheduler.registry.membership import Membership
 

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 ETCD = shutil.which("etcd")
 MISSING = "etcd is not installed (Debian: etcd-server)"
@@ -32,7 +34,8 @@ class EtcdProcess:
 
     def start(self) -> None:
         """Returns when the port accepts connections."""
-        assert ETCD is not None
+        if ETCD is None:
+            raise FileNotFoundError(MISSING)
         client, peer = f"http://{self.endpoint}", f"http://127.0.0.1:{self._peer_port}"
         command = [ETCD, "--name", "n0", "--data-dir", str(self._folder / "data"), "--log-level", "warn"]
         command += ["--listen-client-urls", client, "--advertise-client-urls", client]
@@ -56,3 +59,12 @@ class EtcdProcess:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
