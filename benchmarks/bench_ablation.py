@@ -90,7 +90,7 @@ def _open(artifacts: Mapping[str, Path], prefill: int) -> dict[str, CompiledMode
         dtype=getattr(torch, model.dtype),
         max_model_len=room,
         num_slots=max(_BATCHES),
-        kv_memory_bytes=max(_BATCHES) * (room * model.kv_bytes_per_token * 17 // 16 + page_slack),
+        kv_memory_bytes=max(_BATCHES) * (room * model.kv_bytes_per_token * 9 // 8 + page_slack),
     )
     cache = KVCache(config)
     for _ in range(config.num_slots):

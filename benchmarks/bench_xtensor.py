@@ -128,7 +128,7 @@ def measure_memory(lengths: Sequence[int]) -> dict[str, int]:
     return {
         "page_bytes": cache.config.page_size,
         "mapped_bytes": pages * cache.config.page_size,
-        "needed_bytes": sum(lengths) * cache.config.bytes_per_token,
+        "needed_bytes": sum(lengths) * 2 * _LAYERS * _KV_HEADS * _HEAD_DIM * 2,
     }
 
 

@@ -391,7 +391,7 @@ def prefix_cache_command(trace: Path, results: Path, name: str, capacities: tupl
 @click.option("--steps", type=click.IntRange(1), default=2000, help="Decode steps that are played.")
 @click.option("--context", type=click.IntRange(16), default=2048, help="Keys per sequence of the attention.")
 @click.option("--batch", type=click.IntRange(1), default=4, help="Sequences of the attention.")
-@click.option("--rounds", type=click.IntRange(1), default=15, help="Of the attention kernels, in turns.")
+@click.option("--rounds", type=click.IntRange(1), default=61, help="Of the attention kernels, in turns.")
 @click.option(
     "--step-ms", type=click.FloatRange(0, min_open=True), default=100.0, help="Step that latency is set against."
 )

@@ -260,8 +260,8 @@ def _kv_config(manifest: Manifest, config: InstanceConfig, draft: Manifest | Non
     share = model.kv_bytes_per_token / token_bytes
     if config.kv_memory_bytes is not None:
         return KVCacheConfig(**shape, max_model_len=limit, kv_memory_bytes=int(config.kv_memory_bytes * share))
-    # A sequence's last page may be all but empty, and a page counts in whole tokens.
-    wanted = config.max_num_seqs * (limit * model.kv_bytes_per_token * 17 // 16 + HUGE_PAGE_BYTES)
+    # A sequence's last page may be all but empty, and a page counts in whole tokens, which padding may make 15 of 16.
+    wanted = config.max_num_seqs * (limit * model.kv_bytes_per_token * 9 // 8 + HUGE_PAGE_BYTES)
     # The ranks of an instance are taken to share one machine.
     free = _available_memory_bytes() // manifest.tensor_parallel_size
     budget = min(wanted, int(free * _DEFAULT_KV_SHARE * share))
@@ -291,6 +291,7 @@ def _kv_tiers(manifest: Manifest, config: InstanceConfig, kv: KVCacheConfig) -> 
         # Of these the block's content does not depend on.
         for name in ("max_model_len", "num_slots", "kv_memory_bytes", "page_bytes", "pretouch"):
             del values[name]
+        values["bytes_per_token"] = kv.bytes_per_token
         layout = xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
         disk = DiskTier(config.kv_disk, max_bytes=config.kv_disk_bytes, layout=layout)
     return KVTiers(host_bytes=config.kv_host_bytes, disk=disk)

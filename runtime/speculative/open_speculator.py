@@ -83,8 +83,8 @@ def _open_draft_model(
             # size are filled otherwise.
             kv_memory_bytes=(kv_config.total_tokens + kv_config.num_slots * MAX_SPECULATIVE_TOKENS)
             * model.kv_bytes_per_token
-            * 17
-            // 16
+            * 9
+            // 8
             + kv_config.num_slots * HUGE_PAGE_BYTES,
             prefix_cache=False,
         )

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -144,6 +145,30 @@ def test_layers_are_strided_views_of_one_range() -> None:
     assert cache.layers[1].data_ptr() - cache.layers[0].data_ptr() == 64
     half = KVCache(dataclasses.replace(CONFIG, dtype=torch.bfloat16))
     assert half.layers[1].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("num_layers", [9, 28, 32])
+def test_the_tokens_of_large_models_spread_over_all_sets_of_the_caches(num_layers: int) -> None:
+    config = KVCacheConfig(
+        num_layers=num_layers,
+        num_kv_heads=8,
+        head_dim=128,
+        dtype=torch.bfloat16,
+        max_model_len=64,
+        num_slots=1,
+        kv_memory_bytes=64 << 20,
+    )
+    cache = KVCache(config)
+    line = cache.layers[0].stride(1) * 2 // 64
+    for num_sets, num_tokens in ((64, 8), (2048, 64)):
+        # The first line of as many tokens as a block of attention takes: a set has few of them.
+        sets = [token * line % num_sets for token in range(num_tokens)]
+        assert len(set(sets)) == num_tokens
+    assert config.bytes_per_token <= math.prod(config.token_shape) * 2 * 1.016
+    # Padding is no part of any layer.
+    for layer in cache.layers:
+        assert layer.shape == (1, 64, 2, 8, 128) and layer[0, 0].is_contiguous()
+    cache.close()
 
 
 def test_pages_are_mapped_as_tokens_come() -> None:
