@@ -110,6 +110,13 @@ class SamplingState:
         return self.params.is_greedy and self.params.logprobs is None and not self.edits_logits
 
     @property
+    def mask_ahead(self) -> TokenMatcher | None:
+        """The matcher, if the mask of the next token should be ready when its logits are."""
+        if self.matcher is None or (self.is_plain_greedy and not self.matcher.is_costly):
+            return None
+        return self.matcher
+
+    @property
     def edits_logits(self) -> bool:
         """Whether the model's logits change; a grammar only forbids some of them."""
         return (
@@ -206,13 +213,12 @@ def _greedy_in_grammar(
     row: npt.NDArray[np.float32], best: int, matcher: TokenMatcher
 ) -> SampledToken | SamplingFailure:
     try:
-        mask = matcher.mask()
+        # A model that was asked for JSON mostly writes JSON by itself.
+        if matcher.allows(best):
+            return SampledToken(token_id=best)
+        token_id = matcher.mask().argmax(row)
     except GrammarError as err:
         return _grammar_failure(err)
-    # A model that was asked for JSON mostly writes JSON by itself.
-    if mask.allowed[best]:
-        return SampledToken(token_id=best)
-    token_id = mask.argmax(row)
     if not math.isfinite(row[token_id]):
         return SamplingFailure(reason=IMPROBABLE)
     return SampledToken(token_id=token_id)

@@ -159,7 +159,7 @@ class _Device:
         states = [sequence.sampling for sequence in batch.sampled]
         sampled = verify(logits, states, drafts) if any(num_drafted) else _sample(logits, states)
         self._last_tokens[batch.sampled_slots] = [_token_id(results[-1]) for results in sampled]
-        self._masks.prepare(state.matcher for state in states)
+        self._masks.prepare(state.mask_ahead for state in states)
         if self._speculator is not None:
             self._speculator.learn(batch, drafts, sampled, time.monotonic() - drafted_s)
         return StepResult(

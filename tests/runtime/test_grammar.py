@@ -67,6 +67,42 @@ def test_text_that_fits_is_allowed_to_its_end(
 
 
 @pytest.mark.parametrize(
+    "structured",
+    [
+        StructuredOutput.json_schema(POINT),
+        StructuredOutput(kind="regex", source=r"(a|bc?)*"),
+        StructuredOutput.choice(["12", "1x"], OPTIONAL_THOUGHTS),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_token_is_allowed_where_the_mask_has_it_whatever_was_asked_before(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, structured: StructuredOutput, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    asked, masked = compiler.compile(structured).matcher(), compiler.compile(structured).matcher()
+    for _ in range(40):
+        allowed = masked.mask().allowed
+        # The first and the last one tried are allowed, and not always the one that comes.
+        ways = np.flatnonzero(allowed)
+        tokens = [*rng.choice(ways, 2), *rng.integers(0, len(allowed), 4), *tokenizer.eos_token_ids, rng.choice(ways)]
+        assert [asked.allows(int(token_id)) for token_id in tokens] == [bool(allowed[token_id]) for token_id in tokens]
+        token_id = int(rng.choice(ways) if rng.random() < 0.5 else tokens[-1])
+        for matcher in (asked, masked):
+            matcher.accept(token_id)
+    assert (asked.mask().allowed == masked.mask().allowed).all()
+
+
+def test_what_was_tried_and_did_not_come_leaves_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    matcher = compiler.compile(StructuredOutput.choice(["12", "1x"])).matcher()
+    (one,), (two,), (other,) = (tokenizer.encode(text) for text in ("1", "2", "x"))
+    matcher.accept(one)
+    assert matcher.allows(two)
+    matcher.accept(other)
+    assert not matcher.allows(two)
+    assert np.flatnonzero(matcher.mask().allowed).tolist() == sorted(tokenizer.eos_token_ids)
+
+
+@pytest.mark.parametrize(
     ("structured", "text", "allowed"),
     [
         (StructuredOutput.json_schema(POINT), '{"x": 1, "z": 2}', '{"x": 1, "'),
