@@ -30,7 +30,7 @@ from xllm_compile.runtime.transfer.transfer import ByteRange
 LARGE_BYTES = 64 << 20
 SMALL_BYTES = (64, 4 << 10, 64 << 10, 1 << 20)
 # Rounds write to parts of it in turn: no cache holds them.
-_REGION_BYTES = 4 * LARGE_BYTES
+REGION_BYTES = 4 * LARGE_BYTES
 _BARS_GB_PER_S = {"shm": 15, "tcp": 3}
 _NEEDS = {"mooncake": "mooncake", "nixl": "nixl_cu12"}
 Write = Callable[[int, int, int], None]
@@ -44,7 +44,7 @@ def run_transfer(results: Path, command: Sequence[str], *, rounds: int, small_ro
         say("building the kernels")
         kernels = Path(folder) / "kernels.so"
         native.build_kernels(kernels)
-        with open_ways(kernels, schemes) as ways:
+        with open_ways(kernels, schemes, REGION_BYTES) as ways:
             large = measure_sizes(ways, LARGE_BYTES, rounds)
             small = {size: measure_sizes(ways, size, small_rounds) for size in SMALL_BYTES}
     rates = {name: LARGE_BYTES / summary.median / 1e9 for name, summary in large.items()}
@@ -84,13 +84,13 @@ def run_transfer(results: Path, command: Sequence[str], *, rounds: int, small_ro
 
 
 @contextmanager
-def open_ways(kernels: Path, schemes: Sequence[str]) -> Iterator[dict[str, Write]]:
+def open_ways(kernels: Path, schemes: Sequence[str], region_bytes: int) -> Iterator[dict[str, Write]]:
     """A process that receives, and a function for each way to write to it; and the limits."""
     native.load_kernels(kernels)
     token = secrets.token_bytes(16)
     command = [sys.executable, "-m", "xllm_compile.benchmarks.transfer_receiver", str(kernels)]
-    options = ["--bytes", str(_REGION_BYTES), "--token", token.hex(), "--schemes", *schemes]
-    memory, other = present_pages(_REGION_BYTES), present_pages(_REGION_BYTES)
+    options = ["--bytes", str(region_bytes), "--token", token.hex(), "--schemes", *schemes]
+    memory, other = present_pages(region_bytes), present_pages(region_bytes)
     with ExitStack() as stack:
         receiver = stack.enter_context(
             subprocess.Popen([*command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -98,7 +98,7 @@ def open_ways(kernels: Path, schemes: Sequence[str]) -> Iterator[dict[str, Write
         assert receiver.stdout is not None
         ready = json.loads(receiver.stdout.readline())
         source, target = (stack.enter_context(_mapped(one.region)) for one in (memory, other))
-        ctypes.memset(source.address, 1, _REGION_BYTES)
+        ctypes.memset(source.address, 1, region_bytes)
         ways: dict[str, Write] = {
             "copy by libc": partial(_copy, ctypes.memmove, target.address, source.address),
             "copy past the caches": partial(_copy, native.copy_bytes(), target.address, source.address),
@@ -113,17 +113,19 @@ def open_ways(kernels: Path, schemes: Sequence[str]) -> Iterator[dict[str, Write
         yield ways
 
 
-def measure_sizes(ways: Mapping[str, Write], num_bytes: int, rounds: int) -> dict[str, Summary]:
+def measure_sizes(
+    ways: Mapping[str, Write], num_bytes: int, rounds: int, region_bytes: int = REGION_BYTES
+) -> dict[str, Summary]:
     say(f"{num_bytes} bytes, {rounds} rounds")
     offsets = dict.fromkeys(ways, 0)
 
     def run(name: str) -> None:
         offset = offsets[name]
-        offsets[name] = (offset + max(num_bytes, HUGE_PAGE_BYTES)) % _REGION_BYTES
+        offsets[name] = (offset + max(num_bytes, HUGE_PAGE_BYTES)) % region_bytes
         ways[name](offset, num_bytes, HUGE_PAGE_BYTES)
 
     # The first rounds touch every page.
-    warmup = _REGION_BYTES // max(num_bytes, HUGE_PAGE_BYTES)
+    warmup = region_bytes // max(num_bytes, HUGE_PAGE_BYTES)
     return measure_in_turns({name: partial(run, name) for name in ways}, warmup=warmup, repeats=rounds)
 
 

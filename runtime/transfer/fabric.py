@@ -17,7 +17,7 @@ from xllm_compile.runtime.transfer.mapping import Mapping
 from xllm_compile.runtime.transfer.permits import Permits, Write
 from xllm_compile.runtime.transfer.server import Server
 from xllm_compile.runtime.transfer.session import Session, WriteRequest
-from xllm_compile.runtime.transfer.tcp import connect_session, listen, tcp_address, tune
+from xllm_compile.runtime.transfer.tcp import connect_session, host_and_port, listen, tcp_address, tune
 from xllm_compile.runtime.transfer.transfer import ByteRange, Region, Sender, TransferConfig, TransferError
 
 _DONE = b"d"
@@ -60,7 +60,8 @@ def open_fabric_receiver(
 
 
 def connect_fabric(make: MakeFabric, address: str, region: Region, config: TransferConfig) -> Sender:
-    """Raises ValueError when the library is not there."""
+    """Raises ValueError when the library is not there, or the address is none."""
+    host_and_port(address)
     mapping = Mapping(region, is_writable=True)
     try:
         fabric = make(mapping, config, False)

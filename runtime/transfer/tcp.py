@@ -59,16 +59,24 @@ def tcp_address(scheme: str, listening: socket.socket) -> str:
 
 def connect_tcp(address: str, region: Region, config: TransferConfig) -> Sender:
     """Raises ValueError when the address is none."""
+    host_and_port(address)
     mapping = Mapping(region, is_writable=False)
     send = functools.partial(_send, mapping)
     return Client(address, region, functools.partial(connect_session, address, config), send, mapping.close)
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of SCHEME:HOST:PORT. Raises ValueError."""
+    host, _, port = address.partition(":")[2].rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"{address!r} is no address for KV transfers: it must be SCHEME:HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
 def connect_session(address: str, config: TransferConfig) -> Session:
     """A new connection to SCHEME:HOST:PORT. Raises TransferError."""
-    host, _, port = address.partition(":")[2].rpartition(":")
     try:
-        connection = socket.create_connection((host.strip("[]"), int(port)), config.timeout_s)
+        connection = socket.create_connection(host_and_port(address), config.timeout_s)
     except OSError as err:
         raise TransferError(f"{address} cannot be reached: {err.strerror or err}; has it ended?") from None
     stream = Stream(connection, address, config.timeout_s)

@@ -44,6 +44,12 @@ def test_no_common_way_is_an_error_that_names_what_there_is(region, addresses):
         connect(addresses, region, CONFIG)
 
 
+@pytest.mark.parametrize("address", ["tcp:", "tcp:host", "tcp:host:", "tcp:host:99999", "tcp::1", "tcp:h:-1"])
+def test_an_address_that_is_none_is_an_error(region, address):
+    with pytest.raises(ValueError, match=f"'{address}' is no address .* must be SCHEME:HOST:PORT"):
+        connect([address], region, CONFIG)
+
+
 @pytest.mark.parametrize(("schemes", "message"), [([], "by nothing"), (["shm", "pigeon"], "transfer pigeon: there is")])
 def test_unknown_schemes_are_an_error(region, schemes, message):
     with pytest.raises(ValueError, match=message):
