@@ -1,4 +1,4 @@
-"""A real etcd of one member, on loopback."""
+"""A real etcd on loopback."""
 
 import shutil
 import signal
@@ -22,11 +22,20 @@ def free_port() -> int:
 class EtcdProcess:
     """start, kill -9, start again on the same data and ports."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, name: str = "n0") -> None:
         self._folder = folder
-        self._options = options
+        self._name = name
         self.port, self._peer_port = free_port(), free_port()
+        self._cluster: tuple[EtcdProcess, ...] = (self,)
         self._process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def cluster(cls, folder: Path, size: int) -> tuple[Self, ...]:
+        """Members of one cluster. None is ready until most of them are launched."""
+        members = tuple(cls(folder / f"n{index}", f"n{index}") for index in range(size))
+        for member in members:
+            member._cluster = members
+        return members
 
     @property
     def endpoint(self) -> str:
@@ -34,24 +43,39 @@ class EtcdProcess:
 
     def start(self) -> None:
         """Returns when the port accepts connections."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
         if ETCD is None:
             raise FileNotFoundError(MISSING)
-        client, peer = f"http://{self.endpoint}", f"http://127.0.0.1:{self._peer_port}"
-        command = [ETCD, "--name", "n0", "--data-dir", str(self._folder / "data"), "--log-level", "warn"]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        client = f"http://{self.endpoint}"
+        command = [ETCD, "--name", self._name, "--data-dir", str(self._folder / "data"), "--log-level", "warn"]
         command += ["--listen-client-urls", client, "--advertise-client-urls", client]
-        command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
-        command += ["--initial-cluster", f"n0={peer}", "--heartbeat-interval", "20", "--election-timeout", "200"]
+        command += ["--listen-peer-urls", self._peer_url, "--initial-advertise-peer-urls", self._peer_url]
+        command += ["--initial-cluster", ",".join(f"{member._name}={member._peer_url}" for member in self._cluster)]
+        # Leases may then be as short as a second.
+        command += ["--heartbeat-interval", "20", "--election-timeout", "200"]
         with open(self._folder / "log", "ab") as log:
-            self._process = subprocess.Popen([*command, *self._options], stdout=log, stderr=log)
-        deadline = time.monotonic() + 30
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def wait_ready(self, timeout_s: float = 30.0) -> None:
+        """Raises RuntimeError with etcd's log when it ended or took too long."""
+        deadline_s = time.monotonic() + timeout_s
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
                 return
             except OSError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
+                is_over = self._process is None or self._process.poll() is not None
+                if is_over or time.monotonic() > deadline_s:
                     raise RuntimeError(f"etcd did not start: {(self._folder / 'log').read_text()}") from None
                 time.sleep(0.01)
+
+    @property
+    def _peer_url(self) -> str:
+        return f"http://127.0.0.1:{self._peer_port}"
 
     def kill(self) -> None:
         """kill -9, if it runs."""

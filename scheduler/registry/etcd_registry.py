@@ -262,7 +262,7 @@ class EtcdRegistry:
 
     def _forget_token(self, err: grpc.aio.AioRpcError) -> bool:
         """Whether a new token may help: etcd's end with time, and with its restart."""
-        is_stale = bool(self._token) and any(text in (err.details() or "") for text in _STALE_TOKEN)
+        is_stale = bool(self._config.user) and any(text in (err.details() or "") for text in _STALE_TOKEN)
         if is_stale:
             self._token = ""
         return is_stale

@@ -9,7 +9,7 @@ import grpc.aio
 import pytest
 
 from tests.scheduler.registry.test_registry import take
-from xllm_compile.benchmarks.etcd_process import free_port
+from xllm_compile.benchmarks.etcd_process import ETCD, MISSING, EtcdProcess, free_port
 from xllm_compile.scheduler.proto import etcd_pb2, etcd_pb2_grpc
 from xllm_compile.scheduler.registry.etcd_config import EtcdConfig
 from xllm_compile.scheduler.registry.etcd_registry import EtcdRegistry
@@ -79,14 +79,15 @@ async def test_an_etcd_that_lost_its_data_is_noticed(etcd, tmp_path):
                 await waiting
 
 
-async def test_a_served_registry_that_restarts_is_empty_and_says_so():
-    async with client(f"127.0.0.1:{(port := free_port())}", timeout_s=20) as registry:
-        async with served(port):
+@pytest.mark.parametrize("user", [{}, {"user": "u", "password": "p"}])
+async def test_a_served_registry_that_restarts_is_empty_and_says_so(user):
+    async with client(f"127.0.0.1:{(port := free_port())}", timeout_s=20, **user) as registry:
+        async with served(port, **user):
             lease_id = await registry.grant_lease(60)
             revision = await registry.put("/k", b"", lease_id=lease_id)
             waiting = asyncio.ensure_future(anext(registry.watch("/", revision)))
             await asyncio.sleep(0)
-        async with served(port):
+        async with served(port, **user):
             assert await registry.get("/k") is None
             with pytest.raises(LeaseLostError):
                 await registry.keep_alive(lease_id)
@@ -95,6 +96,29 @@ async def test_a_served_registry_that_restarts_is_empty_and_says_so():
             with pytest.raises(CompactedError):
                 async with asyncio.timeout(20):
                     await waiting
+
+
+@pytest.mark.skipif(ETCD is None, reason=MISSING)
+async def test_a_cluster_of_three_loses_one(tmp_path):
+    members = EtcdProcess.cluster(tmp_path, 3)
+    try:
+        for member in members:
+            member.launch()
+        for member in members:
+            await asyncio.to_thread(member.wait_ready)
+        async with client(*(member.endpoint for member in members), timeout_s=20) as registry:
+            lease_id = await registry.grant_lease(30)
+            revision = await registry.put("/k", b"1", lease_id=lease_id)
+            waiting = asyncio.ensure_future(take(registry.watch("/", revision), 1))
+            await registry.get("/k")
+            # The one that answers this client.
+            members[0].kill()
+            await registry.put("/k", b"2", lease_id=lease_id)
+            assert await waiting == [("/k", b"2")]
+            await registry.keep_alive(lease_id)
+    finally:
+        for member in members:
+            member.kill()
 
 
 async def compact(endpoint, revision):
