@@ -79,6 +79,17 @@ def interval_s(instance: Instance, num_context_tokens: int = 0, num_more: int = 
     return profile_of(instance).step_s(load) * instance.tpot_ratio
 
 
+def join_wait_s(instance: Instance) -> float:
+    """Until what was prefilled elsewhere can have its next token: a step that computes prompts ends first.
+
+    Where others decode that step keeps their interval; without any it may be as long as prompts fill it.
+    """
+    load = instance.load
+    if load.num_waiting_tokens == 0 or load.num_decoding:
+        return 0.0
+    return prefill_s(instance, min(load.num_waiting_tokens, chunk_tokens(instance, None)), 0, None)
+
+
 def room_wait_s(instance: Instance, num_tokens: int) -> float:
     """Until sequences that decode there have ended which hold the KV or the seat that one of so many tokens needs.
 

@@ -210,11 +210,12 @@ class _Router:
         misses = is_late or (choice.instance.takes_decodes and not self._keeps_tpot(choice.instance))
         return (misses, self._first_tokens_s(choice))
 
-    def _decode_cost(self, instance: Instance) -> tuple[float, float]:
-        return (
-            predict.room_wait_s(instance, self.request.num_prompt_tokens),
-            predict.interval_s(instance, self.request.num_prompt_tokens),
-        )
+    def _decode_cost(self, instance: Instance) -> float:
+        """Until some tokens are there, from the first one on."""
+        num_prompt_tokens = self.request.num_prompt_tokens
+        wait_s = predict.room_wait_s(instance, num_prompt_tokens) + predict.join_wait_s(instance)
+        num_tokens = min(_FIRST_TOKENS, self.request.max_output_tokens)
+        return wait_s + num_tokens * predict.interval_s(instance, num_prompt_tokens)
 
     def _uncached(self, choice: _Choice) -> int:
         return self.request.num_prompt_tokens - predict.tokens_spared(choice.cached, self.request.num_prompt_tokens)
