@@ -460,6 +460,34 @@ def overlap_command(
     )
 
 
+@command.group("simulate")
+def simulate_group() -> None:
+    """Services of many instances in simulation: the policies that serve, on predicted steps."""
+
+
+@simulate_group.command("roles")
+@click.argument("traces", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--bar", "bars", type=float, multiple=True, help="Of each trace: x over minimal load on fixed pools.")
+@click.option("--name", default="dynamic_roles", help="Name of the record.")
+@click.option("--model", default="qwen3-8b", help="A planned model.")
+@click.option("--device", default="ascend-910b2", help="On what: a device spec by name.")
+@click.option("--instances", "num_instances", type=click.IntRange(4), default=8)
+@click.option("--ttft-slo", type=click.FloatRange(0, min_open=True), default=2.0, help="Seconds.")
+@click.option("--tpot-slo", type=click.FloatRange(0, min_open=True), default=0.1, help="Seconds.")
+@click.option("--seeds", type=click.IntRange(1), default=3, help="Each begins elsewhere in the trace.")
+@results_option
+def simulate_roles_command(
+    traces: tuple[Path, ...], bars: tuple[float, ...], ttft_slo: float, tpot_slo: float, results: Path, **options: Any
+) -> None:
+    """Rates that fixed pools and dynamic ones sustain -> dynamic_roles.json and .html."""
+    from xllm_compile.benchmarks.bench_simulate import Targets, run_dynamic_roles
+
+    if bars and len(bars) != len(traces):
+        raise click.UsageError(f"{len(bars)} of --bar for {len(traces)} traces; give one for each, or none")
+    targets = Targets(ttft_slo_s=ttft_slo, tpot_slo_s=tpot_slo)
+    run_dynamic_roles(traces, results, _command_line(), targets=targets, bars=bars or (1.0,) * len(traces), **options)
+
+
 @command.command("check")
 @results_option
 @click.option("--strict", is_flag=True, help="Exit with 1 when a bar is not met.")

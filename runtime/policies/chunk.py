@@ -50,7 +50,17 @@ class StepSeconds(Protocol):
     def seconds(self, load: StepLoad) -> float: ...
 
 
-def step_budget_s(decodes: Iterable[Schedulable], now: float) -> float:
+class Paced(Protocol):
+    """What of a decoding sequence says how long its steps may take (policies/state.py: Schedulable)."""
+
+    @property
+    def tpot_slo_s(self) -> float | None: ...
+
+    @property
+    def next_due_s(self) -> float: ...
+
+
+def step_budget_s(decodes: Iterable[Paced], now: float) -> float:
     """Longest step that keeps the tightest TPOT target among the decoding sequences; infinity without targets."""
     budget_s = float("inf")
     for sequence in decodes:

@@ -1,0 +1,351 @@
+"""A simulated instance: prompts in chunks, decodes many steps at a time, KV that is never over-committed.
+
+It plans as `runtime/local_scheduler.py` does, in closed form: decodes first, then prompts in order of arrival, cut so
+that the step keeps the TPOT target of what decodes, by the same functions; online before offline. Only where all is
+decoding are steps taken together: until the first sequence ends, or something arrives. A test holds it against the
+real scheduler.
+"""
+
+import math
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+from xllm_compile.benchmarks.simulation.decode_batch import DecodeBatch
+from xllm_compile.benchmarks.simulation.hardware import Hardware
+from xllm_compile.benchmarks.simulation.requests import SimRequest
+from xllm_compile.runtime.policies.admission import HORIZON
+from xllm_compile.runtime.policies.chunk import StepLoad, largest_chunk, step_budget_s
+from xllm_compile.scheduler.cluster.state import InstanceLoad, StepProfile
+
+# Steps of one load differ by about this much.
+_NOISE = 0.03
+_LEAST_CHUNK_TOKENS = 32
+# Seconds over which live figures are means.
+_RECENT_S = 5.0
+
+
+@dataclass(slots=True)
+class _Recent:
+    """A mean that forgets."""
+
+    _sum: float = 0.0
+    _weight: float = 0.0
+    _at: float = 0.0
+
+    def add(self, value: float, weight: float, now: float) -> None:
+        decay = math.exp((self._at - now) / _RECENT_S)
+        self._sum, self._weight, self._at = self._sum * decay + value * weight, self._weight * decay + weight, now
+
+    def mean(self, now: float) -> float | None:
+        """None where nothing came for a while."""
+        return None if self._weight == 0 or now - self._at > 2 * _RECENT_S else self._sum / self._weight
+
+
+@dataclass(kw_only=True, slots=True)
+class _Run:
+    """Steps under way."""
+
+    started_s: float
+    num_steps: int
+    noise: float
+    chunks: list[tuple[SimRequest, int]]
+    end_s: float
+
+
+class _Model:
+    def __init__(self, profile: StepProfile) -> None:
+        self.seconds = profile.step_s
+
+
+@dataclass(slots=True)
+class Ended:
+    """What the last steps brought to an end."""
+
+    prefilled: list[SimRequest] = field(default_factory=list)
+    """Have their next token; the caller says where they decode."""
+    finished: list[SimRequest] = field(default_factory=list)
+
+
+class SimInstance:
+    """Times are seconds of the simulation. The caller calls `finish` at `end_s`, and `plan` behind whatever it adds."""
+
+    def __init__(self, name: str, hardware: Hardware, truth: StepProfile, seed: str) -> None:
+        self.name, self.hardware, self.truth = name, hardware, truth
+        self.waiting: deque[SimRequest] = deque()
+        self.waiting_offline: deque[SimRequest] = deque()
+        self.arriving: deque[SimRequest] = deque()
+        """Prefilled elsewhere, and waiting for a place; their KV is held there."""
+        self.online, self.offline = DecodeBatch(), DecodeBatch()
+        self.paused: list[SimRequest] = []
+        """Offline sequences that keep their KV and are left out of steps."""
+        self.prefilling: dict[int, SimRequest] = {}
+        """Have KV and are not through their prompt, or are through and not yet handed over."""
+        self.kv_used = 0
+        self.num_waiting_tokens = 0
+        self.version = 0
+        """Of the run: what was planned to end with another one is void."""
+        self.busy_s = 0.0
+        self._run: _Run | None = None
+        self._model = _Model(truth)
+        self._rng = random.Random(seed)
+        self._ttft, self._tpot = _Recent(), _Recent()
+
+    @property
+    def end_s(self) -> float | None:
+        """When the steps under way are done; None while idle."""
+        return self._run.end_s if self._run else None
+
+    @property
+    def num_decoding(self) -> int:
+        return len(self.online) + len(self.offline)
+
+    # What comes and goes
+
+    def enqueue(self, request: SimRequest) -> None:
+        """To prefill it here."""
+        (self.waiting_offline if request.is_offline else self.waiting).append(request)
+        self.num_waiting_tokens += request.num_left
+
+    def hand_in(self, request: SimRequest) -> None:
+        """To decode what was prefilled elsewhere."""
+        self.arriving.append(request)
+
+    def keep(self, request: SimRequest) -> None:
+        """Decode what was prefilled here."""
+        del self.prefilling[request.number]
+        (self.offline if request.is_offline else self.online).add(request)
+
+    def release(self, request: SimRequest) -> None:
+        """Its KV is somewhere else by now, or nobody needs it."""
+        del self.prefilling[request.number]
+        self.kv_used -= request.num_tokens
+
+    def take_offline(self, request: SimRequest) -> None:
+        """Stop decoding an offline sequence here, to hand it over; its KV stays until it is released."""
+        if request in self.paused:
+            self.paused.remove(request)
+        else:
+            self.offline.remove(request)
+        request.num_computed = request.num_tokens
+        self.prefilling[request.number] = request
+
+    # Steps
+
+    def plan(self, now: float) -> float | None:
+        """Begin the next steps, if none are under way, and say when they end."""
+        if self._run is not None:
+            self._cut_short(now)
+            return self._run.end_s
+        self._make_room()
+        self._admit_arriving()
+        load = self._decode_load()
+        chunks, load = self._chunks(load, now)
+        num_decoding = self.num_decoding
+        num_steps = 1
+        if not chunks:
+            if num_decoding == 0:
+                return None
+            num_steps = self._decode_steps()
+        noise = max(0.5, self._rng.gauss(1, _NOISE / math.sqrt(num_steps)))
+        seconds = self.truth.step_s(load) if chunks else self._decode_s(num_steps)
+        self.version += 1
+        self._run = _Run(started_s=now, num_steps=num_steps, noise=noise, chunks=chunks, end_s=now + noise * seconds)
+        return self._run.end_s
+
+    def finish(self, now: float) -> Ended:
+        """The steps under way are done."""
+        run, ended = self._run, Ended()
+        assert run is not None
+        self._run = None
+        self.busy_s += now - run.started_s
+        num_decoding = self.num_decoding
+        if num_decoding:
+            self._tpot.add((now - run.started_s) / run.num_steps, num_decoding * run.num_steps, now)
+            self.kv_used += num_decoding * run.num_steps
+            for batch in (self.online, self.offline):
+                ended.finished += batch.advance(run.num_steps)
+        for request in ended.finished:
+            self.kv_used -= request.num_tokens
+            request.finished_s = now
+        for request, count in run.chunks:
+            request.num_computed += count
+            self.num_waiting_tokens -= count
+            if request.num_left == 0:
+                (self.waiting_offline if request.is_offline else self.waiting).popleft()
+                self._first_token(request, now, ended)
+        return ended
+
+    def report(self, now: float, believed: StepProfile) -> InstanceLoad:
+        num_waiting = len(self.waiting) + len(self.waiting_offline)
+        num_started = sum(not request.num_left for request in self.prefilling.values())
+        return InstanceLoad(
+            num_running=self.num_decoding + len(self.prefilling) - num_started,
+            num_waiting=num_waiting,
+            num_waiting_tokens=self.num_waiting_tokens,
+            num_decoding=self.num_decoding + len(self.arriving),
+            num_context_tokens=self.online.num_context_tokens
+            + self.offline.num_context_tokens
+            + sum(request.num_tokens for request in self.arriving),
+            num_offline=len(self.offline) + len(self.waiting_offline) + len(self.paused),
+            kv_tokens_used=self.kv_used,
+            ttft_s=self._ttft.mean(now),
+            tpot_s=self._tpot.mean(now),
+            profile=believed,
+        )
+
+    def check(self) -> None:
+        """What always holds."""
+        held = sum(request.num_tokens for request in (*self.prefilling.values(), *self.paused))
+        assert self.kv_used == held + self.online.num_context_tokens + self.offline.num_context_tokens, self.name
+        assert 0 <= self.kv_used <= self.hardware.kv_tokens, (self.name, self.kv_used)
+        assert self.num_decoding + len(self.paused) <= self.hardware.max_num_seqs, self.name
+        waiting = sum(request.num_left for request in (*self.waiting, *self.waiting_offline))
+        assert self.num_waiting_tokens == waiting, (self.name, self.num_waiting_tokens, waiting)
+
+    def _first_token(self, request: SimRequest, now: float, ended: Ended) -> None:
+        # The token's own KV is counted with it.
+        request.num_generated += 1
+        request.num_computed += 1
+        self.kv_used += 1
+        if request.first_token_s is None:
+            request.first_token_s = now
+            if not request.is_offline:
+                self._ttft.add(now - request.arrival_s, 1.0, now)
+        if request.num_generated >= request.num_output_tokens:
+            request.finished_s = now
+            self.release(request)
+            ended.finished.append(request)
+        else:
+            ended.prefilled.append(request)
+
+    def _admit_arriving(self) -> None:
+        while self.arriving and self._has_room(self.arriving[0]):
+            request = self.arriving.popleft()
+            self.kv_used += request.num_tokens
+            (self.offline if request.is_offline else self.online).add(request)
+
+    def _has_room(self, request: SimRequest) -> bool:
+        """Whether it can join beside what decodes, all growing for a while. Offline ones make room for others."""
+        while True:
+            num_seqs = self.num_decoding + len(self.prefilling) + len(self.paused) + 1
+            wanted = self.kv_used + request.num_tokens + HORIZON * num_seqs
+            if num_seqs <= self.hardware.max_num_seqs and wanted <= self.hardware.kv_tokens:
+                return True
+            if num_seqs == 1:
+                return request.num_tokens + 1 < self.hardware.kv_tokens
+            if request.is_offline or not self._drop_offline():
+                return False
+
+    def _drop_offline(self) -> bool:
+        """Give up the KV of the offline sequence that came last; it is computed again."""
+        started = [one for one in self.prefilling.values() if one.is_offline and one.num_left]
+        if started:
+            # It waits already, in its queue.
+            self.release(started[-1])
+            self.num_waiting_tokens += started[-1].num_computed
+            started[-1].num_computed = 0
+            return True
+        if self.paused:
+            request = self.paused.pop()
+        elif len(self.offline):
+            request = self.offline.last()
+            self.offline.remove(request)
+        else:
+            return False
+        self._again(request)
+        return True
+
+    def _again(self, request: SimRequest) -> None:
+        """Its KV is dropped: it is prefilled anew, before what has not begun."""
+        self.kv_used -= request.num_tokens
+        request.num_computed = 0
+        request.num_preemptions += 1
+        request.prefill = request.decode = self.name
+        queue = self.waiting_offline if request.is_offline else self.waiting
+        # What is being prefilled stays first.
+        queue.insert(1 if queue and queue[0].number in self.prefilling else 0, request)
+        self.num_waiting_tokens += request.num_left
+
+    def _decode_load(self) -> StepLoad:
+        num_seqs = self.num_decoding
+        return StepLoad(num_seqs, num_seqs, self.online.num_context_tokens + self.offline.num_context_tokens + num_seqs)
+
+    def _chunks(self, load: StepLoad, now: float) -> tuple[list[tuple[SimRequest, int]], StepLoad]:
+        """Prompts of the next step."""
+        chunks: list[tuple[SimRequest, int]] = []
+        budget_s = step_budget_s(self.online.members(), now) if self.waiting or self.waiting_offline else math.inf
+        tokens_left = self.hardware.max_num_batched_tokens - load.num_tokens
+        for queue in (self.waiting, self.waiting_offline):
+            for request in queue:
+                if tokens_left <= 0 or (request.num_computed == 0 and not self._admit(request)):
+                    return chunks, load
+                most = min(request.num_left, tokens_left)
+                count = most
+                if budget_s < math.inf:
+                    least = 0 if chunks else min(most, _LEAST_CHUNK_TOKENS)
+                    count = max(least, largest_chunk(load, request.num_computed, most, budget_s, self._model))
+                if count == 0:
+                    return chunks, load
+                chunks.append((request, count))
+                load = load.plus(request.num_computed, count)
+                tokens_left -= count
+                if count < request.num_left:
+                    return chunks, load
+        return chunks, load
+
+    def _admit(self, request: SimRequest) -> bool:
+        """Hold KV for the whole prompt."""
+        if request.number in self.prefilling:
+            return True
+        if request.decode == self.name:
+            if not self._has_room(request):
+                return False
+        else:
+            while self._next_kv() + request.num_tokens + 1 > self.hardware.kv_tokens:
+                if request.is_offline or not self._drop_offline():
+                    return False
+        self.prefilling[request.number] = request
+        self.kv_used += request.num_tokens
+        return True
+
+    def _next_kv(self) -> int:
+        """KV tokens behind the next step: everybody may get one."""
+        return self.kv_used + self.num_decoding + len(self.prefilling)
+
+    def _make_room(self) -> None:
+        """Preempt until the next step's tokens have a place."""
+        while self._next_kv() > self.hardware.kv_tokens and self.num_decoding > 1:
+            if not self._drop_offline():
+                request = self.online.last()
+                self.online.remove(request)
+                self._again(request)
+
+    def _decode_steps(self) -> int:
+        """Steps until something changes: an end, or no room for the next token."""
+        room = (self.hardware.kv_tokens - self.kv_used) // self.num_decoding
+        ends = [batch.steps_to_end() for batch in (self.online, self.offline) if len(batch)]
+        return max(1, min(room, *ends))
+
+    def _decode_s(self, num_steps: int) -> float:
+        """Of so many steps, contexts growing."""
+        load = self._decode_load()
+        grown = load.num_seqs * num_steps * (num_steps - 1) / 2
+        return num_steps * self.truth.step_s(load) + self.truth.key_s * grown
+
+    def _cut_short(self, now: float) -> None:
+        """Somebody waits: the steps end with the one that is running."""
+        run = self._run
+        assert run is not None
+        if run.chunks or run.num_steps == 1:
+            return
+        low, high = 1, run.num_steps
+        while low < high:
+            middle = (low + high) // 2
+            if run.started_s + run.noise * self._decode_s(middle) >= now:
+                high = middle
+            else:
+                low = middle + 1
+        if low < run.num_steps:
+            run.num_steps, run.end_s = low, run.started_s + run.noise * self._decode_s(low)
+            self.version += 1

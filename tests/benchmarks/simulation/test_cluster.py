@@ -1,0 +1,122 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.benchmarks.simulation.fixtures import hardware, requests
+from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules, attainment
+from xllm_compile.scheduler.cluster.state import Pool
+from xllm_compile.scheduler.policies.roles import RoleRules
+from xllm_compile.scheduler.policies.routing import POLICIES, RoutingRules
+
+P, D, M = Pool.PREFILL, Pool.DECODE, Pool.MIX
+ROLES = RoleRules(ttft_slo_s=1.0, tpot_slo_s=0.05)
+
+
+def served(arrivals, pools=(P, D), policy="slo", roles=None, seed=0, device=None, **rules):
+    cluster = Cluster(
+        hardware=device or hardware(),
+        pools=pools,
+        rules=ClusterRules(routing=RoutingRules(policy=policy, **rules), roles=roles),
+        seed=seed,
+        checks=True,
+    )
+    cluster.run(arrivals)
+    return cluster
+
+
+def facts(arrivals):
+    return [(one.prefill, one.decode, one.first_token_s, one.finished_s, one.is_refused) for one in arrivals]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pools=st.lists(st.sampled_from([P, D, M]), min_size=1, max_size=5),
+    policy=st.sampled_from(POLICIES),
+    is_dynamic=st.booleans(),
+    seed=st.integers(0, 5),
+    rate=st.sampled_from([1.0, 10.0, 60.0]),
+    kv_tokens=st.sampled_from([4000, 12_000, 100_000]),
+    max_num_seqs=st.sampled_from([2, 64]),
+    offline_share=st.sampled_from([0.0, 0.4]),
+)
+def test_nothing_is_lost_nor_served_twice_and_all_is_repeatable(
+    pools, policy, is_dynamic, seed, rate, kv_tokens, max_num_seqs, offline_share
+):
+    """checks: after every event the KV of every instance is what its sequences hold, and no more than there is."""
+    device = hardware(kv_tokens=kv_tokens, max_num_seqs=max_num_seqs)
+    runs = []
+    for _ in range(2):
+        arrivals = requests(60, rate, seed=seed, offline_share=offline_share)
+        cluster = served(arrivals, pools, policy, ROLES if is_dynamic else None, seed, device, max_wait_s=10.0)
+        runs.append(facts(arrivals))
+        for one in arrivals:
+            assert one.is_refused is (one.finished_s is None), "served or refused, never neither"
+            if not one.is_refused:
+                assert one.num_generated == one.num_output_tokens
+                assert one.first_token_s is not None and one.finished_s is not None
+                assert one.arrival_s < one.first_token_s <= one.finished_s
+        for instance in cluster.instances.values():
+            assert instance.kv_used == 0 and instance.num_decoding == 0 and instance.num_waiting_tokens == 0
+            assert not instance.prefilling and not instance.arriving
+    assert runs[0] == runs[1]
+
+
+def test_prompts_are_computed_by_prefills_and_handed_over():
+    arrivals = requests(50, 2.0)
+    cluster = served(arrivals, [P, P, D], "load")
+    assert {one.prefill for one in arrivals} == {"i0000", "i0001"}
+    assert {one.decode for one in arrivals} == {"i0002"}
+    assert cluster.num_flips == 0 and cluster.timeline == [(0.0, 2, 1)]
+
+
+def test_a_hand_over_takes_its_bytes_and_delays_the_second_token_only():
+    slow, fast = requests(1, 1.0), requests(1, 1.0)
+    for arrivals, link in ((slow, 1e6), (fast, 1e12)):
+        (one,) = arrivals
+        one.num_prompt_tokens, one.num_output_tokens = 500, 2
+        device = hardware()
+        cluster = Cluster(
+            hardware=type(device)(
+                profile=device.profile, kv_tokens=10_000, kv_bytes_per_token=1000, link_bytes_per_s=link
+            ),
+            pools=[P, D],
+            rules=ClusterRules(routing=RoutingRules(policy="load")),
+        )
+        cluster.run(arrivals)
+    assert slow[0].ttft_s == fast[0].ttft_s
+    assert slow[0].tpot_s - fast[0].tpot_s == pytest.approx(501 * 1000 / 1e6, rel=1e-3)
+
+
+def test_a_wave_of_prompts_moves_instances_there_and_a_wave_of_decodes_back():
+    """Both directions change pools: instances are not stuck on either side."""
+    arrivals = requests(500, 12.0)
+    for one in arrivals[:250]:
+        one.num_prompt_tokens, one.num_output_tokens = 3000, 2
+    for one in arrivals[250:]:
+        one.num_prompt_tokens, one.num_output_tokens = 300, 900
+    cluster = served(arrivals, [P] * 3 + [D] * 3, "slo", ROLES)
+    prefills = [count for time, count, _ in cluster.timeline if time < arrivals[250].arrival_s]
+    assert max(prefills) == 4, "two decodes are kept"
+    decodes = [count for time, _, count in cluster.timeline if time > arrivals[250].arrival_s]
+    assert max(decodes) > 3
+
+
+def test_a_steady_load_flips_nothing_once_settled():
+    arrivals = requests(1500, 5.0)
+    cluster = served(arrivals, [P] * 3 + [D] * 3, "slo", ROLES)
+    assert cluster.num_flips <= 3
+    assert all(time < 60 for time, _, _ in cluster.timeline)
+
+
+def test_on_bursts_roles_and_slo_keep_more_targets_than_fixed_pools():
+    def bursts():
+        arrivals = requests(400, 120.0, seed=3)
+        for one in arrivals:
+            one.arrival_s += 15.0 * (one.number // 100)
+            one.num_output_tokens = min(one.num_output_tokens, 30)
+        return arrivals
+
+    fixed, free = bursts(), bursts()
+    served(fixed, [P] * 4 + [D] * 4, "load")
+    served(free, [P] * 4 + [D] * 4, "slo", ROLES)
+    assert attainment(free) > attainment(fixed) + 0.1
