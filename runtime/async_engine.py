@@ -129,11 +129,22 @@ class _Mailbox:
 class AsyncEngine:
     """Serves many concurrent requests on one Engine, which it owns from here on."""
 
-    def __init__(self, engine: Engine, release_weights: Callable[[bool], None] = lambda from_cache: None) -> None:
-        """release_weights gives the weights' memory back; True has the system forget the file as well."""
+    def __init__(
+        self,
+        engine: Engine,
+        release_weights: Callable[[bool], None] = lambda from_cache: None,
+        *,
+        is_asleep: bool = False,
+    ) -> None:
+        """release_weights gives the weights' memory back; True has the system forget the file as well.
+
+        is_asleep: the engine has no memory yet, until it is woken up.
+        """
         self.engine = engine
         self._release_weights = release_weights
-        self._is_asleep = False
+        self._is_asleep = is_asleep
+        self._sleep_or_wake = threading.Lock()
+        """Held while memory is given back or taken."""
         self._compilers = ThreadPoolExecutor(NUM_GRAMMAR_COMPILERS, thread_name_prefix="xllm-grammar")
         self._wake = threading.Condition()
         # Guarded by _wake:
@@ -147,7 +158,7 @@ class AsyncEngine:
         self._num_waiting_tokens = 0
         self._is_draining = False
         self._is_stopping = False
-        self._is_paused = False
+        self._is_paused = is_asleep
         self._holds_new = False
         """New requests stay in the inbox, until what the engine has is finished and it pauses."""
         self._error: BaseException | None = None
@@ -156,6 +167,7 @@ class AsyncEngine:
         self._at_rest = threading.Event()
         """Paused, and nothing is on its way."""
         engine.watch(self._notify)
+        engine.on_asked_for_pages(self._notify)
         self._thread = threading.Thread(target=self._run, name="xllm-engine", daemon=True)
         self._thread.start()
 
@@ -360,7 +372,8 @@ class AsyncEngine:
         """Take nothing new, pause as `pause` does, and give back the memory of the KV cache and of the weights.
 
         Level 1 leaves the weights to the system's page cache, level 2 has them read from disk again. Cached prefixes
-        go, to the tiers below if there are any. Raises EngineDeadError, ValueError for an artifact of several ranks.
+        go, to the tiers below if there are any. Raises EngineDeadError, ValueError for an artifact of several ranks, or
+        where requests that an earlier pause stopped hold memory that several models share.
         """
         with self._wake:
             self._check_alive()
@@ -368,16 +381,30 @@ class AsyncEngine:
         try:
             await self.pause(mode)
             # The engine's thread waits for the end of the pause.
-            await asyncio.to_thread(self.engine.release_memory)
-            await asyncio.to_thread(self._release_weights, level == 2)
+            await asyncio.to_thread(self._give_memory_back, level == 2)
         except BaseException:
-            self.wake_up()
+            with self._wake:
+                self._is_asleep = False
+            self.resume()
             raise
 
+    def _give_memory_back(self, from_cache: bool) -> None:
+        with self._sleep_or_wake:
+            if self._is_asleep:
+                # First what may be refused.
+                self._release_weights(from_cache)
+                self.engine.release_memory()
+
     def wake_up(self) -> None:
-        """Take requests again; what was given back comes as it is needed."""
-        with self._wake:
-            self._is_asleep = False
+        """Take requests again; what was given back comes as it is needed.
+
+        Where several models share the memory, waits until they have made room. Raises SharedMemoryFullError where they
+        cannot, and sleeps on.
+        """
+        with self._sleep_or_wake:
+            self.engine.take_memory()
+            with self._wake:
+                self._is_asleep = False
         self.resume()
 
     def shutdown(self) -> None:
@@ -454,6 +481,8 @@ class AsyncEngine:
                     self._at_rest.set()
                 elif self.engine.has_work:
                     return self.engine.step
+                if self.engine.is_asked_for_pages:
+                    return self.engine.give_pages
                 if not self._streams:
                     self._idle.set()
                 self._wake.wait(due_s)

@@ -301,6 +301,9 @@ class Engine:
         self._complete(changed, num_left=1 if plan.chunks and self._executor.is_async else 0)
         if not self.has_work:
             self._last_ended_s = None
+            if self._kv_cache.share is not None:
+                # From here on nobody would say that this model has no use for its pages.
+                self._kv_cache.balance(0)
         return _outputs(changed)
 
     def settle(self) -> list[RequestOutput]:
@@ -310,9 +313,37 @@ class Engine:
         self._last_ended_s = None
         return _outputs(changed)
 
+    @property
+    def is_asked_for_pages(self) -> bool:
+        """Whether another model lacks pages that this one may do without: `give_pages` answers."""
+        share = self._kv_cache.share
+        return share is not None and share.num_asked > 0
+
+    def on_asked_for_pages(self, callback: Callable[[], None]) -> None:
+        """Have the callback called, from another model's thread, when is_asked_for_pages becomes true."""
+        if self._kv_cache.share is not None:
+            self._kv_cache.share.on_asked = callback
+
+    def give_pages(self) -> list[RequestOutput]:
+        """Report what is on its way, and give up pages that another model lacks as far as this one can."""
+        outputs = self.settle()
+        self._kv_cache.balance(self._num_wanted_pages())
+        return outputs
+
     def release_memory(self) -> None:
-        """Give the memory of KV that no running sequence holds back to the system. The device must be at rest."""
-        self._kv_cache.give_back()
+        """Give the memory of KV that no running sequence holds back. The device must be at rest.
+
+        Raises ValueError where the memory is shared and sequences run.
+        """
+        if self._kv_cache.share is not None and self._requests:
+            raise ValueError(
+                f"{len(self._requests)} requests are paused and hold KV; resume or abort them before the model sleeps"
+            )
+        self._kv_cache.sleep()
+
+    def take_memory(self) -> None:
+        """Have the memory for KV again; may wait for other models. Raises SharedMemoryFullError, changing nothing."""
+        self._kv_cache.wake_up()
 
     def close(self) -> None:
         """Wait for the device to be idle. No step comes after."""
@@ -357,6 +388,10 @@ class Engine:
 
     def _schedule(self, changed: dict[str, Request]) -> Schedule[Sequence]:
         """Decide the step and bring queues and KV slots in line with it."""
+        if self._kv_cache.share is not None:
+            if self.is_asked_for_pages:
+                self._complete(changed, num_left=0)
+            self._kv_cache.balance(self._num_wanted_pages())
         plan = self._plan()
         if self._in_flight and (plan.preempted or plan.too_large):
             # Whoever loses its place must have its token first, and memory may come free by itself.
@@ -455,6 +490,17 @@ class Engine:
             token_s=self._predictor.token_s(self._limits.max_num_batched_tokens),
             elder=self._elder(now),
         )
+
+    def _num_wanted_pages(self) -> int:
+        """Pages that running and waiting sequences would take within the admission horizon, were there enough."""
+        page_tokens, most_seqs = self._kv_cache.page_tokens, self._limits.max_num_seqs
+        num_new = min(len(self._waiting), most_seqs)
+        num_tokens = min(self._waiting.num_tokens, num_new * self.max_model_len)
+        num_tokens += sum(sequence.num_uncomputed_tokens for sequence in self._running)
+        num_growing = len(self._running) + num_new
+        # Each may grow to the horizon, and its last page may be all but empty.
+        growth = num_growing * (self._rules.admission_horizon + page_tokens)
+        return -(-(num_tokens + growth) // page_tokens)
 
     def _elder(self, now: float) -> Sequence | None:
         """The oldest sequence, once it is so old that policies give way to it."""

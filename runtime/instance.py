@@ -19,6 +19,7 @@ from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES
 from xllm_compile.runtime.memory.kv_tiers import DiskTier, KVTiers
 from xllm_compile.runtime.memory.page_ops import replay
+from xllm_compile.runtime.memory.shared_pages import PageShare
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.policies.order import PolicyName
@@ -97,6 +98,15 @@ class InstanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SharedMemory:
+    """An instance's part of the memory that several share (runtime/shared_models.py)."""
+
+    share: PageShare
+    kv: KVCacheConfig
+    starts_asleep: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Instance:
     root: Path
     manifest: Manifest
@@ -104,6 +114,8 @@ class Instance:
     tokenizer: Tokenizer
     release_weights: Callable[[bool], None]
     """Gives the memory of the weights back, for AsyncEngine.sleep."""
+    is_asleep: bool = False
+    """Opened without memory, until AsyncEngine.wake_up."""
 
     @property
     def model_name(self) -> str:
@@ -114,10 +126,16 @@ class Instance:
         return self.engine.max_model_len
 
 
-def open_instance(root: Path, config: InstanceConfig | None = None, group: RankGroup | None = None) -> Instance:
+def open_instance(
+    root: Path,
+    config: InstanceConfig | None = None,
+    group: RankGroup | None = None,
+    shared: SharedMemory | None = None,
+) -> Instance:
     """Open the artifact at ``root``. Weights are mapped, not read: the first step pulls them in.
 
-    ``group`` is rank 0's for a tensor-parallel artifact; the other ranks run ``follow``.
+    ``group`` is rank 0's for a tensor-parallel artifact; the other ranks run ``follow``. ``shared`` is the memory of an
+    instance that has others beside it.
     Raises ArtifactMismatchError when the artifact is damaged or was built for something else, ValueError when the
     bounds cannot be met (a KV budget below one sequence), native.KernelLoadError, RuntimeError when a rank is missing.
     """
@@ -128,8 +146,12 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
     native.load_kernels(root / kernels.path)
     _check_group(root, manifest, group)
     draft = read_draft_manifest(config.speculative, manifest) if config.speculative else None
-    kv_config = _kv_config(manifest, config, draft)
-    kv_cache = KVCache(kv_config, tiers=_kv_tiers(manifest, config, kv_config))
+    kv_config = shared.kv if shared else _kv_config(manifest, config, draft)
+    tiers = _kv_tiers(manifest, config, kv_config)
+    kv_cache = KVCache(kv_config, tiers=tiers, share=shared.share if shared else None)
+    is_asleep = shared is not None and shared.starts_asleep
+    if not is_asleep:
+        kv_cache.wake_up()
     own_weights = map_weights(root / manifest.weights[0].path)
     own_runner = _runner(root, manifest, own_weights, kv_cache, config)
     runner: ModelRunner = own_runner
@@ -142,7 +164,7 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
         )
         group.connect()
         runner = LeaderRunner(runner, group)
-    if config.warm_up:
+    if config.warm_up and not is_asleep:
         own_runner.warm_up()
     tokenizer = Tokenizer.from_directory(root / TOKENIZER)
     engine_config = EngineConfig(
@@ -171,7 +193,14 @@ def open_instance(root: Path, config: InstanceConfig | None = None, group: RankG
         )
     engine = Engine(runner, kv_cache, tokenizer, engine_config, prior=prior, speculator=speculator)
     release = partial(_release_weights, root, manifest, own_weights)
-    return Instance(root=root, manifest=manifest, engine=engine, tokenizer=tokenizer, release_weights=release)
+    return Instance(
+        root=root,
+        manifest=manifest,
+        engine=engine,
+        tokenizer=tokenizer,
+        release_weights=release,
+        is_asleep=is_asleep,
+    )
 
 
 def follow(root: Path, group: RankGroup) -> None:
@@ -238,17 +267,21 @@ def _kv_values(config: KVCacheConfig) -> dict[str, Any]:
     return {**asdict(config), "dtype": str(config.dtype).removeprefix("torch.")}
 
 
-def _kv_config(manifest: Manifest, config: InstanceConfig, draft: Manifest | None) -> KVCacheConfig:
-    model = manifest.model
-    limit = config.max_model_len or model.max_model_len
-    if limit > model.max_model_len:
+def check_model_len(manifest: Manifest, config: InstanceConfig) -> int:
+    """The longest sequence in tokens, as far as memory goes. Raises ValueError where more was asked for."""
+    limit = config.max_model_len or manifest.model.max_model_len
+    if limit > manifest.model.max_model_len:
         raise ValueError(
-            f"max_model_len={limit} is above the {model.max_model_len} tokens the artifact was compiled for;"
+            f"max_model_len={limit} is above the {manifest.model.max_model_len} tokens the artifact was compiled for;"
             " lower it, or compile with a larger --max-model-len"
         )
-    # The draft model's cache holds the same tokens and shares the budget.
-    token_bytes = model.kv_bytes_per_token + (draft.model.kv_bytes_per_token if draft else 0)
-    shape: dict[str, Any] = {
+    return limit
+
+
+def kv_shape(manifest: Manifest, config: InstanceConfig) -> dict[str, Any]:
+    """The fields of a KVCacheConfig but for its size."""
+    model = manifest.model
+    return {
         "num_layers": model.num_layers,
         "num_kv_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
@@ -257,13 +290,21 @@ def _kv_config(manifest: Manifest, config: InstanceConfig, draft: Manifest | Non
         "pretouch": config.kv_pretouch,
         "prefix_cache": config.prefix_cache and not _depends_on_length(manifest),
     }
+
+
+def _kv_config(manifest: Manifest, config: InstanceConfig, draft: Manifest | None) -> KVCacheConfig:
+    model = manifest.model
+    limit = check_model_len(manifest, config)
+    # The draft model's cache holds the same tokens and shares the budget.
+    token_bytes = model.kv_bytes_per_token + (draft.model.kv_bytes_per_token if draft else 0)
+    shape = kv_shape(manifest, config)
     share = model.kv_bytes_per_token / token_bytes
     if config.kv_memory_bytes is not None:
         return KVCacheConfig(**shape, max_model_len=limit, kv_memory_bytes=int(config.kv_memory_bytes * share))
     # A sequence's last page may be all but empty, and a page counts in whole tokens, which padding may make 15 of 16.
     wanted = config.max_num_seqs * (limit * model.kv_bytes_per_token * 9 // 8 + HUGE_PAGE_BYTES)
     # The ranks of an instance are taken to share one machine.
-    free = _available_memory_bytes() // manifest.tensor_parallel_size
+    free = available_memory_bytes() // manifest.tensor_parallel_size
     budget = min(wanted, int(free * _DEFAULT_KV_SHARE * share))
     if config.max_model_len is None:
         # Nobody asked for the full length: serve what fits rather than refuse to start.
@@ -303,7 +344,8 @@ def _depends_on_length(manifest: Manifest) -> bool:
     return bool(rope["rope_type"] == "dynamic")
 
 
-def _available_memory_bytes() -> int:
+def available_memory_bytes() -> int:
+    """What the system could give to this process without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

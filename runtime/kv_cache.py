@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import takewhile
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ from xllm_compile.runtime.memory.kv_tiers import KVTiers
 from xllm_compile.runtime.memory.page_ops import PageOps
 from xllm_compile.runtime.memory.page_pool import PagePool
 from xllm_compile.runtime.memory.prefix_cache import BlockChain, PrefixCache
+from xllm_compile.runtime.memory.shared_pages import PageShare
 from xllm_compile.runtime.memory.virtual_memory import VirtualMemory
 from xllm_compile.runtime.memory.xtensor import XTensor
+from xllm_compile.runtime.policies.page_shares import PageUse
 
 _SMALLEST_PAGE_BYTES = 4096
 _LARGEST_PAGE_BYTES = 64 << 20
@@ -166,15 +169,25 @@ class KVCache:
     """The slots of one instance. Not thread-safe: it belongs to the engine's thread."""
 
     def __init__(
-        self, config: KVCacheConfig, memory: VirtualMemory | None = None, tiers: KVTiers | None = None
+        self,
+        config: KVCacheConfig,
+        memory: VirtualMemory | None = None,
+        tiers: KVTiers | None = None,
+        share: PageShare | None = None,
     ) -> None:
         """``memory`` is the device's, config.num_pages of config.page_size; None is this machine's.
 
-        ``tiers`` take the blocks that lose their pages, and give them back.
+        ``tiers`` take the blocks that lose their pages, and give them back. With a ``share`` the memory is what several
+        models have together: the cache has no page until `wake_up`.
 
         Raises ValueError when the system does not allow as many addresses or mappings.
         """
         self.config = config
+        self._share = share
+        self._resizing = Lock()
+        """Held while pages come and go: a model is put to sleep and woken up by other threads than its engine's."""
+        if share is not None:
+            memory = share.memory
         memory = memory or CpuMemory(config.num_pages, config.page_size)
         needed = config.num_pages + 2 * config.num_slots
         if needed > memory.max_mappings:
@@ -196,7 +209,7 @@ class KVCache:
         """One tensor [num_slots, max_model_len, 2, num_kv_heads, head_dim] per layer, at a fixed address."""
         self.stats = KVCacheStats()
         self.tiers = tiers
-        self._pool = PagePool(config.num_pages)
+        self._pool = PagePool(config.num_pages, is_empty=share is not None)
         self._prefixes = PrefixCache()
         self._prepared: set[int] = set(range(config.num_pages)) if config.pretouch else set()
         """Pages that were asked for ahead, or have been used."""
@@ -216,7 +229,8 @@ class KVCache:
 
     @property
     def total_tokens(self) -> int:
-        return self.config.total_tokens
+        """Tokens that one sequence without end could hold; with a share, in the pages that the cache has now."""
+        return min(self.config.total_tokens, self._pool.num_pages * self.config.page_tokens)
 
     @property
     def used_tokens(self) -> int:
@@ -225,7 +239,7 @@ class KVCache:
 
     @property
     def num_pages(self) -> int:
-        return self.config.num_pages
+        return self._pool.num_pages
 
     @property
     def page_tokens(self) -> int:
@@ -390,7 +404,7 @@ class KVCache:
 
     def forget(self) -> None:
         """Nothing that was computed is found any more: a step failed, or the content is gone."""
-        for page in range(self.num_pages):
+        for page in range(self.config.num_pages):
             if self._pool.is_indexed(page):
                 self._unindex(page)
 
@@ -403,11 +417,73 @@ class KVCache:
             self.xtensor.memory.discard(page)
             self._prepared.discard(page)
 
+    @property
+    def share(self) -> PageShare | None:
+        """Where several models share the memory, this one's part of it."""
+        return self._share
+
+    def balance(self, num_wanted: int) -> None:
+        """Give up pages that another model lacks and this one can do without, and take free ones.
+
+        num_wanted: pages that sequences would use soon on top of those they have. No step may be under way while
+        ``share.num_asked`` is positive.
+        """
+        share = self._share
+        assert share is not None
+        with self._resizing:
+            if share.num_asked:
+                count = min(share.surplus(self._page_use(num_wanted)), self._pool.num_available)
+                given = self._remove(count)
+                share.give(given, self._page_use(num_wanted))
+            self._pool.add(share.request(self._page_use(num_wanted)))
+
+    def sleep(self) -> None:
+        """Give the memory of all pages back, to the system or to the models it is shared with.
+
+        No sequence may be live in the second case, no step under way in either.
+        """
+        if self._share is None:
+            self.give_back()
+            return
+        assert not self._live, "a model sleeps when its requests are finished"
+        with self._resizing:
+            self._share.sleep(self._remove(self._pool.num_pages))
+
+    def wake_up(self) -> None:
+        """Have room for one sequence of full length again, at least. May wait for other models' steps.
+
+        Raises SharedMemoryFullError, and changes nothing.
+        """
+        if self._share is not None:
+            with self._resizing:
+                self._pool.add(self._share.wake())
+
     def close(self) -> None:
         """End the threads that map and prepare ahead, and the tiers."""
         self.xtensor.close()
         if self.tiers is not None:
             self.tiers.close()
+
+    def _page_use(self, num_wanted: int) -> PageUse:
+        return PageUse(
+            num_owned=self._pool.num_pages,
+            num_held=self._pool.num_pages - self.num_free_pages,
+            num_cached=self._pool.num_cached,
+            num_wanted=num_wanted,
+        )
+
+    def _remove(self, count: int) -> list[int]:
+        """Pages that are the cache's no longer, and mapped nowhere."""
+        if count == 0:
+            return []
+        # Else their memory might come after it was given to somebody.
+        self.xtensor.finish_preparing()
+        given = []
+        for _ in range(count):
+            given.append(self._pool.remove())
+            self._release_page(given[-1])
+        self._prepared.difference_update(given)
+        return given
 
     def _counted(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_tokens)

@@ -3,6 +3,7 @@
 The states are xTensor's: **Free** pages belong to nobody; a page is **Allocated** once it is taken, **Mapped** while a
 live sequence holds it, and **Reusable** afterwards: its content, or its place in a range, may serve the next sequence.
 Reusable pages count as available. They are taken back the oldest first, those without indexed content before others.
+Where several models share memory (``shared_pages.py``), each has a pool of its own that grows and shrinks.
 """
 
 from collections import OrderedDict
@@ -16,10 +17,11 @@ class PagePoolEmptyError(RuntimeError):
 class PagePool:
     """Counts only: it maps nothing and moves no data. Belongs to one thread."""
 
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
+    def __init__(self, num_pages: int, *, is_empty: bool = False) -> None:
+        """Of pages 0, ... num_pages - 1, all of them or, with is_empty, none until they are added."""
+        self._num_owned = 0 if is_empty else num_pages
         # The lowest page first, and the last one that came back before all others: its memory is there and warm.
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = [] if is_empty else list(range(num_pages - 1, -1, -1))
         self._live = [0] * num_pages
         self._is_indexed = bytearray(num_pages)
         self._reusable: OrderedDict[int, None] = OrderedDict()
@@ -27,9 +29,19 @@ class PagePool:
         self._num_live = 0
 
     @property
+    def num_pages(self) -> int:
+        """Pages that are the pool's."""
+        return self._num_owned
+
+    @property
     def num_available(self) -> int:
         """Pages that a live sequence could get: free ones and reusable ones."""
-        return self.num_pages - self._num_live
+        return self._num_owned - self._num_live
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that no live sequence holds and whose content can be found."""
+        return len(self._indexed)
 
     @property
     def num_live(self) -> int:
@@ -45,7 +57,7 @@ class PagePool:
         free, reusable = len(self._free), len(self._reusable) + len(self._indexed)
         return {
             "free": free,
-            "allocated": self.num_pages - free - reusable - self._num_live,
+            "allocated": self._num_owned - free - reusable - self._num_live,
             "mapped": self._num_live,
             "reusable": reusable,
         }
@@ -67,7 +79,7 @@ class PagePool:
         for pages in (self._reusable, self._indexed):
             if pages:
                 return pages.popitem(last=False)[0]
-        raise PagePoolEmptyError(f"all {self.num_pages} pages are held by live sequences")
+        raise PagePoolEmptyError(f"all {self._num_owned} pages are held by live sequences")
 
     def hold(self, page: int) -> None:
         """One more live sequence holds the page."""
@@ -111,6 +123,18 @@ class PagePool:
         assert self._live[page] == 0 and not self._is_indexed[page]
         self._reusable.pop(page, None)
         self._free.append(page)
+
+    def add(self, pages: Iterable[int]) -> None:
+        """They are the pool's from here on, and free."""
+        before = len(self._free)
+        self._free.extend(pages)
+        self._num_owned += len(self._free) - before
+
+    def remove(self) -> int:
+        """A page as `take` gives it, which is the pool's no longer. Raises PagePoolEmptyError."""
+        page = self.take()
+        self._num_owned -= 1
+        return page
 
     def next_free(self, count: int) -> list[int]:
         """The free pages that are taken next, the first one first."""

@@ -82,6 +82,10 @@ class XTensor:
         # Not the thread that maps ahead: a step may wait for that one.
         self._preparer.submit(self.memory.prepare, page)
 
+    def finish_preparing(self) -> None:
+        """Wait until the memory of all pages that were prepared is there."""
+        self._preparer.submit(lambda: None).result()
+
     def settle(self, slot: int, position: int) -> None:
         """Wait until what was mapped ahead is mapped. Raises OutOfMappingsError."""
         future = self._under_way.pop((slot, position), None)

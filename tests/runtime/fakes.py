@@ -16,6 +16,7 @@ from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import CpuMemory
 from xllm_compile.runtime.memory.kv_tiers import KVTiers
+from xllm_compile.runtime.memory.shared_pages import PageShare
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step import Step
@@ -177,6 +178,7 @@ def make_kv_cache(
     block_tokens: int | None = None,
     tiers: KVTiers | None = None,
     page_tokens: int | None = None,
+    share: PageShare | None = None,
 ) -> KVCache:
     # A page holds one token, so that tests may count memory in tokens; with a prefix cache it is no whole block.
     page_tokens = page_tokens or (1 if block_tokens is None else 3)
@@ -196,6 +198,7 @@ def make_kv_cache(
             block_tokens=block_tokens or 16,
         ),
         tiers=tiers,
+        share=share,
     )
 
 
@@ -220,6 +223,7 @@ class EngineFactory:
         page_tokens: int | None = None,
         transfer: TransferConfig | None = None,
         clock: Callable[[], float] | None = None,
+        share: PageShare | None = None,
     ) -> tuple[Engine, HistoryRunner]:
         """block_tokens turns the prefix cache on; with transfer it hands requests over, by shared memory."""
         kv_cache = make_kv_cache(
@@ -229,6 +233,7 @@ class EngineFactory:
             block_tokens=block_tokens,
             tiers=tiers,
             page_tokens=page_tokens,
+            share=share,
         )
         memory = kv_cache.xtensor.memory
         assert isinstance(memory, CpuMemory)

@@ -1,0 +1,157 @@
+"""Several artifacts in one process, whose weights and KV share one budget of memory.
+
+All is planned from the manifests before anything is opened: how long a sequence of each model may be, and whether the
+models fit side by side. What does not fit starts asleep where that is allowed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from xllm_compile.runtime.artifact import Manifest, read_manifest
+from xllm_compile.runtime.instance import (
+    Instance,
+    InstanceConfig,
+    SharedMemory,
+    available_memory_bytes,
+    check_model_len,
+    kv_shape,
+    open_instance,
+)
+from xllm_compile.runtime.kv_cache import KVCacheConfig
+from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory
+from xllm_compile.runtime.memory.shared_pages import SharedPages
+
+# Of the free memory, what KV gets where no budget is given.
+_DEFAULT_KV_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPlan:
+    """One model's part."""
+
+    root: Path
+    kv: KVCacheConfig
+    """As if it had all of the memory."""
+    num_weight_pages: int
+
+    @property
+    def num_pages(self) -> int:
+        """What it needs to be awake: weights, and one sequence of full length."""
+        return self.num_weight_pages + self.kv.pages_per_slot
+
+
+def open_models(
+    artifacts: Mapping[str, Path], config: InstanceConfig, memory_bytes: int | None = None, *, may_sleep: bool = False
+) -> dict[str, Instance]:
+    """Open the artifact of each name. memory_bytes is for the weights and KV of all; None takes half of what is free.
+
+    may_sleep: models that do not fit beside those before them start asleep. Raises what open_instance raises, and
+    ValueError, before anything is opened, for what the budget does not hold.
+    """
+    plans = plan_models(artifacts, config, memory_bytes, may_sleep=may_sleep)
+    num_pages = next(iter(plans.values())).kv.num_pages
+    memory = CpuMemory(num_pages, HUGE_PAGE_BYTES)
+    # The limit is the process's, and each model keeps to it by itself.
+    memory.max_mappings //= len(plans)
+    pages = SharedPages(memory)
+    config = replace(
+        config,
+        kv_host_bytes=config.kv_host_bytes and config.kv_host_bytes // len(plans),
+        kv_disk_bytes=config.kv_disk_bytes // len(plans),
+    )
+    instances: dict[str, Instance] = {}
+    for name, plan in plans.items():
+        share = pages.share(name, num_weight_pages=plan.num_weight_pages, min_kv_pages=plan.kv.pages_per_slot)
+        shared = SharedMemory(share=share, kv=plan.kv, starts_asleep=plan.num_pages > pages.num_free)
+        instances[name] = open_instance(plan.root, config, shared=shared)
+    return instances
+
+
+def plan_models(
+    artifacts: Mapping[str, Path], config: InstanceConfig, memory_bytes: int | None, *, may_sleep: bool
+) -> dict[str, ModelPlan]:
+    """Reads the manifests only. Raises ValueError, ArtifactMismatchError."""
+    _check_config(config)
+    manifests = {name: read_manifest(root) for name, root in artifacts.items()}
+    weights = {name: -(-manifest.weights[0].num_bytes // HUGE_PAGE_BYTES) for name, manifest in manifests.items()}
+    for name, manifest in manifests.items():
+        if manifest.tensor_parallel_size > 1:
+            raise ValueError(
+                f"model {name!r} is compiled for {manifest.tensor_parallel_size} ranks and shares its process with no"
+                " other; serve it alone"
+            )
+    if memory_bytes is None:
+        memory_bytes = _default_bytes(manifests, config, sum(weights.values()) * HUGE_PAGE_BYTES)
+    num_pages = memory_bytes // HUGE_PAGE_BYTES
+    plans: dict[str, ModelPlan] = {}
+    for name, manifest in manifests.items():
+        spare = (num_pages - sum(weights.values())) // len(manifests)
+        if spare < 1 and may_sleep:
+            # They take turns: each may have all that its weights leave.
+            spare = num_pages - weights[name]
+        kv = _kv_config(name, manifest, config, num_pages, spare, weights[name])
+        plans[name] = ModelPlan(root=artifacts[name], kv=kv, num_weight_pages=weights[name])
+    needed = sum(plan.num_pages for plan in plans.values())
+    if needed > num_pages and not may_sleep:
+        parts = ", ".join(f"{name!r} {_mib(plan.num_pages)} MiB" for name, plan in plans.items())
+        raise ValueError(
+            f"the models need {_mib(needed)} MiB to be served together, memory is {_mib(num_pages)} MiB: {parts}, each"
+            " for its weights and one sequence of full length. Raise the memory, lower max_model_len, or have them wake"
+            " up on request"
+        )
+    return plans
+
+
+def _check_config(config: InstanceConfig) -> None:
+    for name, value, why in (
+        ("kv_memory_bytes", config.kv_memory_bytes, "models share their memory; give memory for all of it"),
+        ("kv_pretouch", config.kv_pretouch or None, "which pages are for KV changes as models sleep and wake"),
+        (
+            "speculative.draft_model",
+            config.speculative and config.speculative.draft_model,
+            "one draft model does not fit several models; leave it out",
+        ),
+    ):
+        if value is not None:
+            raise ValueError(f"{name}={value} cannot be combined with several artifacts: {why}")
+
+
+def _default_bytes(manifests: Mapping[str, Manifest], config: InstanceConfig, weights_bytes: int) -> int:
+    wanted = 0
+    for manifest in manifests.values():
+        limit = config.max_model_len or manifest.model.max_model_len
+        wanted += config.max_num_seqs * (limit * manifest.model.kv_bytes_per_token * 17 // 16 + HUGE_PAGE_BYTES)
+    free = available_memory_bytes()
+    if weights_bytes > free:
+        return int(free * _DEFAULT_KV_SHARE)
+    return weights_bytes + min(wanted, int((free - weights_bytes) * _DEFAULT_KV_SHARE))
+
+
+def _kv_config(
+    name: str, manifest: Manifest, config: InstanceConfig, num_pages: int, spare: int, num_weight_pages: int
+) -> KVCacheConfig:
+    """``spare`` pages are for one sequence of full length, where nobody asked for a length."""
+    limit = check_model_len(manifest, config)
+    if config.max_model_len is None:
+        limit = min(limit, max(spare, 0) * (HUGE_PAGE_BYTES // manifest.model.kv_bytes_per_token))
+    if limit < 1 or num_pages <= num_weight_pages:
+        raise ValueError(
+            f"model {name!r} needs {_mib(num_weight_pages)} MiB for its weights and some for KV; memory is"
+            f" {_mib(num_pages)} MiB: raise it, or have models wake up on request"
+        )
+    shape: dict[str, Any] = kv_shape(manifest, config)
+    kv = KVCacheConfig(
+        **shape, max_model_len=limit, kv_memory_bytes=num_pages * HUGE_PAGE_BYTES, page_bytes=HUGE_PAGE_BYTES
+    )
+    if num_weight_pages + kv.pages_per_slot > num_pages:
+        raise ValueError(
+            f"model {name!r} needs {_mib(num_weight_pages)} MiB for its weights and {_mib(kv.pages_per_slot)} MiB for"
+            f" one sequence of max_model_len={limit}; memory is {_mib(num_pages)} MiB: raise it or lower max_model_len"
+        )
+    return kv
+
+
+def _mib(num_pages: int) -> int:
+    return num_pages * HUGE_PAGE_BYTES >> 20
