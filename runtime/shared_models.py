@@ -85,23 +85,29 @@ def plan_models(
     if memory_bytes is None:
         memory_bytes = _default_bytes(manifests, config, sum(weights.values()) * HUGE_PAGE_BYTES)
     num_pages = memory_bytes // HUGE_PAGE_BYTES
+    spare = (num_pages - sum(weights.values())) // len(manifests)
+    if not may_sleep:
+        _check_together({name: count + 1 for name, count in weights.items()}, num_pages)
     plans: dict[str, ModelPlan] = {}
     for name, manifest in manifests.items():
-        spare = (num_pages - sum(weights.values())) // len(manifests)
-        if spare < 1 and may_sleep:
-            # They take turns: each may have all that its weights leave.
-            spare = num_pages - weights[name]
-        kv = _kv_config(name, manifest, config, num_pages, spare, weights[name])
+        # Those that take turns may each have all that its weights leave.
+        most = spare if spare > 0 else num_pages - weights[name]
+        kv = _kv_config(name, manifest, config, num_pages, most, weights[name])
         plans[name] = ModelPlan(root=artifacts[name], kv=kv, num_weight_pages=weights[name])
-    needed = sum(plan.num_pages for plan in plans.values())
-    if needed > num_pages and not may_sleep:
-        parts = ", ".join(f"{name!r} {_mib(plan.num_pages)} MiB" for name, plan in plans.items())
+    if not may_sleep:
+        _check_together({name: plan.num_pages for name, plan in plans.items()}, num_pages)
+    return plans
+
+
+def _check_together(needed: Mapping[str, int], num_pages: int) -> None:
+    """Raises ValueError where the pages that the models need are more than there are."""
+    if sum(needed.values()) > num_pages:
+        parts = ", ".join(f"{name!r} {_mib(count)} MiB" for name, count in needed.items())
         raise ValueError(
-            f"the models need {_mib(needed)} MiB to be served together, memory is {_mib(num_pages)} MiB: {parts}, each"
-            " for its weights and one sequence of full length. Raise the memory, lower max_model_len, or have them wake"
+            f"the models need {_mib(sum(needed.values()))} MiB to be served together, memory is {_mib(num_pages)} MiB:"
+            f" {parts}, each for its weights and one sequence. Raise the memory, lower max_model_len, or have them wake"
             " up on request"
         )
-    return plans
 
 
 def _check_config(config: InstanceConfig) -> None:
@@ -135,11 +141,11 @@ def _kv_config(
     """``spare`` pages are for one sequence of full length, where nobody asked for a length."""
     limit = check_model_len(manifest, config)
     if config.max_model_len is None:
-        limit = min(limit, max(spare, 0) * (HUGE_PAGE_BYTES // manifest.model.kv_bytes_per_token))
-    if limit < 1 or num_pages <= num_weight_pages:
+        limit = min(limit, max(spare, 1) * (HUGE_PAGE_BYTES // manifest.model.kv_bytes_per_token))
+    if num_pages <= num_weight_pages:
         raise ValueError(
             f"model {name!r} needs {_mib(num_weight_pages)} MiB for its weights and some for KV; memory is"
-            f" {_mib(num_pages)} MiB: raise it, or have models wake up on request"
+            f" {_mib(num_pages)} MiB: raise it"
         )
     shape: dict[str, Any] = kv_shape(manifest, config)
     kv = KVCacheConfig(

@@ -41,7 +41,9 @@ class EngineClient(Protocol):
         """Returns when the memory of weights and KV is given back; new requests are refused until `wake_up`."""
         ...
 
-    def wake_up(self) -> None: ...
+    def wake_up(self) -> None:
+        """Thread-safe; may wait for other models that share the memory. Raises SharedMemoryFullError."""
+        ...
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new, wait, then abort what is left. True when all finished in time."""

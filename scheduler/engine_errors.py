@@ -1,6 +1,7 @@
 """How the engine's errors read to a client."""
 
 from xllm_compile.runtime.async_engine import EngineAsleepError, EngineDeadError, EngineDrainingError
+from xllm_compile.runtime.memory.shared_pages import SharedMemoryFullError
 from xllm_compile.runtime.policies.queue_bound import QueueFullError
 from xllm_compile.scheduler import errors
 
@@ -16,6 +17,8 @@ def to_api_error(err: Exception) -> errors.ApiError:
             return errors.draining()
         case EngineAsleepError():
             return errors.asleep()
+        case SharedMemoryFullError():
+            return errors.memory_full(str(err))
         case EngineDeadError():
             return errors.engine_dead()
         case ValueError():

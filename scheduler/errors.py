@@ -104,8 +104,12 @@ def draining() -> ApiError:
 
 
 def asleep() -> ApiError:
-    message = "The server is asleep; POST /wake_up, or send the request to another instance."
+    message = "The model is asleep; POST /wake_up, or send the request to another instance."
     return ApiError(UNAVAILABLE, message, code="asleep", retry_after_s=RETRY_AFTER_S)
+
+
+def memory_full(message: str) -> ApiError:
+    return ApiError(UNAVAILABLE, message, code="memory_full", retry_after_s=RETRY_AFTER_S)
 
 
 def queue_full(message: str, retry_after_s: float) -> ApiError:

@@ -53,8 +53,7 @@ class InferenceServicer:
             await _abort(context, err)
 
     async def _generate(self, request: Any) -> AsyncIterator[Any]:
-        service = self._service
-        service.check_model(request.model)
+        service = self._service.for_model(request.model)
         prompt = await prompt_of(request, service.tokenizer)
         params = sampling_params_of(request, service, num_prompt=len(prompt))
         request_id = request.request_id or f"grpc-{uuid.uuid4().hex}"
@@ -77,8 +76,7 @@ class InferenceServicer:
             return await _abort(context, err)
 
     async def _embed(self, request: Any) -> Any:
-        service = self._service
-        service.check_model(request.model)
+        service = self._service.for_model(request.model)
         params = embedding_params_of(request)
         prompt = await prompt_of(request, service.tokenizer)
         values = await embed(service, request.request_id or f"grpc-{uuid.uuid4().hex}", prompt, params)
@@ -89,16 +87,16 @@ class InferenceServicer:
 
     async def GetServerInfo(self, request: Any, context: Any) -> Any:
         service = self._service
-        stats = service.engine.stats()
+        stats = [each.engine.stats() for each in service.services]
         return xllm_pb2.GetServerInfoResponse(
             version=service.version,
-            model_names=service.model_names,
+            model_names=service.models,
             max_model_len=service.max_model_len,
             is_draining=service.is_draining,
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            kv_tokens_used=stats.kv_tokens_used,
-            kv_tokens_total=stats.kv_tokens_total,
+            num_running=sum(each.num_running for each in stats),
+            num_waiting=sum(each.num_waiting for each in stats),
+            kv_tokens_used=sum(each.kv_tokens_used for each in stats),
+            kv_tokens_total=sum(each.kv_tokens_total for each in stats),
         )
 
 

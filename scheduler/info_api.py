@@ -18,30 +18,31 @@ class InfoApi:
         self._created = int(time.time())
 
     async def models(self, request: Request) -> Response:
-        cards = [self._card(name) for name in self._service.model_names]
+        cards = [self._card(name) for name in self._service.models]
         return _json({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        self._service.check_model(name)
+        self._service.for_model(name)
         return _json(self._card(name))
 
     def _card(self, name: str) -> dict[str, Any]:
+        service = self._service.models[name]
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "xllm-compile",
-            "root": self._service.model_name,
+            "root": service.model_name,
             "parent": None,
-            "max_model_len": self._service.max_model_len,
+            "max_model_len": service.max_model_len,
         }
 
     async def health(self, request: Request) -> Response:
         """200 while new requests are taken."""
         if self._service.is_draining:
             raise errors.draining()
-        if not self._service.engine.is_healthy:
+        if not self._service.is_healthy:
             raise self._service.unhealthy()
         return Response(status_code=200)
 
@@ -49,7 +50,7 @@ class InfoApi:
         return _json({"version": self._service.version})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+        return Response(self._service.render_metrics(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 def _json(content: Any) -> Response:

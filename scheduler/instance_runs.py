@@ -71,10 +71,10 @@ class InstanceRuns:
     async def _run(self, request: Any) -> None:
         try:
             with self._service.admit("grpc"):
-                self._service.check_model(request.model)
-                prompt = await prompt_of(request, self._service.tokenizer)
-                params = sampling_params_of(request, self._service, num_prompt=len(prompt))
-                outputs = self._service.generate(request.request_id, prompt, params, resume=resume_of(request))
+                service = self._service.for_model(request.model)
+                prompt = await prompt_of(request, service.tokenizer)
+                params = sampling_params_of(request, service, num_prompt=len(prompt))
+                outputs = service.generate(request.request_id, prompt, params, resume=resume_of(request))
                 async with aclosing(outputs):
                     num_tokens = 0
                     async for output in outputs:

@@ -1,6 +1,6 @@
 """Prometheus metrics of one serving process. Names follow vLLM's, prefixed xllm_."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -27,23 +27,25 @@ class ServiceMetrics:
     """Histograms are filled once per finished request; engine numbers are read from its stats at scrape time."""
 
     def __init__(self, stats: Callable[[], EngineStats], limiter: StreamLimiter) -> None:
-        self._registry = CollectorRegistry()
+        self.process = CollectorRegistry()
+        """What is not of one model, and is counted where requests come in."""
+        self.model = CollectorRegistry()
         self._ttft = self._histogram("xllm_time_to_first_token_seconds", "Arrival to first token", _TTFT_S)
         self._tpot = self._histogram(
             "xllm_time_per_output_token_seconds", "Mean gap between a request's tokens after the first", _TPOT_S
         )
         self._e2e = self._histogram("xllm_e2e_request_latency_seconds", "Arrival to last token", _E2E_S)
         self._requests = Counter(
-            "xllm_requests", "Generation requests by how they ended", ["api", "outcome"], registry=self._registry
+            "xllm_requests", "Generation requests by how they ended", ["api", "outcome"], registry=self.process
         )
         self._finished = Counter(
-            "xllm_request_finished", "Completions by finish reason", ["reason"], registry=self._registry
+            "xllm_request_finished", "Completions by finish reason", ["reason"], registry=self.model
         )
         self._slo = Counter(
             "xllm_slo_requests",
             "Finished requests that had a target, by target and outcome",
             ["target", "outcome"],
-            registry=self._registry,
+            registry=self.model,
         )
         # Series that exist from the start show as 0 instead of missing.
         for api in APIS:
@@ -53,10 +55,11 @@ class ServiceMetrics:
             self._finished.labels(reason)
         for target, outcome in product(("ttft", "tpot"), ("met", "missed")):
             self._slo.labels(target, outcome)
-        self._registry.register(_Snapshot(stats, limiter))
+        self.process.register(_Streams(limiter))
+        self.model.register(_Snapshot(stats))
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
-        return Histogram(name, text, buckets=tuple(buckets), registry=self._registry)
+        return Histogram(name, text, buckets=tuple(buckets), registry=self.model)
 
     def observe(self, times: RequestMetrics, num_tokens: int) -> None:
         """Times of one finished engine request with completions of num_tokens."""
@@ -83,25 +86,61 @@ class ServiceMetrics:
         self._requests.labels(api, outcome).inc()
 
     def register(self, collector: Collector) -> None:
-        """Show what it has as well."""
-        self._registry.register(collector)
+        """Show what it has as well, of the process."""
+        self.process.register(collector)
 
-    def render(self) -> bytes:
-        return generate_latest(self._registry)
+
+def render(models: Mapping[str, ServiceMetrics]) -> bytes:
+    """The text that Prometheus reads; with a label model_name where there are several models.
+
+    Requests come in at the first one.
+    """
+    first = next(iter(models.values()))
+    registry = first.model
+    if len(models) > 1:
+        registry = CollectorRegistry()
+        registry.register(_ByModel(models))
+    return generate_latest(first.process) + generate_latest(registry)
+
+
+class _ByModel(Collector):
+    """The metrics of several models, each family once."""
+
+    def __init__(self, models: Mapping[str, ServiceMetrics]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for model_name, metrics in self._models.items():
+            for metric in metrics.model.collect():
+                family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                for sample in metric.samples:
+                    family.samples.append(sample._replace(labels={"model_name": model_name, **sample.labels}))
+        yield from families.values()
+
+
+class _Streams(Collector):
+    """The limiter's state as of the scrape."""
+
+    def __init__(self, limiter: StreamLimiter) -> None:
+        self._limiter = limiter
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("xllm_open_streams", "Generations open over HTTP and gRPC", self._limiter.num_open)
+        refused = self._limiter.num_refused
+        yield CounterMetricFamily("xllm_streams_refused", "Generations refused by --max-streams", refused)
 
 
 class _Snapshot(Collector):
-    """Engine and limiter state as of the scrape."""
+    """The engine's state as of the scrape."""
 
-    def __init__(self, stats: Callable[[], EngineStats], limiter: StreamLimiter) -> None:
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
-        self._limiter = limiter
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         yield GaugeMetricFamily("xllm_num_requests_running", "Sequences in the running batch", stats.num_running)
         yield GaugeMetricFamily("xllm_num_requests_waiting", "Sequences waiting for a place", stats.num_waiting)
-        yield GaugeMetricFamily("xllm_open_streams", "Generations open over HTTP and gRPC", self._limiter.num_open)
         usage = stats.kv_tokens_used / stats.kv_tokens_total if stats.kv_tokens_total else 0.0
         yield GaugeMetricFamily("xllm_kv_cache_usage_ratio", "Used part of the KV cache, 0 to 1", usage)
         yield GaugeMetricFamily("xllm_kv_cache_tokens_used", "Tokens in the KV cache", stats.kv_tokens_used)
@@ -125,8 +164,6 @@ class _Snapshot(Collector):
         error = stats.step_error_ratio
         yield GaugeMetricFamily("xllm_step_prediction_error_ratio", "Mean error of predicted step times", error)
         yield CounterMetricFamily("xllm_aborted_requests", "Engine requests aborted", stats.num_aborted)
-        refused = self._limiter.num_refused
-        yield CounterMetricFamily("xllm_streams_refused", "Generations refused by --max-streams", refused)
         graphs = CounterMetricFamily(
             "xllm_graph_cache_steps", "Steps by how a graph was found and why", labels=["part", "outcome", "reason"]
         )

@@ -62,7 +62,9 @@ class _Chat:
 
 async def handle_chat(service: Service, body: bytes, send: Send) -> None:
     """Raises ApiError for anything the client should hear as an error."""
-    chat = await _prepare(service, parse_body(ChatCompletionRequest, body))
+    request = parse_body(ChatCompletionRequest, body)
+    service = service.for_model(request.model)
+    chat = await _prepare(service, request)
     if chat.request.stream:
         await send_events(send, _stream(service, chat))
         return
@@ -76,7 +78,6 @@ async def handle_chat(service: Service, body: bytes, send: Send) -> None:
 
 
 async def _prepare(service: Service, request: ChatCompletionRequest) -> _Chat:
-    service.check_model(request.model)
     openai_params.refuse_unavailable(request)
     logprobs = openai_params.chat_logprobs(request)
     formats = service.chat_formats

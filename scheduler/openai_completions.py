@@ -81,7 +81,9 @@ class _Completion:
 
 async def handle_completion(service: Service, body: bytes, send: Send) -> None:
     """Raises ApiError for anything the client should hear as an error."""
-    completion = await _prepare(service, parse_body(CompletionRequest, body))
+    request = parse_body(CompletionRequest, body)
+    service = service.for_model(request.model)
+    completion = await _prepare(service, request)
     if completion.request.stream:
         await send_events(send, _stream(service, completion))
         return
@@ -92,7 +94,6 @@ async def handle_completion(service: Service, body: bytes, send: Send) -> None:
 
 
 async def _prepare(service: Service, request: CompletionRequest) -> _Completion:
-    service.check_model(request.model)
     openai_params.refuse_unavailable(request)
     prompts = await completion_prompts(
         service.tokenizer, request.prompt, add_special_tokens=request.add_special_tokens is not False

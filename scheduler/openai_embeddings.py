@@ -29,7 +29,7 @@ _MAX_AT_ONCE = 64
 async def handle_embeddings(service: Service, body: bytes, send: Send) -> None:
     """Raises ApiError for anything the client should hear as an error."""
     request = parse_body(EmbeddingRequest, body)
-    service.check_model(request.model)
+    service = service.for_model(request.model)
     params = _params(request)
     prompts = await completion_prompts(
         service.tokenizer, request.input, add_special_tokens=request.add_special_tokens is not False, param="input"

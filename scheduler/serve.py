@@ -30,7 +30,7 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ARTIFACT...")
 @click.option("--host", default="127.0.0.1", help="Address of both servers; beyond this machine it needs an API key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="HTTP port; 0 lets the system choose.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, help="gRPC port; 0 lets the system choose.")
@@ -56,12 +56,21 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
     default="slo",
     help="How a gateway chooses instances: in turns, by load, by cached prefixes, or by the targets.",
 )
-@click.option("--served-model-name", multiple=True, metavar="NAME", help="Name in the API; may be repeated.")
+@click.option(
+    "--served-model-name",
+    multiple=True,
+    metavar="NAME",
+    help="Name in the API; may be repeated. Of several artifacts each needs one, in their order.",
+)
 @click.option("--api-key", envvar="XLLM_API_KEY", show_envvar=True, help="Key that clients must send.")
 @click.option("--allow-unauthenticated", is_flag=True, help="Serve other machines without an API key.")
 @click.option("--max-num-seqs", type=click.IntRange(1), help="Most sequences running at once.")
 @click.option("--max-num-batched-tokens", type=click.IntRange(1), help="Most tokens in one step.")
 @click.option("--max-model-len", type=click.IntRange(2), help="Longest prompt plus output, in tokens.")
+@click.option(
+    "--memory", callback=parse_size_option, metavar="SIZE", help="Memory of weights and KV of all models together."
+)
+@click.option("--wake-on-request", is_flag=True, help="Wake a sleeping model for its request, others make room.")
 @click.option("--kv-memory", callback=parse_size_option, metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
 @click.option("--kv-pretouch", is_flag=True, help="Have all of that memory before READY, not page by page.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse the KV of prompts that start alike.")
@@ -135,7 +144,7 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.version_option(__version__, prog_name="xllm-serve")
 def command(**options: Any) -> int:
-    """Serve ARTIFACT, built by xllm-compile, over the OpenAI HTTP API and gRPC.
+    """Serve each ARTIFACT, built by xllm-compile, over the OpenAI HTTP API and gRPC.
 
     Prints one line "READY http=HOST:PORT grpc=HOST:PORT startup_s=SECONDS" on stdout once both answer; logs go to
     stderr. SIGTERM finishes open requests and exits, a second one exits at once.

@@ -104,7 +104,8 @@ async def _drain(config: ServerConfig, service: Service, grpc: GrpcServer) -> bo
     num_open = service.limiter.num_open
     # Also counts requests that are still on their way to the engine.
     is_clean = await service.limiter.wait_idle(config.drain_timeout_s)
-    await service.engine.drain(0.0)
+    for each in service.services:
+        await each.engine.drain(0.0)
     await service.limiter.wait_idle(_FLUSH_TIMEOUT_S)
     if is_clean:
         logger.info("drained %d requests", num_open)

@@ -14,7 +14,8 @@ from xllm_compile.scheduler.chat_formats import ChatFormats
 from xllm_compile.scheduler.engine_client import EngineClient, ServiceTokenizer
 from xllm_compile.scheduler.engine_errors import to_api_error
 from xllm_compile.scheduler.limits import StreamLimiter
-from xllm_compile.scheduler.metrics import ServiceMetrics
+from xllm_compile.scheduler.metrics import ServiceMetrics, render
+from xllm_compile.scheduler.model_waker import ModelWaker
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,11 @@ class ClientGoneError(Exception):
 
 
 class Service:
-    """One served model. Lives on one event loop; owns nothing of the engine."""
+    """One served model. Lives on one event loop; owns nothing of the engine.
+
+    Where a process has several, the first one's service is the door for all: requests are admitted there, and find
+    their model's by name.
+    """
 
     def __init__(
         self,
@@ -39,8 +44,20 @@ class Service:
         max_body_bytes: int = 8 << 20,
         chat_formats: ChatFormats | None = None,
         unhealthy: Callable[[], errors.ApiError] = errors.engine_stopped,
+        door: "Service | None" = None,
+        waker: ModelWaker | None = None,
     ) -> None:
-        """unhealthy says what is the matter while the engine is not healthy."""
+        """unhealthy says what is the matter while the engine is not healthy.
+
+        door is the process's first service, if this is another one: its limits, key and metrics count. waker wakes the
+        model for its requests. Raises ValueError when another model has one of the names.
+        """
+        self.models: dict[str, Service] = door.models if door else {}
+        """Every model of the process under each of its names."""
+        for name in model_names:
+            if name in self.models:
+                raise ValueError(f"two models are served as {name!r}; give each a name of its own")
+            self.models[name] = self
         self.engine = engine
         self.tokenizer = tokenizer
         self.model_names = tuple(model_names)
@@ -49,9 +66,10 @@ class Service:
         self.max_body_bytes = max_body_bytes
         self.chat_formats = chat_formats or ChatFormats.choose(tokenizer.chat_template_text)
         self.unhealthy = unhealthy
-        self.limiter = StreamLimiter(max_streams)
+        self.limiter: StreamLimiter = door.limiter if door else StreamLimiter(max_streams)
         self.metrics = ServiceMetrics(engine.stats, self.limiter)
         self.is_draining = False
+        self._waker = waker
         self._open_ids: set[str] = set()
         self._api_key = api_key.encode() if api_key else None
 
@@ -61,8 +79,17 @@ class Service:
         return self.model_names[0]
 
     @property
+    def services(self) -> list["Service"]:
+        """One for each model of the process."""
+        return list(dict.fromkeys(self.models.values()))
+
+    @property
     def is_ready(self) -> bool:
-        return self.engine.is_healthy and not self.is_draining
+        return self.is_healthy and not self.is_draining
+
+    @property
+    def is_healthy(self) -> bool:
+        return all(service.engine.is_healthy for service in self.services)
 
     def is_authorized(self, authorization: bytes | None) -> bool:
         """authorization is the whole header, "Bearer <key>"."""
@@ -71,9 +98,17 @@ class Service:
         scheme, _, key = (authorization or b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key)
 
-    def check_model(self, name: str | None) -> None:
-        if name and name not in self.model_names:
-            raise errors.model_not_found(name, "', '".join(self.model_names))
+    def for_model(self, name: str | None) -> "Service":
+        """The model of that name; the first one where none is asked for. Raises ApiError (404)."""
+        if not name:
+            return self
+        if name not in self.models:
+            raise errors.model_not_found(name, "', '".join(self.models))
+        return self.models[name]
+
+    def render_metrics(self) -> bytes:
+        """What /metrics answers."""
+        return render({service.model_name: service.metrics for service in self.services})
 
     @contextlib.contextmanager
     def admit(self, api: str) -> Iterator[None]:
@@ -117,10 +152,11 @@ class Service:
         num_tokens = 0
         outputs = self.engine.generate(request_id, token_ids, params, resume=resume)
         try:
-            async for output in outputs:
-                if is_measured:
-                    num_tokens += self._count(output, num_tokens, params.n)
-                yield output
+            async with self._waker.awake(self.model_name) if self._waker else contextlib.nullcontext():
+                async for output in outputs:
+                    if is_measured:
+                        num_tokens += self._count(output, num_tokens, params.n)
+                    yield output
         except Exception as err:
             error = to_api_error(err)
             if error.code == "internal_error":
@@ -145,8 +181,10 @@ class Service:
         return num_tokens
 
     async def abort(self, request_id: str) -> bool:
-        """End an open request, all prompts of it. False when there is none of that id."""
-        found = [name for name in self._open_ids if request_id in (name, name.rpartition("-")[0])]
-        for name in found:
-            await self.engine.abort(name)
-        return bool(found)
+        """End an open request of any model, all prompts of it. False when there is none of that id."""
+        was_open = False
+        for service in self.services:
+            for name in [name for name in service._open_ids if request_id in (name, name.rpartition("-")[0])]:
+                await service.engine.abort(name)
+                was_open = True
+        return was_open

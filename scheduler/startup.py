@@ -8,8 +8,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,12 @@ from xllm_compile import __version__
 from xllm_compile.scheduler.artifact_source import find_artifact
 
 if TYPE_CHECKING:
-    from xllm_compile.runtime.instance import Instance
+    from xllm_compile.runtime.instance import Instance, InstanceConfig
     from xllm_compile.runtime.speculative.config import SpeculativeConfig
     from xllm_compile.runtime.tokenizer import Tokenizer
     from xllm_compile.scheduler.engine_client import EngineClient
     from xllm_compile.scheduler.errors import ApiError
+    from xllm_compile.scheduler.model_waker import ModelWaker
     from xllm_compile.scheduler.server import ServerConfig
     from xllm_compile.scheduler.service import Service
 
@@ -46,27 +48,82 @@ def serve(options: Mapping[str, Any]) -> int:
     # up to 5 ms for its turn after every system call, which also delays the next step's input.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     max_connections = min(options["max_connections"], raise_open_files() - _RESERVED_FILES)
-    artifact = find_artifact(options["artifact"], options)
+    artifacts = [find_artifact(path, options) for path in options["artifacts"]]
+    names = served_names(artifacts, options["served_model_name"])
+    if options["role"] is not None and len(artifacts) > 1:
+        raise ValueError(
+            f"--role {options['role']} is of one model, and {len(artifacts)} artifacts are given; give one"
+        )
     # Before the long part: a port that is taken should not cost a model load.
     http_socket = bind_socket(host, options["port"])
     if options["role"] == "gateway":
         with http_socket:
-            return _serve_gateway(artifact, options, http_socket, max_connections)
+            return _serve_gateway(artifacts[0], names[0], options, http_socket, max_connections)
     with http_socket:
         # The servers' imports run beside the loading of the artifact, which mostly waits for disk and memory.
         imports = threading.Thread(target=_import_servers, name="xllm-imports", daemon=True)
         imports.start()
-        with open_configured_instance(artifact, options) as instance:
+        with opened_instances(artifacts, names, options) as instances:
             imports.join()
-            return _run(instance, options, http_socket, max_connections)
+            return _run(dict(zip(names, instances, strict=True)), options, http_socket, max_connections)
 
 
-def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> AbstractContextManager["Instance"]:
-    """The one place that turns options into the instance's configuration. Leaving it ends the other ranks."""
+def served_names(artifacts: Sequence[Path], given: Sequence[str]) -> list[tuple[str, ...]]:
+    """The names of each artifact in the API. Raises ValueError where two would have one name."""
+    from xllm_compile.runtime.artifact import read_manifest
+
+    if len(artifacts) == 1 and given:
+        return [tuple(given)]
+    if given and len(given) != len(artifacts):
+        raise ValueError(
+            f"--served-model-name is given {len(given)} times for {len(artifacts)} artifacts; give it once for each,"
+            " in their order"
+        )
+    names = list(given) or [read_manifest(root).model.name for root in artifacts]
+    for name, root in zip(names, artifacts, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{root} and another artifact would both be served as {name!r}; give --served-model-name once for each"
+            )
+    return [(name,) for name in names]
+
+
+@contextmanager
+def opened_instances(
+    artifacts: Sequence[Path], names: Sequence[tuple[str, ...]], options: Mapping[str, Any]
+) -> Iterator[list["Instance"]]:
+    """Leaving it ends other ranks. Raises ValueError for a budget that does not hold what was asked for."""
+    from xllm_compile.runtime.artifact import read_manifest
+    from xllm_compile.runtime.follower import opened_instance
+    from xllm_compile.runtime.shared_models import open_models
+
+    config, memory = instance_config(options), options["memory"]
+    if len(artifacts) > 1:
+        by_name = dict(zip([first for first, *_ in names], artifacts, strict=True))
+        instances = list(open_models(by_name, config, memory, may_sleep=options["wake_on_request"]).values())
+        try:
+            yield instances
+        finally:
+            for each in instances:
+                each.engine.close()
+        return
+    if memory is not None:
+        weights = read_manifest(artifacts[0]).weights[0].num_bytes
+        if memory <= weights or config.kv_memory_bytes is not None:
+            raise ValueError(
+                f"--memory {memory} is for the {weights} bytes of weights and for KV; give more than the weights, and"
+                " not --kv-memory as well"
+            )
+        config = replace(config, kv_memory_bytes=memory - weights)
+    with opened_instance(artifacts[0], config) as instance:
+        yield [instance]
+
+
+def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
+    """The one place that turns options into the configuration of instances."""
     import torch
 
     from xllm_compile.machine import cache_dir
-    from xllm_compile.runtime.follower import opened_instance
     from xllm_compile.runtime.instance import InstanceConfig
     from xllm_compile.runtime.promotion import PromotionConfig
 
@@ -90,7 +147,7 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> Abst
     promotion = None
     if options["graph_promotion"]:
         promotion = PromotionConfig(store=cache_dir() / "graphs", max_bytes=options["graph_cache_bytes"])
-    config = InstanceConfig(
+    return InstanceConfig(
         **given,
         async_scheduling=options["async_scheduling"],
         prefix_cache=options["prefix_cache"],
@@ -100,7 +157,6 @@ def open_configured_instance(artifact: Path, options: Mapping[str, Any]) -> Abst
         warm_up=options["warm_up"],
         speculative=_speculative(options),
     )
-    return opened_instance(artifact, config)
 
 
 def _speculative(options: Mapping[str, Any]) -> "SpeculativeConfig | None":
@@ -123,27 +179,52 @@ def _import_servers() -> None:
     import xllm_compile.scheduler.server  # noqa: F401
 
 
-def _run(instance: "Instance", options: Mapping[str, Any], http_socket: socket.socket, max_connections: int) -> int:
+def _run(
+    instances: Mapping[tuple[str, ...], "Instance"],
+    options: Mapping[str, Any],
+    http_socket: socket.socket,
+    max_connections: int,
+) -> int:
     from xllm_compile.runtime.async_engine import AsyncEngine
+    from xllm_compile.scheduler.model_waker import ModelWaker
     from xllm_compile.scheduler.server import run_server
 
-    engine = AsyncEngine(instance.engine, instance.release_weights)
+    engines = {
+        names: AsyncEngine(instance.engine, instance.release_weights, is_asleep=instance.is_asleep)
+        for names, instance in instances.items()
+    }
     try:
-        service = _make_service(
-            options,
-            engine=engine,
-            tokenizer=instance.tokenizer,
-            model_name=instance.model_name,
-            max_model_len=instance.max_model_len,
-        )
+        waker = None
+        if options["wake_on_request"]:
+            waker = ModelWaker({first: engine for (first, *_), engine in engines.items()})
+        door: Service | None = None
+        for names, instance in instances.items():
+            service = _make_service(
+                options,
+                engine=engines[names],
+                tokenizer=instance.tokenizer,
+                model_names=names,
+                max_model_len=instance.max_model_len,
+                door=door,
+                waker=waker,
+            )
+            door = door or service
+        assert door is not None
         config = _server_config(options, max_connections)
-        is_clean = asyncio.run(run_server(config, http_socket, service, partial(_announce, config.host)))
+        is_clean = asyncio.run(run_server(config, http_socket, door, partial(_announce, config.host)))
     finally:
-        engine.shutdown()
+        for engine in engines.values():
+            engine.shutdown()
     return 0 if is_clean else 1
 
 
-def _serve_gateway(artifact: Path, options: Mapping[str, Any], http_socket: socket.socket, max_connections: int) -> int:
+def _serve_gateway(
+    artifact: Path,
+    names: tuple[str, ...],
+    options: Mapping[str, Any],
+    http_socket: socket.socket,
+    max_connections: int,
+) -> int:
     """Of the artifact only the manifest and the tokenizer are read."""
     from xllm_compile.runtime.artifact import TOKENIZER, read_manifest
     from xllm_compile.runtime.tokenizer import Tokenizer
@@ -172,7 +253,7 @@ def _serve_gateway(artifact: Path, options: Mapping[str, Any], http_socket: sock
                 options,
                 engine=ClusterClient(gateway.cluster, placer=placer),
                 tokenizer=Tokenizer.from_directory(artifact / TOKENIZER),
-                model_name=manifest.model.name,
+                model_names=names,
                 max_model_len=options["max_model_len"] or manifest.model.max_model_len,
                 unhealthy=no_instance,
             )
@@ -194,9 +275,11 @@ def _make_service(
     *,
     engine: "EngineClient",
     tokenizer: "Tokenizer",
-    model_name: str,
+    model_names: Sequence[str],
     max_model_len: int,
     unhealthy: "Callable[[], ApiError] | None" = None,
+    door: "Service | None" = None,
+    waker: "ModelWaker | None" = None,
 ) -> "Service":
     import prometheus_client
 
@@ -209,12 +292,14 @@ def _make_service(
     return Service(
         engine=engine,
         tokenizer=tokenizer,
-        model_names=options["served_model_name"] or (model_name,),
+        model_names=model_names,
         max_model_len=max_model_len,
         version=__version__,
         api_key=options["api_key"],
         max_streams=options["max_streams"],
         unhealthy=unhealthy or engine_stopped,
+        door=door,
+        waker=waker,
         chat_formats=ChatFormats.choose(
             tokenizer.chat_template_text,
             tool_call_parser=options["tool_call_parser"],

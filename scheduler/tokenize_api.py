@@ -15,7 +15,7 @@ from xllm_compile.scheduler.service import Service
 
 async def handle_tokenize(service: Service, body: bytes, send: Send) -> None:
     request = parse_body(TokenizeRequest, body)
-    service.check_model(request.model)
+    service = service.for_model(request.model)
     if (request.prompt is None) == (request.messages is None):
         raise errors.invalid("Give either 'prompt' or 'messages'.", param="prompt")
     if request.messages is not None:
@@ -45,7 +45,7 @@ async def handle_tokenize(service: Service, body: bytes, send: Send) -> None:
 
 async def handle_detokenize(service: Service, body: bytes, send: Send) -> None:
     request = parse_body(DetokenizeRequest, body)
-    service.check_model(request.model)
+    service = service.for_model(request.model)
     for token_id in request.tokens:
         if not 0 <= token_id < 2**31:
             raise errors.invalid(f"tokens holds {token_id}, which is no token id.", param="tokens")

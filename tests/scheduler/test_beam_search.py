@@ -36,7 +36,7 @@ async def test_chat_and_metrics(client, service):
     # One step asks for the first token, one for two beams' second.
     assert answer["metrics"]["graph_steps"]["exact"] in (2, 3)
     # The engine's requests are no requests of clients.
-    assert b'xllm_request_finished_total{reason="length"} 0.0' in service.metrics.render()
+    assert b'xllm_request_finished_total{reason="length"} 0.0' in service.render_metrics()
 
 
 async def test_every_step_has_the_place_of_its_request(client, engine, monkeypatch):

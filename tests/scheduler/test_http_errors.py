@@ -183,7 +183,7 @@ async def test_an_error_in_mid_stream_is_the_last_event(service, runner):
     assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "engine_dead"
     assert events[-2] == "data: [DONE]"
     assert sent[-1].get("more_body", False) is False
-    assert b'xllm_requests_total{api="http",outcome="error"} 1.0' in service.metrics.render()
+    assert b'xllm_requests_total{api="http",outcome="error"} 1.0' in service.render_metrics()
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
@@ -204,7 +204,7 @@ async def test_a_client_that_leaves_stops_the_engine(service, engine, runner, is
     await until(lambda: engine.stats().num_aborted == 1)
     assert service.limiter.num_open == 0
     assert runner.num_steps < 10
-    assert b'xllm_requests_total{api="http",outcome="abort"} 1.0' in service.metrics.render()
+    assert b'xllm_requests_total{api="http",outcome="abort"} 1.0' in service.render_metrics()
 
 
 async def test_the_server_ending_a_request_is_an_error_and_not_a_short_answer(client, service, runner):

@@ -6,7 +6,7 @@ import pytest
 from xllm_compile.runtime.outputs import EngineStats, SpeculationStats
 from xllm_compile.runtime.speculative.config import SpeculativeConfig
 from xllm_compile.scheduler.limits import StreamLimiter
-from xllm_compile.scheduler.metrics import ServiceMetrics
+from xllm_compile.scheduler.metrics import ServiceMetrics, render
 from xllm_compile.scheduler.startup import _speculative
 
 
@@ -47,7 +47,7 @@ def test_metrics_have_what_was_drafted_and_accepted() -> None:
             num_drafts=5, drafted_by_position=[5, 4], accepted_by_position=[4, 1], draft_length=1.8
         )
     )
-    text = ServiceMetrics(lambda: stats, StreamLimiter(1)).render().decode()
+    text = render({"m": ServiceMetrics(lambda: stats, StreamLimiter(1))}).decode()
     samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     expected = {
         "xllm_spec_drafts_total": 5,
@@ -58,5 +58,5 @@ def test_metrics_have_what_was_drafted_and_accepted() -> None:
         "xllm_spec_draft_length": 1.8,
     }
     assert {name: float(samples[name]) for name in expected} == expected
-    without = ServiceMetrics(lambda: EngineStats(), StreamLimiter(1)).render().decode()
+    without = render({"m": ServiceMetrics(lambda: EngineStats(), StreamLimiter(1))}).decode()
     assert "xllm_spec" not in without

@@ -12,7 +12,7 @@ async def test_instances_and_placements_show(make_cluster):
     service = cluster.instances["a"].service
     service.metrics.register(ClusterCollector(cluster.cluster))
     await generate(cluster)
-    families = text_string_to_metric_families(service.metrics.render().decode())
+    families = text_string_to_metric_families(service.render_metrics().decode())
     samples = {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
     assert samples["xllm_instances", "active", "mix"] == 2
     assert samples["xllm_instances", "suspect", "decode"] == 0
