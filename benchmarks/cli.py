@@ -134,6 +134,17 @@ def memory_command(
     )
 
 
+@command.command("weights-memory")
+@click.option("--work-dir", type=click.Path(path_type=Path), default=Path(".cache/bench"), help="Scratch; half a GB.")
+@results_option
+@click.option("--rounds", type=click.IntRange(1), default=21, help="Rounds of both ways in turns.")
+def weights_memory_command(work_dir: Path, results: Path, rounds: int) -> None:
+    """Weights mapped from a file against a copy in huge pages: opening and decode -> weights_memory.json."""
+    from xllm_compile.benchmarks.bench_weights_memory import run_weights_memory
+
+    run_weights_memory(work_dir, results, _command_line(), rounds=rounds)
+
+
 @command.command("adaptive")
 @click.option(
     "--shape",
