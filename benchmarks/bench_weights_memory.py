@@ -75,7 +75,7 @@ def _copied(path: Path) -> Tensor:
     for page in range(num_pages):
         memory.map(address + page * HUGE_PAGE_BYTES, page)
     buffer = memory.tensor(address, num_pages * HUGE_PAGE_BYTES)[:_NUM_BYTES]
-    left = memoryview(buffer.numpy())
+    left = memoryview(buffer.numpy().data)
     with path.open("rb", buffering=0) as file:
         while left:
             left = left[file.readinto(left) :]

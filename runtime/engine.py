@@ -28,6 +28,7 @@ from xllm_compile.runtime.outputs import EngineStats, RequestOutput
 from xllm_compile.runtime.policies.admission import Growth, fits, growth_of
 from xllm_compile.runtime.policies.chunk import StepLoad, load_of
 from xllm_compile.runtime.policies.order import Order
+from xllm_compile.runtime.policies.preemption import swap_pays
 from xllm_compile.runtime.policies.queue_bound import QueueBound, QueueFullError, ServiceTime, check_queue
 from xllm_compile.runtime.policies.state import Capacity, Limits, Schedule
 from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
@@ -375,6 +376,8 @@ class Engine:
             num_prompt_tokens=self._stats.num_prompt_tokens,
             num_generated_tokens=self._stats.num_generated_tokens,
             num_preemptions=self._stats.num_preemptions,
+            num_swaps=self._stats.num_swaps,
+            kv_swap_bytes=self._kv_cache.swap.num_bytes if self._kv_cache.swap else None,
             num_offline_running=sum(sequence.is_offline for sequence in self._running),
             num_offline_waiting=self._waiting.num_offline,
             num_offline_preemptions=self._stats.num_offline_preemptions,
@@ -393,12 +396,13 @@ class Engine:
                 self._complete(changed, num_left=0)
             self._kv_cache.balance(self._num_wanted_pages())
         plan = self._plan()
-        if self._in_flight and (plan.preempted or plan.too_large):
+        if self._in_flight and (plan.preempted or plan.swapped or plan.too_large):
             # Whoever loses its place must have its token first, and memory may come free by itself.
             self._complete(changed, num_left=0)
             plan = self._plan()
-        assert not plan.swapped, "this cache offers no swap"
-        for sequence in plan.preempted:
+        for sequence in plan.swapped:
+            self._swap_out(sequence)
+        for sequence in sorted((*plan.preempted, *plan.swapped), key=lambda sequence: sequence.number):
             self._preempt(sequence)
         for sequence in plan.too_large:
             self._leave(sequence)
@@ -445,6 +449,7 @@ class Engine:
             block_tokens=self._kv_cache.page_tokens,
             num_held_seqs=num_ended + (exchange.num_held if exchange else 0),
             num_promised_blocks=exchange.num_promised_blocks(self.config.admission_horizon) if exchange else 0,
+            swap_pays=None if self._kv_cache.swap is None else self._swap_pays,
         )
 
     def _check_room(self, num_tokens: int) -> None:
@@ -510,6 +515,20 @@ class Engine:
         queued = (SequenceStatus.WAITING, SequenceStatus.RUNNING)
         return next((sequence for sequence in oldest.sequences if sequence.status in queued), None)
 
+    def _swap_pays(self, num_tokens: int) -> bool:
+        swap, token_bytes = self._kv_cache.swap, self._kv_cache.config.bytes_per_token
+        assert swap is not None
+        if not swap.has_room(num_tokens * token_bytes):
+            return False
+        return swap_pays(num_tokens, self._limits.max_num_batched_tokens, self._predictor, swap.path(token_bytes))
+
+    def _swap_out(self, sequence: Sequence) -> None:
+        """Copy the sequence's KV out, if there still is room; of an embedding all is computed in one go."""
+        if sequence.request.params.pooling is None and sequence.num_computed_tokens > 0:
+            assert sequence.slot is not None
+            sequence.swapped = self._kv_cache.swap_out(sequence.slot, sequence.num_computed_tokens)
+            self._stats.num_swaps += sequence.swapped is not None
+
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
         sequence.rewind()
@@ -522,7 +541,8 @@ class Engine:
     def _start(self, sequence: Sequence, now: float) -> None:
         self._waiting.remove(sequence)
         num_cached = sequence.num_computed_tokens
-        sequence.slot = self._kv_cache.allocate(readable_chain(sequence), sequence.num_tokens, num_cached)
+        swapped, sequence.swapped = sequence.swapped, None
+        sequence.slot = self._kv_cache.allocate(readable_chain(sequence), sequence.num_tokens, num_cached, swapped)
         sequence.num_computed_tokens, sequence.num_unheld_blocks = self._kv_cache.length(sequence.slot), 0
         self._begin(sequence, now)
 
@@ -687,6 +707,9 @@ class Engine:
         """Out of the waiting queue, or out of its slot."""
         if sequence.status is SequenceStatus.WAITING:
             self._waiting.remove(sequence)
+            if sequence.swapped is not None:
+                self._kv_cache.drop_swapped(sequence.swapped)
+                sequence.swapped = None
         self._release(sequence)
 
     def _commit(self, sequence: Sequence) -> None:

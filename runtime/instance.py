@@ -56,6 +56,8 @@ class InstanceConfig:
     """Have all of the KV cache's memory before the first request, instead of page by page."""
     kv_host_bytes: int | None = None
     """Host memory for KV that lost its pages; None keeps none. Needs the prefix cache."""
+    kv_swap_bytes: int | None = None
+    """Host memory for the KV of preempted sequences; None has it computed again."""
     kv_disk: Path | None = None
     """Folder for what host memory has no room for; None keeps nothing on disk."""
     kv_disk_bytes: int = 16 << 30
@@ -86,6 +88,7 @@ class InstanceConfig:
             "max_waiting",
             "max_waiting_tokens",
             "kv_host_bytes",
+            "kv_swap_bytes",
             "kv_disk_bytes",
         ):
             value = getattr(self, name)
@@ -148,7 +151,13 @@ def open_instance(
     draft = read_draft_manifest(config.speculative, manifest) if config.speculative else None
     kv_config = shared.kv if shared else _kv_config(manifest, config, draft)
     tiers = _kv_tiers(manifest, config, kv_config)
-    kv_cache = KVCache(kv_config, tiers=tiers, share=shared.share if shared else None)
+    if config.kv_swap_bytes is not None and group is not None:
+        raise ValueError(
+            f"kv_swap_bytes={config.kv_swap_bytes}: only the KV of one rank is copied out, and the artifact has"
+            f" {manifest.tensor_parallel_size}; leave it out"
+        )
+    share = shared.share if shared else None
+    kv_cache = KVCache(kv_config, tiers=tiers, share=share, swap_bytes=config.kv_swap_bytes)
     is_asleep = shared is not None and shared.starts_asleep
     if not is_asleep:
         kv_cache.wake_up()

@@ -10,6 +10,7 @@ they share.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from xllm_compile.runtime.memory.page_ops import PageOps
 from xllm_compile.runtime.memory.page_pool import PagePool
 from xllm_compile.runtime.memory.prefix_cache import BlockChain, PrefixCache
 from xllm_compile.runtime.memory.shared_pages import PageShare
+from xllm_compile.runtime.memory.swap_space import SwappedKV, SwapSpace
 from xllm_compile.runtime.memory.virtual_memory import VirtualMemory
 from xllm_compile.runtime.memory.xtensor import XTensor
 from xllm_compile.runtime.policies.page_shares import PageUse
@@ -174,11 +176,12 @@ class KVCache:
         memory: VirtualMemory | None = None,
         tiers: KVTiers | None = None,
         share: PageShare | None = None,
+        swap_bytes: int | None = None,
     ) -> None:
         """``memory`` is the device's, config.num_pages of config.page_size; None is this machine's.
 
         ``tiers`` take the blocks that lose their pages, and give them back. With a ``share`` the memory is what several
-        models have together: the cache has no page until `wake_up`.
+        models have together: the cache has no page until `wake_up`. swap_bytes of host memory are for `swap_out`.
 
         Raises ValueError when the system does not allow as many addresses or mappings.
         """
@@ -209,6 +212,7 @@ class KVCache:
         """One tensor [num_slots, max_model_len, 2, num_kv_heads, head_dim] per layer, at a fixed address."""
         self.stats = KVCacheStats()
         self.tiers = tiers
+        self.swap = None if swap_bytes is None else SwapSpace(swap_bytes, memory)
         self._pool = PagePool(config.num_pages, is_empty=share is not None)
         self._prefixes = PrefixCache()
         self._prepared: set[int] = set(range(config.num_pages)) if config.pretouch else set()
@@ -296,8 +300,8 @@ class KVCache:
         on_pages = self._prefixes.match(chain.digests, len(chain.digests))
         return self.tiers.prefetch(chain.digests[on_pages:])
 
-    def num_unheld_pages(self, chain: BlockChain, num_cached: int) -> int:
-        """By how much num_free_pages falls when a sequence starts that finds num_cached tokens.
+    def num_unheld_pages(self, chain: BlockChain | None, num_cached: int) -> int:
+        """By how much num_free_pages falls when a sequence starts that finds num_cached tokens or has them swapped out.
 
         Pages that live sequences hold already cost nothing.
         """
@@ -306,15 +310,23 @@ class KVCache:
         shared, _ = self._shared_pages(chain, self._on_pages(chain, num_cached))
         return self._counted(num_cached) - sum(self._pool.num_holders(page) > 0 for page in shared)
 
-    def allocate(self, chain: BlockChain | None = None, num_tokens: int = 0, num_cached: int = 0) -> int:
+    def allocate(
+        self,
+        chain: BlockChain | None = None,
+        num_tokens: int = 0,
+        num_cached: int = 0,
+        swapped: SwappedKV | None = None,
+    ) -> int:
         """A slot for a sequence of num_tokens; its `length` is what is cached of them, num_cached at most.
+
+        ``swapped`` comes back behind what is found in pages; num_cached is its number of tokens then.
 
         Takes `num_unheld_pages` of the free ones. Raises KVCacheFullError when no slot is idle.
         """
         if not self._idle:
             raise KVCacheFullError(f"all {self.num_slots} KV slots are in use; free one first or raise num_slots")
         cached = self._on_pages(chain, min(self.find(chain, num_tokens), num_cached))
-        restored = self._read_tiers(chain, cached, num_cached)
+        restored = self._read_tiers(chain, cached, num_cached) if swapped is None else []
         shared, boundary = self._shared_pages(chain, cached)
         if self._mappings_with(shared) > self.xtensor.memory.max_mappings:
             # Sharing pages takes mappings but no pages: without, the pages are the tighter limit.
@@ -333,11 +345,14 @@ class KVCache:
             self._copy_boundary(slot, live, boundary)
         if restored:
             cached += self._restore(slot, live, restored)
+        self.stats.num_hit_tokens += cached
+        if swapped is not None:
+            self._swap_in(slot, live, swapped)
+            cached = live.length
         self._used_tokens += cached
         self._num_counted += self._counted(cached)
         if chain is not None and self.config.prefix_cache:
             self.stats.num_queried_tokens += num_tokens
-        self.stats.num_hit_tokens += cached
         self.stats.num_shared_pages += len(shared)
         return slot
 
@@ -391,6 +406,28 @@ class KVCache:
             pages = [self._page(slot, position) for position in self._positions_of_block(index)]
             self._prefixes.add(chain.digests[index], pages, index)
             self._pool.index(pages)
+
+    def swap_out(self, slot: int, num_tokens: int) -> SwappedKV | None:
+        """Copy the KV of the slot's first num_tokens to host memory, for `allocate`; None when there is no room.
+
+        The steps that compute them have run.
+        """
+        num_bytes = num_tokens * self.config.bytes_per_token
+        if self.swap is None or not self.swap.has_room(num_bytes):
+            return None
+        began, page_size = time.perf_counter(), self.config.page_size
+        parts = [
+            self.xtensor.memory.read(self._page(slot, position), 0, min(num_bytes - position * page_size, page_size))
+            for position in range(self.config.pages_for(num_tokens))
+        ]
+        swapped = SwappedKV(num_tokens=num_tokens, data=b"".join(parts))
+        self.swap.keep(swapped, time.perf_counter() - began)
+        return swapped
+
+    def drop_swapped(self, swapped: SwappedKV) -> None:
+        """Its sequence ended while it waited."""
+        assert self.swap is not None
+        self.swap.release(swapped)
 
     def free(self, slot: int) -> None:
         """End the slot's sequence. Its pages stay mapped until they are needed elsewhere."""
@@ -564,6 +601,16 @@ class KVCache:
             self.ops.restore(slot, live.length * self.config.bytes_per_token, data)
             live.length += self.config.block_tokens
         return num_tokens
+
+    def _swap_in(self, slot: int, live: _Live, swapped: SwappedKV) -> None:
+        needed = self.config.pages_for(swapped.num_tokens)
+        for position in range(live.num_pages, needed):
+            self._hold_or_map(slot, position)
+        live.num_pages = max(needed, live.num_pages)
+        begin = live.length * self.config.bytes_per_token
+        self.ops.restore(slot, begin, swapped.data[begin:])
+        live.length = swapped.num_tokens
+        self.drop_swapped(swapped)
 
     def _offload(self, page: int) -> None:
         """Leave the blocks on the page to the tiers: all of what they touch is still as it was."""

@@ -169,6 +169,10 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_swaps: int = 0
+    """Of these, with the KV copied to host memory and back; the others are computed again."""
+    kv_swap_bytes: int | None = None
+    """Host memory that holds such KV now; None where there is none for it."""
     num_offline_running: int = 0
     """Of num_running; likewise below."""
     num_offline_waiting: int = 0

@@ -17,17 +17,19 @@ def readable_chain(sequence: Sequence) -> BlockChain | None:
 
 
 def look_up(kv_cache: KVCache, waiting: Iterable[Sequence], max_num_seqs: int) -> None:
-    """Note how much is cached of waiting sequences, and the pages they would take for that.
+    """Note how much is cached or swapped out of waiting sequences, and the pages they would take for that.
 
     Of the first max_num_seqs: more cannot start. The others count as not cached.
     """
     for index, sequence in enumerate(waiting):
         chain = readable_chain(sequence) if index < max_num_seqs else None
-        if chain is None:
+        swapped = sequence.swapped if index < max_num_seqs else None
+        if chain is None and swapped is None:
             sequence.num_computed_tokens = sequence.num_unheld_blocks = 0
             continue
-        chain.update(sequence.token_ids)
-        found = kv_cache.find(chain, sequence.num_tokens)
+        if chain is not None:
+            chain.update(sequence.token_ids)
+        found = kv_cache.find(chain, sequence.num_tokens) if swapped is None else swapped.num_tokens
         sequence.num_computed_tokens = found
         sequence.num_unheld_blocks = kv_cache.num_unheld_pages(chain, found)
 

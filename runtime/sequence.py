@@ -12,6 +12,7 @@ from torch import Tensor
 from xllm_compile.runtime.detokenizer import Detokenizer
 from xllm_compile.runtime.hand_over import HandOver, Push
 from xllm_compile.runtime.memory.prefix_cache import BlockChain
+from xllm_compile.runtime.memory.swap_space import SwappedKV
 from xllm_compile.runtime.outputs import FinishReason, Logprob, RequestMetrics
 from xllm_compile.runtime.sampler import SamplingState
 from xllm_compile.runtime.sampling_params import SamplingParams
@@ -59,6 +60,8 @@ class Sequence:
     speculation: Speculation | None = None
     """Of the device's thread; the host only reads what is wanted."""
     slot: int | None = None
+    swapped: SwappedKV | None = None
+    """While it waits after a preemption: its KV, if that was copied out."""
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     finish_reason: FinishReason | None = None

@@ -59,6 +59,7 @@ def open_models(
     config = replace(
         config,
         kv_host_bytes=config.kv_host_bytes and config.kv_host_bytes // len(plans),
+        kv_swap_bytes=config.kv_swap_bytes and config.kv_swap_bytes // len(plans),
         kv_disk_bytes=config.kv_disk_bytes // len(plans),
     )
     instances: dict[str, Instance] = {}

@@ -160,6 +160,10 @@ class _Snapshot(Collector):
         yield CounterMetricFamily("xllm_prompt_tokens", "Prompt tokens prefilled", stats.num_prompt_tokens)
         yield CounterMetricFamily("xllm_generation_tokens", "Tokens generated", stats.num_generated_tokens)
         yield CounterMetricFamily("xllm_preemptions", "Sequences preempted", stats.num_preemptions)
+        if stats.kv_swap_bytes is not None:
+            swaps = stats.num_swaps
+            yield CounterMetricFamily("xllm_swap_preemptions", "Of these, with the KV copied out and back", swaps)
+            yield GaugeMetricFamily("xllm_kv_swap_bytes", "KV of preempted sequences on the host", stats.kv_swap_bytes)
         yield from _by_class(stats)
         error = stats.step_error_ratio
         yield GaugeMetricFamily("xllm_step_prediction_error_ratio", "Mean error of predicted step times", error)

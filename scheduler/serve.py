@@ -80,6 +80,12 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
     metavar="SIZE",
     help="Host memory for prefixes that lost their pages.",
 )
+@click.option(
+    "--kv-swap-memory",
+    callback=parse_size_option,
+    metavar="SIZE",
+    help="Host memory for the KV of preempted requests, where copying is sooner done than computing again.",
+)
 @click.option("--kv-disk", type=click.Path(path_type=Path), metavar="DIR", help="Keep what that has no room for here.")
 @click.option("--kv-disk-size", callback=parse_size_option, metavar="SIZE", help="Most of it.  [default: 16GiB]")
 @click.option("--max-waiting", type=click.IntRange(1), help="Sequences that may wait; more are answered 429.")

@@ -135,6 +135,7 @@ def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
         "max_model_len": "max_model_len",
         "kv_memory": "kv_memory_bytes",
         "kv_host_memory": "kv_host_bytes",
+        "kv_swap_memory": "kv_swap_bytes",
         "kv_disk": "kv_disk",
         "kv_disk_size": "kv_disk_bytes",
         "max_waiting": "max_waiting",

@@ -179,6 +179,7 @@ def make_kv_cache(
     tiers: KVTiers | None = None,
     page_tokens: int | None = None,
     share: PageShare | None = None,
+    swap_bytes: int | None = None,
 ) -> KVCache:
     # A page holds one token, so that tests may count memory in tokens; with a prefix cache it is no whole block.
     page_tokens = page_tokens or (1 if block_tokens is None else 3)
@@ -199,6 +200,7 @@ def make_kv_cache(
         ),
         tiers=tiers,
         share=share,
+        swap_bytes=swap_bytes,
     )
 
 
@@ -224,6 +226,7 @@ class EngineFactory:
         transfer: TransferConfig | None = None,
         clock: Callable[[], float] | None = None,
         share: PageShare | None = None,
+        swap_bytes: int | None = None,
     ) -> tuple[Engine, HistoryRunner]:
         """block_tokens turns the prefix cache on; with transfer it hands requests over, by shared memory."""
         kv_cache = make_kv_cache(
@@ -234,6 +237,7 @@ class EngineFactory:
             tiers=tiers,
             page_tokens=page_tokens,
             share=share,
+            swap_bytes=swap_bytes,
         )
         memory = kv_cache.xtensor.memory
         assert isinstance(memory, CpuMemory)
