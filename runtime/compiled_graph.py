@@ -1,4 +1,4 @@
-"""Compiled graphs, one at a time or in a chain, called with Python's lock released.
+"""Compiled graphs, one at a time, in a chain or in a loop of decode steps, called with Python's lock released.
 
 torch's own runner holds the lock while a graph runs. Without it the host plans the next step while the device runs
 this one; and a graph with collectives, waiting for the next one, would wait for ever for the thread that carries them
@@ -11,6 +11,8 @@ from _ctypes import dlclose
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,14 +33,14 @@ class CompiledGraph:
         weakref.finalize(self, _unload, self._library, self.container).atexit = False
         count = ctypes.c_size_t()
         self._check(self._library.AOTInductorModelContainerGetNumOutputs(self.container, ctypes.byref(count)))
-        self._num_outputs = count.value
+        self.num_outputs = count.value
         self.run = self._library.AOTInductorModelContainerRun
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         # The handles are the graph's from here on.
         inputs = _new_handles(tensors)
-        outputs = (ctypes.c_void_p * self._num_outputs)()
-        num_inputs, num_outputs = ctypes.c_size_t(len(tensors)), ctypes.c_size_t(self._num_outputs)
+        outputs = (ctypes.c_void_p * self.num_outputs)()
+        num_inputs, num_outputs = ctypes.c_size_t(len(tensors)), ctypes.c_size_t(self.num_outputs)
         self._check(self.run(self.container, inputs, num_inputs, outputs, num_outputs, None, None))
         return _take_tensors(outputs)
 
@@ -49,6 +51,22 @@ class CompiledGraph:
             raise RuntimeError((message.value or b"the graph failed").decode(errors="replace"))
 
 
+class _Graphs:
+    """Graphs with the tensors that each always gets, as the native calls take them. Keeps both alive."""
+
+    def __init__(self, graphs: Sequence[CompiledGraph], own: Sequence[Sequence[Tensor]]) -> None:
+        count = len(graphs)
+        self._graphs = tuple(graphs)
+        runs = (ctypes.c_void_p * count)(*(ctypes.cast(graph.run, ctypes.c_void_p).value for graph in graphs))
+        containers = (ctypes.c_void_p * count)(*(graph.container.value for graph in graphs))
+        handles = _new_handles([tensor for tensors in own for tensor in tensors])
+        starts = [0]
+        for tensors in own:
+            starts.append(starts[-1] + len(tensors))
+        self.arguments = ctypes.c_int64(count), runs, containers, handles, (ctypes.c_int64 * (count + 1))(*starts)
+        weakref.finalize(self, _delete_handles, handles).atexit = False
+
+
 class GraphChain:
     """Graphs that hand a state on, with the tensors that each always gets: one call runs them all.
 
@@ -57,19 +75,9 @@ class GraphChain:
     """
 
     def __init__(self, graphs: Sequence[CompiledGraph], own: Sequence[Sequence[Tensor]]) -> None:
-        count = len(graphs)
-        flat = [tensor for tensors in own for tensor in tensors]
-        self._graphs = tuple(graphs)
-        self._count = ctypes.c_int64(count)
-        self._runs = (ctypes.c_void_p * count)(*(ctypes.cast(graph.run, ctypes.c_void_p).value for graph in graphs))
-        self._containers = (ctypes.c_void_p * count)(*(graph.container.value for graph in graphs))
-        self._own = _new_handles(flat)
-        starts = [0]
-        for tensors in own:
-            starts.append(starts[-1] + len(tensors))
-        self._own_at = (ctypes.c_int64 * (count + 1))(*starts)
+        self._count = len(graphs)
+        self._graphs = _Graphs(graphs, own)
         self._run = native.graph_chain()
-        weakref.finalize(self, _delete_handles, self._own).atexit = False
 
     def __call__(self, state: Sequence[Tensor], metadata: Sequence[Tensor]) -> list[Tensor]:
         """The state after the last graph. Raises RuntimeError when one fails; state is as it was."""
@@ -77,11 +85,7 @@ class GraphChain:
         results = (ctypes.c_void_p * len(state))()
         try:
             num_run = self._run(
-                self._count,
-                self._runs,
-                self._containers,
-                self._own,
-                self._own_at,
+                *self._graphs.arguments,
                 ctypes.c_int64(len(state)),
                 given,
                 ctypes.c_int64(len(metadata)),
@@ -91,9 +95,43 @@ class GraphChain:
         finally:
             _delete_handles(given)
             _delete_handles(shared)
-        if num_run != self._count.value:
-            raise RuntimeError(f"graph {num_run} of {self._count.value} failed")
+        if num_run != self._count:
+            raise RuntimeError(f"graph {num_run} of {self._count} failed")
         return _take_tensors(results)
+
+
+class DecodeLoop:
+    """Decode steps on a model's graphs, each on the most probable tokens of the one before: one call runs them all."""
+
+    def __init__(self, graphs: Sequence[CompiledGraph], own: Sequence[Sequence[Tensor]]) -> None:
+        """graphs: embed, the layers' and the head's, with the tensors that each always gets."""
+        self._graphs = _Graphs(graphs, own)
+        # The embedding's other two outputs are cosine and sine.
+        self._num_state = ctypes.c_int64(graphs[0].num_outputs - 2)
+        self._run = native.decode_greedily()
+
+    def __call__(self, step: Sequence[Tensor], num_seqs: int, num_steps: int) -> npt.NDArray[np.int32]:
+        """The tokens [num_steps, num_seqs]. step: token_ids, positions, rope_len, seq_start, context_len, slot and
+        logits_at of a `Step`, padded as the graphs want it; it is where the last step left it afterwards.
+
+        Raises RuntimeError when a graph fails; running the steps again is safe.
+        """
+        chosen = np.empty((num_steps, num_seqs), dtype=np.int32)
+        handles = _new_handles(step)
+        try:
+            num_run = self._run(
+                *self._graphs.arguments,
+                self._num_state,
+                handles,
+                ctypes.c_int64(num_seqs),
+                ctypes.c_int64(num_steps),
+                ctypes.c_void_p(chosen.ctypes.data),
+            )
+        finally:
+            _delete_handles(handles)
+        if num_run != num_steps:
+            raise RuntimeError(f"decode step {num_run} of {num_steps} failed")
+        return chosen
 
 
 def _new_handles(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":

@@ -1,7 +1,7 @@
 """Executes token-packed steps on the compiled graphs of one artifact."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xllm_compile.runtime.artifact import Manifest
 from xllm_compile.runtime.compiled_graph import GraphChain
+from xllm_compile.runtime.decode_loop import DecodeLoops, decode_by_steps
 from xllm_compile.runtime.graph_cache import DYNAMIC, GraphCache, GraphChoice, build_cache
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.ops.spec import SPLIT_SUFFIX
@@ -67,6 +68,10 @@ class CompiledModelRunner:
         self._pooled = torch.empty(0, self.embedding_size)
         self._layers = _layer_plan(manifest.programs, weights, kv_layers)
         self._chains = _Chains(self._layers)
+        self._loops = DecodeLoops(
+            [("embed", self._embed_weights), *((region, [kv, *own]) for region, kv, own in self._layers)],
+            self._head_weights,
+        )
         # Buckets whose steps run in halves take the same weights through other graphs.
         self._split_graphs = build_cache(
             root, "T", times["T"], manifest.split_programs, graphs, enforce_eager=enforce_eager
@@ -86,6 +91,29 @@ class CompiledModelRunner:
             if len(step.pool_at):
                 self._pooled = self._run_pool(step, state)
             return logits
+
+    def decode_greedily(self, step: Step, num_steps: int) -> Int32Array:
+        """See DraftRunner.decode_greedily. Raises what `execute` raises."""
+        num_seqs = len(step.slot)
+        layers, head = self._token_graphs.choose(num_seqs), self._head_graphs.choose(num_seqs)
+        # Graphs of several ranks wait for each other's sums.
+        loop = None if self._waits_for_state else self._loops.of(self._token_graphs, layers, self._head_graphs, head)
+        if loop is not None:
+            size = layers.size if layers.is_bucket and self._has_padded_seqs else num_seqs
+            padded = (
+                _padded(step.token_ids, layers.size),
+                _padded(step.positions, layers.size),
+                _padded(step.rope_len, layers.size, 1),
+                _padded(step.seq_start, size + 1, num_seqs),
+                _padded(step.context_len, size),
+                _padded(step.slot, size),
+                _padded(step.logits_at, head.size),
+            )
+            # Step by step, the graph that failed is found and given up. Writing the same KV again is safe.
+            with suppress(RuntimeError), self.pool:
+                # Copies, which the loop goes on writing.
+                return loop([tensor.clone() for tensor in padded], num_seqs, num_steps)
+        return decode_by_steps(self.execute, step, num_steps)
 
     def _run_layers(self, step: Step) -> tuple[list[Tensor], GraphChoice | None]:
         """The state after the last layer: delta and residual, [T, E] each, padded; with a choice, in halves."""

@@ -323,6 +323,14 @@ def graph_chain() -> Any:
     return function
 
 
+def decode_greedily() -> Any:
+    """The C function that runs decode steps in a loop, see cpu/graph_chain.cpp."""
+    assert _loaded is not None, "load_kernels comes first"
+    function = _loaded[1]._library.xllm_decode_greedily
+    function.restype = ctypes.c_int64
+    return function
+
+
 def delete_handle(handle: int) -> None:
     """Drop a reference to a tensor that came as a handle."""
     assert _loaded is not None, "load_kernels comes first"

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from xllm_compile.runtime.candidates import Kept
+from xllm_compile.runtime.decode_loop import DraftRunner
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.sampler import one_thread, request_candidates
 from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft, Speculation
-from xllm_compile.runtime.step import ModelRunner, Step
+from xllm_compile.runtime.step import Step
 
 
 @dataclass(eq=False, slots=True)
@@ -54,7 +55,7 @@ class DraftModel:
 
     is_costly = True
 
-    def __init__(self, runner: ModelRunner, kv_cache: KVCache) -> None:
+    def __init__(self, runner: DraftRunner, kv_cache: KVCache) -> None:
         self._runner = runner
         self._kv_cache = kv_cache
         self._tenants: OrderedDict[Speculation, _Tenant] = OrderedDict()
@@ -125,8 +126,12 @@ class DraftModel:
                 self._run([(job, chunk)], wants_logits=False)
 
     def _extend(self, jobs: Sequence[_Job]) -> None:
-        active = [job for job in jobs if job.length > 0]
+        active = list(jobs)
         while active:
+            if all(len(job.new_tokens) == 1 and job.drawn_from is None for job in active):
+                self._extend_greedily(active)
+                active = [job for job in active if len(job.drafted) < job.length]
+                continue
             logits = self._run([(job, job.new_tokens) for job in active], wants_logits=True)
             best = logits.numpy().argmax(axis=1).tolist()
             for row, job in enumerate(active):
@@ -137,6 +142,16 @@ class DraftModel:
         for job in jobs:
             tenant = self._tenants[job.sequence]
             tenant.num_known, tenant.drafted = len(job.sequence.token_ids), job.drafted[:-1]
+
+    def _extend_greedily(self, jobs: Sequence[_Job]) -> None:
+        """By as many tokens as all of them want, in one call."""
+        num_steps = min(job.length - len(job.drafted) for job in jobs)
+        step = self._step([(job, job.new_tokens) for job in jobs], wants_logits=True)
+        chosen = self._runner.decode_greedily(step, num_steps)
+        for job, tokens in zip(jobs, chosen.T.tolist(), strict=True):
+            job.drafted += tokens
+            job.new_tokens = tokens[-1:]
+            job.begin += num_steps - 1
 
     def _draw(self, row: Tensor, job: _Job) -> int:
         assert job.drawn_from is not None
@@ -149,6 +164,10 @@ class DraftModel:
 
     def _run(self, parts: Sequence[tuple[_Job, list[int]]], *, wants_logits: bool) -> Tensor:
         """Compute these tokens of each; the logits of each one's last."""
+        return self._runner.execute(self._step(parts, wants_logits=wants_logits))
+
+    def _step(self, parts: Sequence[tuple[_Job, list[int]]], *, wants_logits: bool) -> Step:
+        """With these tokens of each, which are begun with it."""
         token_ids: list[int] = []
         positions: list[int] = []
         rope_len: list[int] = []
@@ -163,14 +182,12 @@ class DraftModel:
             context_len.append(end)
             job.begin = end
         last_rows = [start - 1 for start in seq_start[1:]] if wants_logits else []
-        return self._runner.execute(
-            Step(
-                token_ids=np.array(token_ids, dtype=np.int32),
-                positions=np.array(positions, dtype=np.int32),
-                rope_len=np.array(rope_len, dtype=np.int32),
-                seq_start=np.array(seq_start, dtype=np.int32),
-                context_len=np.array(context_len, dtype=np.int32),
-                slot=np.array([job.slot for job, _ in parts], dtype=np.int32),
-                logits_at=np.array(last_rows, dtype=np.int32),
-            )
+        return Step(
+            token_ids=np.array(token_ids, dtype=np.int32),
+            positions=np.array(positions, dtype=np.int32),
+            rope_len=np.array(rope_len, dtype=np.int32),
+            seq_start=np.array(seq_start, dtype=np.int32),
+            context_len=np.array(context_len, dtype=np.int32),
+            slot=np.array([job.slot for job, _ in parts], dtype=np.int32),
+            logits_at=np.array(last_rows, dtype=np.int32),
         )

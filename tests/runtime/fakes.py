@@ -11,6 +11,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from xllm_compile.runtime.decode_loop import decode_by_steps
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
@@ -19,7 +20,7 @@ from xllm_compile.runtime.memory.kv_tiers import KVTiers
 from xllm_compile.runtime.memory.shared_pages import PageShare
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.speculative.speculator import Speculator
-from xllm_compile.runtime.step import Step
+from xllm_compile.runtime.step import Int32Array, Step
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.transfer.endpoint import open_endpoint
 from xllm_compile.runtime.transfer.transfer import TransferConfig
@@ -127,6 +128,9 @@ class HistoryRunner:
         self._pooled = torch.tensor([pooled[row] for row in step.pool_at.tolist()], dtype=torch.float32)
         self._logits = torch.stack([rows[row] for row in step.logits_at.tolist()]) if wanted else torch.empty(0, 1)
         return self._logits
+
+    def decode_greedily(self, step: Step, num_steps: int) -> Int32Array:
+        return decode_by_steps(self.execute, step, num_steps)
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """What greedy decoding must generate, without any engine."""
