@@ -18,9 +18,9 @@ _SHARED_DECAY = 0.99
 _MARGIN = 1.05
 # Guesses less likely than this never pay.
 _LEAST_CHANCE = 0.02
-# Chances for a draft between two probes, while none pays. It doubles with every probe in vain.
+# Chances for a draft between two probes, while none pays: those of all sequences. It doubles with every probe in vain.
 _FIRST_PROBE_AFTER = 64
-_LAST_PROBE_AFTER = 512
+_LAST_PROBE_AFTER = 1024
 _PROBE_LENGTH = 2
 # Steps between two looks at whether drafts pay again, while nothing new is known of them.
 _LOOK_EVERY = 16
@@ -67,8 +67,12 @@ class Acceptance:
         that changes."""
         if length > 0:
             self._probe_after, self._num_passed = _FIRST_PROBE_AFTER, 0
+            if self._prior is not None:
+                self._prior.probed(length)
             return length
         self._num_passed += 1
+        if self._prior is not None:
+            return self._prior.probed(0)
         if self._num_passed < self._probe_after:
             return 0
         self._num_passed = 0
@@ -83,7 +87,8 @@ class Acceptance:
 
 
 class StepSeconds:
-    """Seconds of a step by its rows: as measured, or as ``predict`` says in proportion to what was measured.
+    """Seconds of a step by its rows, or of a draft by its length: as measured, or as ``predict`` says in proportion to
+    what was measured.
 
     A step is never taken to be slower than a larger one. What was not measured for long, or once in a bad moment, is to
     be measured again before it is compared with what is measured all the time: see `is_stale`.
@@ -106,6 +111,11 @@ class StepSeconds:
         predicted = self._predict(num_rows) * (self._ratio or 1.0)
         at = bisect(self._sizes, num_rows)
         return max(predicted, self._believed[self._sizes[at - 1]]) if at else predicted
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything was measured."""
+        return self._ratio is not None
 
     def is_stale(self, num_rows: int) -> bool:
         """Whether a step of so many rows should run now, to know what it takes."""

@@ -12,13 +12,15 @@ from xllm_compile.runtime.batch import Batch
 from xllm_compile.runtime.outputs import SpeculationStats
 from xllm_compile.runtime.sampler import SampledToken
 from xllm_compile.runtime.sampling_params import SamplingParams
-from xllm_compile.runtime.speculative.adaptive import Acceptance, StepSeconds, draft_lengths, smoothed
+from xllm_compile.runtime.speculative.adaptive import Acceptance, StepSeconds, draft_lengths
 from xllm_compile.runtime.speculative.draft_step import with_drafts
 from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft, Proposer, Speculation
 from xllm_compile.runtime.speculative.verify import Verified
 from xllm_compile.runtime.step import Step
 
 _WEIGHT = 0.1
+# Steps between two whose time is taken in, while nothing is drafted.
+_OBSERVE_EVERY = 8
 
 
 class Speculator:
@@ -37,7 +39,9 @@ class Speculator:
         self._proposer = proposer
         self._clock = clock
         self._step_seconds = step_seconds
-        self._draft_token_seconds: float | None = None
+        # With its first token come those that the proposer has not seen.
+        self._draft_seconds = StepSeconds(lambda longest: 1.0 + longest)
+        self._num_idle = 0
         self._shared: dict[int, Acceptance] = {}
         self._ended: deque[Speculation] = deque()
         self._stats = SpeculationStats(drafted_by_position=[0] * max_length, accepted_by_position=[0] * max_length)
@@ -97,7 +101,7 @@ class Speculator:
             if draft.token_ids:
                 self._count(speculation, len(draft.token_ids), len(results) - 1)
         if batch.is_decode_only:
-            self._step_seconds.observe(sum(1 + len(draft.token_ids) for draft in drafts), seconds)
+            self._observe(sum(1 + len(draft.token_ids) for draft in drafts), len(drafts), seconds)
         self._choose_lengths(sequences)
         # The host ends a sequence with one step under way at most, which is this one.
         while self._ended:
@@ -116,10 +120,18 @@ class Speculator:
         drafts = self._proposer.propose(batch.drafting, lengths)
         longest = max(len(draft.token_ids) for draft in drafts)
         if is_costly and longest:
-            seconds = (self._clock() - began) / longest
-            # The first draft of a text computes all of it: a start from what is likely takes that for an outlier.
-            self._draft_token_seconds = smoothed(self._draft_seconds(1), seconds)
+            seconds = self._clock() - began
+            if not self._draft_seconds.is_known:
+                # The first draft of a text computes all of it: a start from what is likely takes that for an outlier.
+                self._draft_seconds.observe(1, self._likely_draft_seconds(1))
+            self._draft_seconds.observe(longest, seconds)
         return drafts
+
+    def _observe(self, num_rows: int, num_sequences: int, seconds: float) -> None:
+        self._num_idle = 0 if num_rows > num_sequences else self._num_idle + 1
+        if self._num_idle % _OBSERVE_EVERY and not self._step_seconds.is_stale(num_rows):
+            return
+        self._step_seconds.observe(num_rows, seconds)
 
     def _count(self, sequence: Speculation, num_drafted: int, num_accepted: int) -> None:
         assert sequence.kind is not None
@@ -153,20 +165,22 @@ class Speculator:
         if not candidates or self._step_seconds.is_stale(len(sequences)):
             return
         awake = [(sequence, acceptance) for sequence, acceptance in candidates if not acceptance.is_resting]
-        lengths = draft_lengths(
-            [acceptance.survival for _, acceptance in awake],
-            num_others=len(sequences) - len(awake),
-            step_seconds=self._step_seconds,
-            draft_seconds=self._draft_seconds,
-        )
-        for (sequence, _), length in zip(awake, lengths, strict=True):
-            sequence.num_wanted = length
+        if awake:
+            lengths = draft_lengths(
+                [acceptance.survival for _, acceptance in awake],
+                num_others=len(sequences) - len(awake),
+                step_seconds=self._step_seconds,
+                draft_seconds=self._expected_draft_seconds,
+            )
+            for (sequence, _), length in zip(awake, lengths, strict=True):
+                sequence.num_wanted = length
         for sequence, acceptance in candidates:
             sequence.num_wanted = acceptance.probed(sequence.num_wanted)
 
-    def _draft_seconds(self, longest: int) -> float:
+    def _expected_draft_seconds(self, longest: int) -> float:
         if not self._proposer.is_costly:
             return 0.0
-        # Before the first draft: a fifth of a step for each token.
-        each = self._draft_token_seconds
-        return longest * (each if each is not None else 0.2 * self._step_seconds(1))
+        return self._draft_seconds(longest) if self._draft_seconds.is_known else self._likely_draft_seconds(longest)
+
+    def _likely_draft_seconds(self, longest: int) -> float:
+        return 0.1 * (1 + longest) * self._step_seconds(1)
