@@ -58,7 +58,9 @@ def serve(options: Mapping[str, Any]) -> int:
     http_socket = bind_socket(host, options["port"])
     if options["role"] == "gateway":
         with http_socket:
-            return _serve_gateway(artifacts[0], names[0], options, http_socket, max_connections)
+            from xllm_compile.scheduler.gateway_startup import serve_gateway
+
+            return serve_gateway(artifacts[0], names[0], options, http_socket, max_connections)
     with http_socket:
         # The servers' imports run beside the loading of the artifact, which mostly waits for disk and memory.
         imports = threading.Thread(target=_import_servers, name="xllm-imports", daemon=True)
@@ -200,7 +202,7 @@ def _run(
             waker = ModelWaker({first: engine for (first, *_), engine in engines.items()})
         door: Service | None = None
         for names, instance in instances.items():
-            service = _make_service(
+            service = make_service(
                 options,
                 engine=engines[names],
                 tokenizer=instance.tokenizer,
@@ -211,67 +213,15 @@ def _run(
             )
             door = door or service
         assert door is not None
-        config = _server_config(options, max_connections)
-        is_clean = asyncio.run(run_server(config, http_socket, door, partial(_announce, config.host)))
+        config = server_config(options, max_connections)
+        is_clean = asyncio.run(run_server(config, http_socket, door, partial(announce, config.host)))
     finally:
         for engine in engines.values():
             engine.shutdown()
     return 0 if is_clean else 1
 
 
-def _serve_gateway(
-    artifact: Path,
-    names: tuple[str, ...],
-    options: Mapping[str, Any],
-    http_socket: socket.socket,
-    max_connections: int,
-) -> int:
-    """Of the artifact only the manifest and the tokenizer are read."""
-    from xllm_compile.runtime.artifact import TOKENIZER, read_manifest
-    from xllm_compile.runtime.tokenizer import Tokenizer
-    from xllm_compile.scheduler.cluster.cluster_api import ClusterApi
-    from xllm_compile.scheduler.cluster.cluster_client import ClusterClient
-    from xllm_compile.scheduler.cluster.cluster_metrics import ClusterCollector
-    from xllm_compile.scheduler.cluster.gateway import Gateway, ServedRegistry
-    from xllm_compile.scheduler.cluster.placer import Placer
-    from xllm_compile.scheduler.cluster.registry_address import parse_registry
-    from xllm_compile.scheduler.errors import no_instance
-    from xllm_compile.scheduler.policies.routing import RoutingRules
-    from xllm_compile.scheduler.server import run_server
-
-    host, api_key = options["host"], options["api_key"]
-    manifest = read_manifest(artifact)
-    registry = (
-        parse_registry(options["registry"], api_key=api_key)
-        if options["registry"]
-        else ServedRegistry(host=host, port=options["registry_port"])
-    )
-
-    async def run() -> bool:
-        async with Gateway(registry, api_key=api_key) as gateway:
-            placer = Placer(RoutingRules(policy=options["routing"]))
-            service = _make_service(
-                options,
-                engine=ClusterClient(gateway.cluster, placer=placer),
-                tokenizer=Tokenizer.from_directory(artifact / TOKENIZER),
-                model_names=names,
-                max_model_len=options["max_model_len"] or manifest.model.max_model_len,
-                unhealthy=no_instance,
-            )
-            service.metrics.register(ClusterCollector(gateway.cluster))
-            config = _server_config(options, max_connections)
-            registry_port = gateway.registry_port
-
-            def announce(http_port: int, grpc_port: int) -> None:
-                _announce(host, http_port, grpc_port, registry_port)
-
-            routes = ClusterApi(gateway.cluster).routes()
-            return await run_server(config, http_socket, service, announce, routes=routes)
-
-    return 0 if asyncio.run(run()) else 1
-
-
-def _make_service(
+def make_service(
     options: Mapping[str, Any],
     *,
     engine: "EngineClient",
@@ -309,7 +259,7 @@ def _make_service(
     )
 
 
-def _server_config(options: Mapping[str, Any], max_connections: int) -> "ServerConfig":
+def server_config(options: Mapping[str, Any], max_connections: int) -> "ServerConfig":
     from xllm_compile.scheduler.server import ServerConfig
 
     return ServerConfig(
@@ -320,7 +270,7 @@ def _server_config(options: Mapping[str, Any], max_connections: int) -> "ServerC
     )
 
 
-def _announce(host: str, http_port: int, grpc_port: int, registry_port: int = 0) -> None:
+def announce(host: str, http_port: int, grpc_port: int, registry_port: int = 0) -> None:
     name = f"[{host}]" if ":" in host else host
     registry = f" registry={name}:{registry_port}" if registry_port else ""
     ready = f"READY http={name}:{http_port} grpc={name}:{grpc_port}{registry} startup_s={process_age_s():.2f}"

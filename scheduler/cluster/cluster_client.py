@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
@@ -19,15 +20,36 @@ from xllm_compile.scheduler.cluster.token_log import TokenLog
 from xllm_compile.scheduler.tasks import cancel_all
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SloDefaults:
+    """Targets of requests that name none."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+    def applied(self, params: SamplingParams) -> SamplingParams:
+        ttft_ms = self.ttft_ms if params.ttft_slo_ms is None else params.ttft_slo_ms
+        tpot_ms = self.tpot_ms if params.tpot_slo_ms is None else params.tpot_slo_ms
+        return replace(params, ttft_slo_ms=ttft_ms, tpot_slo_ms=tpot_ms)
+
+
 class ClusterClient:
     """Belongs to one event loop. Requests are lists of token ids: the gateway has tokenised them."""
 
     is_paused = is_sleeping = False
 
-    def __init__(self, cluster: Cluster, *, placer: Placer | None = None, config: FailoverConfig | None = None) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        placer: Placer | None = None,
+        config: FailoverConfig | None = None,
+        slo: SloDefaults | None = None,
+    ) -> None:
         self._cluster = cluster
         self._placer = placer or Placer()
         self._config = config or FailoverConfig()
+        self._slo = slo or SloDefaults()
         self._open: dict[str, list[Completion]] = {}
 
     @property
@@ -44,6 +66,7 @@ class ClusterClient:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as an engine gives them. Raises ApiError, ValueError on a bad resume."""
         assert not isinstance(prompt, str), "the gateway tokenises"
+        params = self._slo.applied(params)
         request = RequestOutputs(request_id, prompt, params)
         logs = [TokenLog(prompt, params, index, resume) for index in range(params.n)]
         completions = [Completion(self._cluster, self._placer, log, request.metrics, self._config) for log in logs]

@@ -1,13 +1,17 @@
 """What a gateway keeps up beside its servers: the registry, or a connection to it, and its view of the instances."""
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from xllm_compile.scheduler.cluster.cluster import Cluster
 from xllm_compile.scheduler.cluster.registry_address import SERVED_USER, RegistryAddress
+from xllm_compile.scheduler.cluster.role_keeper import RoleKeeper, follow_pools
+from xllm_compile.scheduler.policies.roles import RoleRules
+from xllm_compile.scheduler.registry.election import LEADER_KEY, stand
 from xllm_compile.scheduler.registry.etcd_registry import EtcdRegistry
 from xllm_compile.scheduler.registry.membership import Membership
 from xllm_compile.scheduler.registry.registry import Registry
@@ -27,9 +31,19 @@ class ServedRegistry:
 class Gateway:
     """Up while entered."""
 
-    def __init__(self, registry: RegistryAddress | ServedRegistry, *, api_key: str | None = None) -> None:
-        """api_key: what instances ask for, and what they need for the served registry."""
+    def __init__(
+        self,
+        registry: RegistryAddress | ServedRegistry,
+        *,
+        name: str,
+        api_key: str | None = None,
+        roles: RoleRules | None = None,
+    ) -> None:
+        """name: of this gateway among others. api_key: what instances ask for, and what they need for the served
+        registry. roles: change what instances do as the load changes; None leaves them what they were started for."""
         self._registry = registry
+        self._name = name
+        self._roles = roles
         self._api_key = api_key
         self._stack = AsyncExitStack()
         self.cluster = Cluster(api_key=api_key)
@@ -42,8 +56,14 @@ class Gateway:
             membership = await stack.enter_async_context(Membership(registry, namespace=namespace))
             self.cluster.listen(membership)
             stack.push_async_callback(self.cluster.close)
-            following = asyncio.create_task(self._follow(membership))
-            stack.push_async_callback(cancel_all, [following])
+            jobs: list[Coroutine[Any, Any, None]] = [
+                self._follow(membership),
+                follow_pools(self.cluster, registry, namespace=namespace),
+            ]
+            if self._roles is not None:
+                keeper = RoleKeeper(self.cluster, registry, self._roles, namespace=namespace)
+                jobs.append(stand(registry, namespace + LEADER_KEY, self._name, keeper.lead))
+            stack.push_async_callback(cancel_all, [asyncio.create_task(job) for job in jobs])
             self._stack = stack.pop_all()
         return self
 

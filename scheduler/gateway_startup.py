@@ -1,0 +1,76 @@
+"""From the command line's options to a gateway: a server without an engine of its own."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xllm_compile.runtime.artifact import TOKENIZER, read_manifest
+from xllm_compile.runtime.tokenizer import Tokenizer
+from xllm_compile.scheduler.cluster.cluster_api import ClusterApi
+from xllm_compile.scheduler.cluster.cluster_client import ClusterClient, SloDefaults
+from xllm_compile.scheduler.cluster.cluster_metrics import ClusterCollector
+from xllm_compile.scheduler.cluster.gateway import Gateway, ServedRegistry
+from xllm_compile.scheduler.cluster.placer import Placer
+from xllm_compile.scheduler.cluster.registry_address import RegistryAddress, parse_registry
+from xllm_compile.scheduler.errors import no_instance
+from xllm_compile.scheduler.policies.roles import RoleRules
+from xllm_compile.scheduler.policies.routing import RoutingRules
+from xllm_compile.scheduler.server import run_server
+from xllm_compile.scheduler.startup import announce, make_service, server_config
+
+
+def serve_gateway(
+    artifact: Path,
+    names: tuple[str, ...],
+    options: Mapping[str, Any],
+    http_socket: socket.socket,
+    max_connections: int,
+) -> int:
+    """The exit code. Of the artifact only the manifest and the tokenizer are read. Raises ValueError on bad options."""
+    manifest = read_manifest(artifact)
+    tokenizer = Tokenizer.from_directory(artifact / TOKENIZER)
+    rules, registry = _role_rules(options), _registry(options)
+    slo = SloDefaults(ttft_ms=options["ttft_slo_ms"], tpot_ms=options["tpot_slo_ms"])
+    host = options["host"]
+
+    async def run() -> bool:
+        name = f"{socket.gethostname()}-{os.getpid()}"
+        async with Gateway(registry, name=name, api_key=options["api_key"], roles=rules) as gateway:
+            placer = Placer(RoutingRules(policy=options["routing"]))
+            service = make_service(
+                options,
+                engine=ClusterClient(gateway.cluster, placer=placer, slo=slo),
+                tokenizer=tokenizer,
+                model_names=names,
+                max_model_len=options["max_model_len"] or manifest.model.max_model_len,
+                unhealthy=no_instance,
+            )
+            service.metrics.register(ClusterCollector(gateway.cluster))
+            registry_port = gateway.registry_port
+
+            def on_ready(http_port: int, grpc_port: int) -> None:
+                announce(host, http_port, grpc_port, registry_port)
+
+            config = server_config(options, max_connections)
+            routes = ClusterApi(gateway.cluster).routes()
+            return await run_server(config, http_socket, service, on_ready, routes=routes)
+
+    return 0 if asyncio.run(run()) else 1
+
+
+def _registry(options: Mapping[str, Any]) -> RegistryAddress | ServedRegistry:
+    if options["registry"]:
+        return parse_registry(options["registry"], api_key=options["api_key"])
+    return ServedRegistry(host=options["host"], port=options["registry_port"])
+
+
+def _role_rules(options: Mapping[str, Any]) -> RoleRules | None:
+    if not options["dynamic_roles"]:
+        return None
+    ttft_ms, tpot_ms = options["ttft_slo_ms"], options["tpot_slo_ms"]
+    if ttft_ms is None or tpot_ms is None:
+        raise ValueError("--dynamic-roles keeps targets, and not both are given; add --ttft-slo-ms and --tpot-slo-ms")
+    return RoleRules(ttft_slo_s=ttft_ms / 1e3, tpot_slo_s=tpot_ms / 1e3)
