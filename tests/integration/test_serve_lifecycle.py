@@ -153,11 +153,11 @@ def test_serving_does_not_import_the_compiler(demo_artifact):
         "import sys, threading, os, signal\n"
         "from xllm_compile.scheduler.serve import command\n"
         "import xllm_compile.scheduler.startup as startup\n"
-        "announce = startup._announce\n"
+        "announce = startup.announce\n"
         "def stop(*ports):\n"
         "    announce(*ports)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "startup._announce = stop\n"
+        "startup.announce = stop\n"
         "command.main(sys.argv[1:], standalone_mode=False)\n"
         "print(*sys.modules)\n"
     )
