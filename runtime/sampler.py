@@ -205,13 +205,12 @@ def argmax_rows(logits: Tensor, matchers: Sequence[TokenMatcher | None]) -> list
         elif matcher is None:
             found.append(SampledToken(token_id=token_id))
         else:
-            found.append(_greedy_in_grammar(rows[at], token_id, matcher))
+            found.append(greedy_in_grammar(rows[at], token_id, matcher))
     return found
 
 
-def _greedy_in_grammar(
-    row: npt.NDArray[np.float32], best: int, matcher: TokenMatcher
-) -> SampledToken | SamplingFailure:
+def greedy_in_grammar(row: npt.NDArray[np.float32], best: int, matcher: TokenMatcher) -> SampledToken | SamplingFailure:
+    """The most probable token of the row [V] that the matcher allows; best is the most probable of all."""
     try:
         # A model that was asked for JSON mostly writes JSON by itself.
         if matcher.allows(best):

@@ -7,7 +7,7 @@ row asks `allows` first: most often the model's own choice is allowed, and to tr
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -127,6 +127,24 @@ class TokenMatcher:
                     return True
         # Of a token that is refused the mask is wanted next.
         return bool(self.mask().allowed[token_id])
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of these may come next, one after the other. An end of the sequence is not looked beyond."""
+        ends = (at for at, token_id in enumerate(token_ids) if token_id in self._eos_token_ids)
+        with self._lock:
+            if not self._may_go_on():
+                return 0
+            return self._matcher.validate_tokens(list(token_ids[: next(ends, len(token_ids))]))
+
+    def forced(self) -> list[int]:
+        """Tokens of the text that has to come next; empty where there is a choice. Other tokens may spell it too."""
+        with self._lock:
+            return self._matcher.compute_ff_tokens() if self._may_go_on() else []
+
+    def _may_go_on(self) -> bool:
+        self._consume_accepted()
+        self._take_back()
+        return not self._is_ended and self._error is None
 
     def accept(self, token_id: int) -> None:
         """The sequence goes on with this token. One that the mask forbids makes every later mask an error."""

@@ -41,6 +41,8 @@ class Speculation:
     """How drafts of each kind fared."""
     kind: int | None = None
     """Of the draft that the proposer would make now."""
+    forced: list[int] = field(default_factory=list)
+    """What its grammar forces to come next, which is the draft then."""
     num_wanted: int = 0
     """Drafted tokens worth verifying in the next step. The host reads it, one step late."""
 

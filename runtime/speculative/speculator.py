@@ -17,8 +17,11 @@ from xllm_compile.runtime.speculative.draft_step import with_drafts
 from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft, Proposer, Speculation
 from xllm_compile.runtime.speculative.verify import Verified
 from xllm_compile.runtime.step import Step
+from xllm_compile.runtime.token_matcher import TokenMatcher
 
 _WEIGHT = 0.1
+# Of drafts that a grammar forces; proposers count theirs from 0.
+_FORCED = -1
 # Steps between two whose time is taken in, while nothing is drafted.
 _OBSERVE_EVERY = 8
 
@@ -97,6 +100,8 @@ class Speculator:
             speculation = sequence.speculation
             assert speculation is not None
             sequences.append(speculation)
+            matcher = sequence.sampling.matcher
+            speculation.forced = [] if matcher is None else matcher.forced()
             speculation.token_ids += [result.token_id if isinstance(result, SampledToken) else 0 for result in results]
             if draft.token_ids:
                 self._count(speculation, len(draft.token_ids), len(results) - 1)
@@ -114,12 +119,21 @@ class Speculator:
             granted if is_costly else min(granted, sequence.num_wanted)
             for sequence, granted in zip(batch.drafting, batch.num_granted, strict=True)
         ]
+        pairs = list(zip(batch.drafting, lengths, strict=True))
+        proposed = self._ask(batch.drafting, [0 if each.forced else length for each, length in pairs])
+        return [
+            Draft(each.forced[:length]) if each.forced else _within_grammar(draft, sequence.sampling.matcher)
+            for (each, length), draft, sequence in zip(pairs, proposed, batch.sampled, strict=False)
+        ]
+
+    def _ask(self, sequences: Sequence[Speculation], lengths: Sequence[int]) -> list[Draft]:
+        """The proposer's drafts, and how long they take."""
         if not any(lengths):
             return [NO_DRAFT] * len(lengths)
         began = self._clock()
-        drafts = self._proposer.propose(batch.drafting, lengths)
+        drafts = self._proposer.propose(sequences, lengths)
         longest = max(len(draft.token_ids) for draft in drafts)
-        if is_costly and longest:
+        if self._proposer.is_costly and longest:
             seconds = self._clock() - began
             if not self._draft_seconds.is_known:
                 # The first draft of a text computes all of it: a start from what is likely takes that for an outlier.
@@ -158,7 +172,7 @@ class Speculator:
         candidates = []
         for sequence in sequences:
             # The last token needs no draft, and a request for one token no look at its prompt.
-            sequence.kind = self._proposer.observe(sequence) if sequence.num_left_tokens > 1 else None
+            sequence.kind = self._kind(sequence)
             sequence.num_wanted = 0
             if sequence.kind is not None:
                 candidates.append((sequence, self._acceptance(sequence)))
@@ -177,6 +191,11 @@ class Speculator:
         for sequence, acceptance in candidates:
             sequence.num_wanted = acceptance.probed(sequence.num_wanted)
 
+    def _kind(self, sequence: Speculation) -> int | None:
+        if sequence.num_left_tokens <= 1:
+            return None
+        return _FORCED if sequence.forced else self._proposer.observe(sequence)
+
     def _expected_draft_seconds(self, longest: int) -> float:
         if not self._proposer.is_costly:
             return 0.0
@@ -184,3 +203,14 @@ class Speculator:
 
     def _likely_draft_seconds(self, longest: int) -> float:
         return 0.1 * (1 + longest) * self._step_seconds(1)
+
+
+def _within_grammar(draft: Draft, matcher: TokenMatcher | None) -> Draft:
+    """Without what the grammar is known to refuse. Of tokens that were drawn the first one refused has to be seen:
+    what comes in its place is drawn from what the draft model gave too little to."""
+    if matcher is None or not draft.token_ids:
+        return draft
+    size = matcher.num_allowed(draft.token_ids)
+    if draft.drawn_from is not None:
+        return Draft(draft.token_ids[: size + 1], draft.drawn_from[: size + 1])
+    return Draft(draft.token_ids[:size])

@@ -25,6 +25,7 @@ from xllm_compile.runtime.sampler import (
     SamplingState,
     argmax_rows,
     draw,
+    greedy_in_grammar,
     one_thread,
     prepare_row,
     request_candidates,
@@ -46,10 +47,10 @@ def verify(logits: Tensor, states: Sequence[SamplingState], drafts: Sequence[Dra
     for draft in drafts:
         spans.append((begin, begin + 1 + len(draft.token_ids)))
         begin = spans[-1][1]
-    if all(state.is_plain_greedy and state.matcher is None for state in states):
+    if all(state.is_plain_greedy for state in states):
         found = argmax_rows(logits[:begin], [None] * begin)
         walks = zip(spans, states, drafts, strict=True)
-        return [_walk_greedy(found[first:end], state, draft) for (first, end), state, draft in walks]
+        return [_walk_greedy(logits[first:end], found[first:end], state, draft) for (first, end), state, draft in walks]
     with one_thread():
         return [
             _verify_one(logits[first:end], state, draft)
@@ -57,15 +58,18 @@ def verify(logits: Tensor, states: Sequence[SamplingState], drafts: Sequence[Dra
         ]
 
 
-def _walk_greedy(found: Sequence[SampledToken | SamplingFailure], state: SamplingState, draft: Draft) -> Verified:
-    size = 1
-    for drafted, sampled in zip(draft.token_ids, found, strict=False):
-        if isinstance(sampled, SamplingFailure) or sampled.token_id != drafted:
-            break
-        size += 1
-    for sampled in found[:size]:
+def _walk_greedy(
+    rows: Tensor, found: Sequence[SampledToken | SamplingFailure], state: SamplingState, draft: Draft
+) -> Verified:
+    verified: Verified = []
+    for at, sampled in enumerate(found):
+        if state.matcher is not None and isinstance(sampled, SampledToken):
+            sampled = greedy_in_grammar(rows[at].numpy(), sampled.token_id, state.matcher)
+        verified.append(sampled)
         _record(sampled, state)
-    return list(found[:size])
+        if isinstance(sampled, SamplingFailure) or draft.token_ids[at : at + 1] != [sampled.token_id]:
+            break
+    return verified
 
 
 def _verify_one(rows: Tensor, state: SamplingState, draft: Draft) -> Verified:

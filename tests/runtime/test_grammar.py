@@ -92,6 +92,33 @@ def test_a_token_is_allowed_where_the_mask_has_it_whatever_was_asked_before(
     assert (asked.mask().allowed == masked.mask().allowed).all()
 
 
+def test_drafts_are_followed_up_to_the_first_token_that_is_refused(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    text = '{"x": 1, "y": 2}'
+    tokens, eos = tokenizer.encode(text), next(iter(tokenizer.eos_token_ids))
+    matcher = compiler.compile(StructuredOutput.json_schema(POINT)).matcher()
+    assert matcher.num_allowed([*tokens, eos, tokens[0]]) == len(tokens)
+    (wrong,) = tokenizer.encode("z")
+    for size in range(len(tokens)):
+        assert matcher.num_allowed([*tokens[:size], wrong, *tokens[size:]]) == size
+    # Asking moves nothing.
+    matcher.accept(tokens[0])
+    assert matcher.allows(tokens[1]) and matcher.num_allowed(tokens[1:]) == len(tokens) - 1
+
+
+def test_what_a_grammar_forces_is_said_until_there_is_a_choice(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    matcher = compiler.compile(StructuredOutput(kind="regex", source="abc(defgh|x)ijkl")).matcher()
+    assert tokenizer.decode(matcher.forced()).startswith("ab")
+    for token_id in tokenizer.encode("abcx"):
+        matcher.accept(token_id)
+    assert tokenizer.decode(matcher.forced()).startswith("ij")
+    for token_id in tokenizer.encode("ijkl"):
+        matcher.accept(token_id)
+    matcher.accept(next(iter(tokenizer.eos_token_ids)))
+    assert matcher.forced() == [] and matcher.num_allowed(tokenizer.encode("a")) == 0
+
+
 def test_what_was_tried_and_did_not_come_leaves_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     matcher = compiler.compile(StructuredOutput.choice(["12", "1x"])).matcher()
     (one,), (two,), (other,) = (tokenizer.encode(text) for text in ("1", "2", "x"))

@@ -18,6 +18,7 @@ from xllm_compile.runtime.speculative.proposer import Draft, Proposer, Speculati
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.speculative.suffix import SuffixProposer
 from xllm_compile.runtime.structured_output import StructuredOutput
+from xllm_compile.runtime.tokenizer import Tokenizer
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 MAX_LENGTH = 4
@@ -85,8 +86,9 @@ def make_speculator(request: pytest.FixtureRequest) -> MakeSpeculator:
 
 
 def add_structured(engine: Engine) -> None:
-    params = SamplingParams(structured=StructuredOutput.choice(["the quick brown fox", "no"]), seed=1, max_tokens=30)
-    engine.add_request("structured", [77], params)
+    structured = StructuredOutput.choice(["the quick brown fox", "no"])
+    engine.add_request("structured", [77], SamplingParams(structured=structured, seed=1, max_tokens=30))
+    engine.add_request("greedy structured", [78], SamplingParams(structured=structured, temperature=0, max_tokens=30))
 
 
 @pytest.mark.parametrize("total_tokens", [64, 90, 512])
@@ -118,6 +120,49 @@ def test_accepted_tokens_save_steps_and_are_counted(make_engine: EngineFactory) 
     assert output.metrics.num_accepted_tokens == stats.num_accepted_tokens == 40 - len(runner.steps)
     assert stats.drafted_by_position == sorted(stats.drafted_by_position, reverse=True)
     assert all(map(int.__le__, stats.accepted_by_position, stats.drafted_by_position))
+
+
+class Babbler:
+    """Always drafts the same token."""
+
+    def __init__(self, token_id: int, *, is_costly: bool) -> None:
+        self.is_costly = is_costly
+        self._token_id = token_id
+
+    def observe(self, sequence: Speculation) -> int | None:
+        return 0
+
+    def propose(self, sequences: Sequence[Speculation], lengths: Sequence[int]) -> list[Draft]:
+        return [Draft([self._token_id] * length) for length in lengths]
+
+    def forget(self, sequence: Speculation) -> None:
+        pass
+
+
+@pytest.mark.parametrize("is_costly", [False, True])
+def test_what_a_grammar_refuses_is_not_verified(
+    make_engine: EngineFactory, tokenizer: Tokenizer, is_costly: bool
+) -> None:
+    (wrong,) = tokenizer.encode("z")
+    engine, _ = make_engine(make_speculator=lambda _: speculator(Babbler(wrong, is_costly=is_costly)))
+    params = SamplingParams(structured=StructuredOutput(kind="regex", source="[ab]{30}"), temperature=0, max_tokens=40)
+    engine.add_request("one", [50], params)
+    assert len(run(engine)["one"].outputs[0].text) == 30
+    stats = engine.stats().speculation
+    assert stats is not None and stats.num_draft_tokens == 0
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 1.0}, {"seed": 3}])
+def test_what_a_grammar_forces_is_the_draft(make_engine: EngineFactory, params: dict[str, Any]) -> None:
+    engine, runner = make_engine(make_speculator=SPECULATORS["suffix"])
+    text = "0123456789" * 3
+    structured = StructuredOutput.choice([text])
+    engine.add_request("one", [50], SamplingParams(structured=structured, max_tokens=40, **params))
+    output = run(engine)["one"]
+    assert output.outputs[0].text == text
+    stats = engine.stats().speculation
+    assert stats is not None and stats.num_accepted_tokens > 0
+    assert len(runner.steps) < len(output.outputs[0].token_ids)
 
 
 def test_nothing_is_generated_or_streamed_beyond_an_end(make_engine: EngineFactory) -> None:
