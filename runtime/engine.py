@@ -153,6 +153,30 @@ class Engine:
         return len(self._requests)
 
     @property
+    def limits(self) -> Limits:
+        """What one step can take."""
+        return self._limits
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block of KV, the unit in which prefixes are shared."""
+        return self._kv_cache.config.block_tokens
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """From the KV of one token to that of the next."""
+        return self._kv_cache.config.bytes_per_token
+
+    @property
+    def transfer_addresses(self) -> tuple[str, ...]:
+        """Where others can send KV to, the fastest way first; none where it takes none."""
+        return () if self._exchange is None else self._exchange.addresses
+
+    def predicted_s(self, load: StepLoad) -> float:
+        """Seconds that such a step takes, as believed now. May be called from any thread."""
+        return self._predictor.seconds(load)
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 

@@ -16,7 +16,7 @@ from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
-from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES
+from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory
 from xllm_compile.runtime.memory.kv_tiers import DiskTier, KVTiers
 from xllm_compile.runtime.memory.page_ops import replay
 from xllm_compile.runtime.memory.shared_pages import PageShare
@@ -30,6 +30,8 @@ from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_predictor import prior_of
 from xllm_compile.runtime.tensor_parallel import LeaderRunner, RankGroup
 from xllm_compile.runtime.tokenizer import Tokenizer
+from xllm_compile.runtime.transfer.endpoint import TransferEndpoint, open_endpoint
+from xllm_compile.runtime.transfer.transfer import TransferConfig
 from xllm_compile.runtime.weights import map_weights, release_weights
 
 _DEFAULT_KV_SHARE = 0.5
@@ -78,6 +80,10 @@ class InstanceConfig:
     """Run every graph once before the first request, which brings the weights in from disk."""
     verify_weights: bool = False
     """Check the weights file byte for byte before serving."""
+    transfers: tuple[str, ...] = ()
+    """Ways to take KV from other instances and to send it to them (runtime/transfer); none by default."""
+    transfer: TransferConfig | None = None
+    """How they do it; None stays on this machine."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -128,6 +134,19 @@ class Instance:
     def max_model_len(self) -> int:
         return self.engine.max_model_len
 
+    @property
+    def weights_key(self) -> str:
+        """Names what KV is computed with."""
+        return f"{self.manifest.weights_key}-{self.manifest.config_hash}"
+
+    @property
+    def kv_layout(self) -> str:
+        """Names how the bytes of a token's KV lie."""
+        model, ranks = self.manifest.model, self.manifest.tensor_parallel_size
+        shape = f"{model.num_layers}x2x{model.num_kv_heads}x{model.head_dim}"
+        text = f"token-major {shape} {model.dtype} every {self.engine.kv_bytes_per_token} bytes"
+        return text + (f" of {ranks} ranks" if ranks > 1 else "")
+
 
 def open_instance(
     root: Path,
@@ -156,6 +175,11 @@ def open_instance(
             f"kv_swap_bytes={config.kv_swap_bytes}: only the KV of one rank is copied out, and the artifact has"
             f" {manifest.tensor_parallel_size}; leave it out"
         )
+    if config.transfers and manifest.tensor_parallel_size > 1:
+        raise ValueError(
+            f"transfers={','.join(config.transfers)} move the KV of one rank, and the artifact has"
+            f" {manifest.tensor_parallel_size}; serve it without (--transfer none), or compile it for one rank"
+        )
     share = shared.share if shared else None
     kv_cache = KVCache(kv_config, tiers=tiers, share=share, swap_bytes=config.kv_swap_bytes)
     is_asleep = shared is not None and shared.starts_asleep
@@ -167,7 +191,7 @@ def open_instance(
     if group is not None:
         group.publish(
             {
-                "config": asdict(replace(config, promotion=None, speculative=None)),
+                "config": asdict(replace(config, promotion=None, speculative=None, transfer=None)),
                 "kv_cache": _kv_values(kv_cache.config),
             }
         )
@@ -200,7 +224,15 @@ def open_instance(
             enforce_eager=config.enforce_eager,
             warm_up=config.warm_up,
         )
-    engine = Engine(runner, kv_cache, tokenizer, engine_config, prior=prior, speculator=speculator)
+    engine = Engine(
+        runner,
+        kv_cache,
+        tokenizer,
+        engine_config,
+        prior=prior,
+        speculator=speculator,
+        transfer=_open_transfer(config, kv_cache),
+    )
     release = partial(_release_weights, root, manifest, own_weights)
     return Instance(
         root=root,
@@ -210,6 +242,14 @@ def open_instance(
         release_weights=release,
         is_asleep=is_asleep,
     )
+
+
+def _open_transfer(config: InstanceConfig, kv_cache: KVCache) -> TransferEndpoint | None:
+    if not config.transfers:
+        return None
+    memory = kv_cache.xtensor.memory
+    assert isinstance(memory, CpuMemory), "other devices are not served yet"
+    return open_endpoint(config.transfers, memory.region, config.transfer or TransferConfig(), native.copy_bytes())
 
 
 def follow(root: Path, group: RankGroup) -> None:

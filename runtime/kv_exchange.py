@@ -30,6 +30,7 @@ class KVExchange:
     ) -> None:
         """free takes slots back."""
         self.reservations = Reservations(kv_cache, transfer.receiver, clock=clock)
+        self.addresses = transfer.receiver.addresses
         self._kv_cache = kv_cache
         self._free = free
         self._hand_overs = HandOvers(transfer.connect, kv_cache.config.bytes_per_token)

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
+from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import SamplingParams
@@ -16,9 +17,18 @@ class EngineClient(Protocol):
     def is_healthy(self) -> bool: ...
 
     def generate(
-        self, request_id: str, prompt: str | list[int], params: SamplingParams, *, resume: Resume | None = None
+        self,
+        request_id: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        resume: Resume | None = None,
+        hand_over: HandOver | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Closing or cancelling the iterator aborts the request. resume is what it has generated elsewhere."""
+        """Closing or cancelling the iterator aborts the request.
+
+        resume is what it has generated elsewhere, hand_over where its KV goes with its next token.
+        """
         ...
 
     async def abort(self, request_id: str) -> None: ...

@@ -1,8 +1,10 @@
 """How the engine's errors read to a client."""
 
 from xllm_compile.runtime.async_engine import EngineAsleepError, EngineDeadError, EngineDrainingError
+from xllm_compile.runtime.kv_exchange import NoTransferError
 from xllm_compile.runtime.memory.shared_pages import SharedMemoryFullError
 from xllm_compile.runtime.policies.queue_bound import QueueFullError
+from xllm_compile.runtime.transfer.transfer import TransferError
 from xllm_compile.scheduler import errors
 
 
@@ -21,6 +23,10 @@ def to_api_error(err: Exception) -> errors.ApiError:
             return errors.memory_full(str(err))
         case EngineDeadError():
             return errors.engine_dead()
+        case NoTransferError():
+            return errors.ApiError(errors.PRECONDITION, str(err), code="no_transfer")
+        case TransferError():
+            return errors.ApiError(errors.UNAVAILABLE, str(err), code="transfer_failed")
         case ValueError():
             return errors.invalid(str(err))
         case _:

@@ -27,6 +27,8 @@ INTERNAL = ErrorKind(status=500, grpc="INTERNAL", type="server_error")
 UNAVAILABLE = ErrorKind(status=503, grpc="UNAVAILABLE", type="server_error")
 ALREADY_EXISTS = ErrorKind(status=409, grpc="ALREADY_EXISTS", type="invalid_request_error")
 
+PRECONDITION = ErrorKind(status=412, grpc="FAILED_PRECONDITION", type="invalid_request_error")
+
 KINDS_BY_STATUS = {
     kind.status: kind
     for kind in (
@@ -39,6 +41,7 @@ KINDS_BY_STATUS = {
         INTERNAL,
         UNAVAILABLE,
         ALREADY_EXISTS,
+        PRECONDITION,
     )
 }
 

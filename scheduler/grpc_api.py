@@ -1,6 +1,5 @@
 """The gRPC API (proto/xllm.proto): the Inference service, health, reflection and the API key."""
 
-import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -11,10 +10,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from xllm_compile.scheduler.embedding import embed
-from xllm_compile.scheduler.engine_errors import to_api_error
 from xllm_compile.scheduler.grpc_convert import (
     choice_message,
     embedding_params_of,
+    hand_over_of,
     metrics_message,
     prompt_logprobs_messages,
     prompt_of,
@@ -22,13 +21,11 @@ from xllm_compile.scheduler.grpc_convert import (
     sampling_params_of,
     usage_message,
 )
-from xllm_compile.scheduler.grpc_errors import DETAILS_KEY, retry_details
+from xllm_compile.scheduler.grpc_errors import abort_call
 from xllm_compile.scheduler.instance_api import InstanceServicer
 from xllm_compile.scheduler.output_stream import OutputStream
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 from xllm_compile.scheduler.service import Service
-
-logger = logging.getLogger(__name__)
 
 SERVICE_NAME: str = xllm_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 INSTANCE_SERVICE_NAME: str = xllm_pb2.DESCRIPTOR.services_by_name["Instance"].full_name
@@ -50,14 +47,16 @@ class InferenceServicer:
                 async for response in self._generate(request):
                     yield response
         except Exception as err:
-            await _abort(context, err)
+            await abort_call(context, err)
 
     async def _generate(self, request: Any) -> AsyncIterator[Any]:
         service = self._service.for_model(request.model)
         prompt = await prompt_of(request, service.tokenizer)
         params = sampling_params_of(request, service, num_prompt=len(prompt))
         request_id = request.request_id or f"grpc-{uuid.uuid4().hex}"
-        iterator = service.generate(request_id, prompt, params, resume=resume_of(request))
+        iterator = service.generate(
+            request_id, prompt, params, resume=resume_of(request), hand_over=hand_over_of(request)
+        )
         async with OutputStream([iterator], params.n, abort_is_error=False) as outputs:
             if request.final_only:
                 choices = [choice_message(choice) for choice in await outputs.collect()]
@@ -73,7 +72,7 @@ class InferenceServicer:
             with self._service.admit("grpc"):
                 return await self._embed(request)
         except Exception as err:
-            return await _abort(context, err)
+            return await abort_call(context, err)
 
     async def _embed(self, request: Any) -> Any:
         service = self._service.for_model(request.model)
@@ -107,25 +106,8 @@ def _last_response(request: Any, request_id: str, prompt: list[int], outputs: Ou
         prompt_logprobs=prompt_logprobs_messages(prompt, outputs.prompt_logprobs[0] or ()),
         usage=usage_message(len(prompt), len(request.resume.output_token_ids), outputs),
         metrics=metrics_message(outputs.metrics) if request.include_metrics else None,
+        num_kv_tokens=outputs.num_kv_tokens,
     )
-
-
-async def _abort(context: Any, err: Exception) -> None:
-    """End the call with the status code of the error; the metadata holds OpenAI's code and field."""
-    error = to_api_error(err)
-    if error.code == "internal_error":
-        logger.error("a gRPC call failed", exc_info=err)
-    metadata = [
-        ("error-status", str(error.kind.status)),
-        ("error-code", error.code),
-        ("error-param", error.param),
-    ]
-    if error.retry_after_s is not None:
-        metadata.append(("retry-after", str(error.retry_after_s)))
-    pairs: list[tuple[str, str | bytes]] = [(key, value) for key, value in metadata if value is not None]
-    if error.retry_after_s is not None:
-        pairs.append((DETAILS_KEY, retry_details(error)))
-    await context.abort(getattr(grpc.StatusCode, error.kind.grpc), error.message, tuple(pairs))
 
 
 class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
@@ -150,6 +132,7 @@ class GrpcServer:
     """Bind, start, announce draining, stop."""
 
     def __init__(self, service: Service) -> None:
+        self._names = [SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
         self._server = grpc.aio.server(
             interceptors=(_KeyCheck(service),),
             options=(
@@ -160,11 +143,8 @@ class GrpcServer:
             ),
         )
         xllm_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
-        xllm_pb2_grpc.add_InstanceServicer_to_server(InstanceServicer(service), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, INSTANCE_SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
 
     def bind(self, host: str, port: int) -> int:
         """The real port. Raises OSError when it is taken."""
@@ -174,7 +154,13 @@ class GrpcServer:
         except RuntimeError as err:
             raise OSError(f"gRPC cannot listen on {address}: {err}") from err
 
+    def add_instance(self, instance: InstanceServicer) -> None:
+        """Serve Instance as well: this is one among others. Before `start`."""
+        xllm_pb2_grpc.add_InstanceServicer_to_server(instance, self._server)
+        self._names.append(INSTANCE_SERVICE_NAME)
+
     async def start(self) -> None:
+        reflection.enable_server_reflection(self._names, self._server)
         await self._server.start()
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

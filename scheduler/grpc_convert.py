@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.resume import Resume
@@ -42,6 +43,7 @@ _FINISH_REASONS = {
     "stop": xllm_pb2.FINISH_REASON_STOP,
     "length": xllm_pb2.FINISH_REASON_LENGTH,
     "abort": xllm_pb2.FINISH_REASON_ABORT,
+    "handed_over": xllm_pb2.FINISH_REASON_HANDED_OVER,
 }
 
 
@@ -79,7 +81,25 @@ def resume_of(request: Any) -> Resume | None:
         output_token_ids=list(resume.output_token_ids),
         num_text_chars=resume.num_text_chars,
         reservation_id=resume.reservation_id,
+        num_kv_tokens=resume.num_kv_tokens,
     )
+
+
+def hand_over_of(request: Any) -> HandOver | None:
+    """Of a GenerateRequest. Raises ApiError where it says nothing of where to send."""
+    if not request.HasField("hand_over"):
+        return None
+    reservation = request.hand_over.reservation
+    try:
+        return HandOver(
+            transfers=tuple(reservation.transfers),
+            token=reservation.token,
+            num_cached_tokens=reservation.num_cached_tokens,
+            page_offsets=tuple(reservation.page_offsets),
+            page_bytes=reservation.page_bytes,
+        )
+    except ValueError as err:
+        raise errors.invalid(str(err), param="hand_over") from None
 
 
 def _chat_message(message: Any) -> ChatMessage:

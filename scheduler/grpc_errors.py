@@ -1,9 +1,15 @@
 """Between ApiError and what gRPC says of an error: status code, trailing metadata, Google's error details."""
 
+import logging
+from typing import Any
+
 import grpc
 import grpc.aio
 
+from xllm_compile.scheduler.engine_errors import to_api_error
 from xllm_compile.scheduler.errors import KINDS_BY_STATUS, ApiError
+
+logger = logging.getLogger(__name__)
 
 DETAILS_KEY = "grpc-status-details-bin"
 """The trailing metadata in which clients of every language look for google.rpc.Status."""
@@ -20,6 +26,24 @@ def retry_details(error: ApiError) -> bytes:
     status = Status(code=code, message=error.message)
     status.details.add().Pack(RetryInfo(retry_delay=Duration(seconds=error.retry_after_s or 0)))
     return bytes(status.SerializeToString())
+
+
+async def abort_call(context: Any, err: Exception) -> None:
+    """End the call with the status code of the error; the metadata holds OpenAI's code and field."""
+    error = to_api_error(err)
+    if error.code == "internal_error":
+        logger.error("a gRPC call failed", exc_info=err)
+    metadata = [
+        ("error-status", str(error.kind.status)),
+        ("error-code", error.code),
+        ("error-param", error.param),
+    ]
+    if error.retry_after_s is not None:
+        metadata.append(("retry-after", str(error.retry_after_s)))
+    pairs: list[tuple[str, str | bytes]] = [(key, value) for key, value in metadata if value is not None]
+    if error.retry_after_s is not None:
+        pairs.append((DETAILS_KEY, retry_details(error)))
+    await context.abort(getattr(grpc.StatusCode, error.kind.grpc), error.message, tuple(pairs))
 
 
 def api_error_of(err: grpc.aio.AioRpcError) -> ApiError | None:

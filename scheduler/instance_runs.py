@@ -11,6 +11,7 @@ from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.engine_errors import to_api_error
 from xllm_compile.scheduler.grpc_convert import (
     choice_message,
+    hand_over_of,
     metrics_message,
     prompt_logprobs_messages,
     prompt_of,
@@ -74,7 +75,9 @@ class InstanceRuns:
                 service = self._service.for_model(request.model)
                 prompt = await prompt_of(request, service.tokenizer)
                 params = sampling_params_of(request, service, num_prompt=len(prompt))
-                outputs = service.generate(request.request_id, prompt, params, resume=resume_of(request))
+                outputs = service.generate(
+                    request.request_id, prompt, params, resume=resume_of(request), hand_over=hand_over_of(request)
+                )
                 async with aclosing(outputs):
                     num_tokens = 0
                     async for output in outputs:
@@ -90,6 +93,8 @@ class InstanceRuns:
         if output.prompt_logprobs is not None:
             message.prompt_logprobs.extend(prompt_logprobs_messages(output.prompt_token_ids, output.prompt_logprobs))
         if output.finished:
+            if output.num_kv_tokens is not None:
+                message.num_kv_tokens = output.num_kv_tokens
             message.usage.prompt_tokens = len(output.prompt_token_ids)
             message.usage.completion_tokens = num_resumed + num_tokens
             message.usage.cached_tokens = output.num_cached_tokens

@@ -9,7 +9,13 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from xllm_compile.runtime.memory.kv_tiers import TierStats
-from xllm_compile.runtime.outputs import EngineStats, RequestMetrics, SpeculationStats
+from xllm_compile.runtime.outputs import (
+    EngineStats,
+    HandOverStats,
+    RequestMetrics,
+    ReservationStats,
+    SpeculationStats,
+)
 from xllm_compile.scheduler.limits import StreamLimiter
 
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -20,7 +26,7 @@ OUTCOMES = ("ok", "refused", "abort", "error")
 """How a generation request ended: refused is any 4xx and 503, abort a client that left, error any other 5xx."""
 APIS = ("http", "grpc")
 PROMOTION_EVENTS = ("compiled", "loaded", "failed", "evicted", "no_compiler")
-FINISH_REASONS = ("stop", "length", "abort")
+FINISH_REASONS = ("stop", "length", "abort", "handed_over")
 
 
 class ServiceMetrics:
@@ -182,8 +188,25 @@ class _Snapshot(Collector):
         yield promotions
         promoted = stats.graph_cache.promoted_bytes
         yield GaugeMetricFamily("xllm_graph_promoted_bytes", "Size of the promoted graphs in use", promoted)
+        if stats.reservations is not None and stats.hand_overs is not None:
+            yield from _transfers(stats.reservations, stats.hand_overs)
         if stats.speculation is not None:
             yield from _speculation(stats.speculation)
+
+
+def _transfers(reservations: ReservationStats, hand_overs: HandOverStats) -> Iterator[Metric]:
+    """KV from other instances, and to them."""
+    yield GaugeMetricFamily("xllm_kv_reservations_open", "Sequences that KV is expected for", reservations.num_open)
+    ended = CounterMetricFamily("xllm_kv_reservations", "Reservations, by what became of them", labels=["end"])
+    for end in ("claimed", "released", "expired"):
+        ended.add_metric([end], getattr(reservations, f"num_{end}"))
+    yield ended
+    yield GaugeMetricFamily("xllm_kv_hand_overs_open", "Sequences whose KV is being sent", hand_overs.num_open)
+    sent = CounterMetricFamily("xllm_kv_hand_overs", "Sequences sent, by whether all arrived", labels=["end"])
+    sent.add_metric(["complete"], hand_overs.num_complete)
+    sent.add_metric(["failed"], hand_overs.num_failed)
+    yield sent
+    yield CounterMetricFamily("xllm_kv_sent_bytes", "KV that arrived at other instances", hand_overs.num_bytes)
 
 
 def _speculation(stats: SpeculationStats) -> Iterator[Metric]:

@@ -33,6 +33,8 @@ class OutputStream:
         self._tasks: list[asyncio.Task[None]] = []
         self.num_completion_tokens = 0
         self.num_cached_tokens = 0
+        self.num_kv_tokens: int | None = None
+        """See RequestOutput."""
         self._metrics: list[RequestMetrics | None] = [None] * len(iterators)
         self.prompt_logprobs: list[list[dict[int, Logprob] | None] | None] = [None] * len(iterators)
         """Per prompt, known before its first choice is read."""
@@ -63,6 +65,7 @@ class OutputStream:
             self.prompt_logprobs[prompt_index] = output.prompt_logprobs
         if output.finished:
             self.num_cached_tokens += output.num_cached_tokens
+            self.num_kv_tokens = output.num_kv_tokens
             self._metrics[prompt_index] = output.metrics
         for choice in output.outputs:
             self.num_completion_tokens += len(choice.token_ids)

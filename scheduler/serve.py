@@ -18,7 +18,7 @@ EXIT_USAGE = 2
 TOOL_CALL_PARSERS = ("hermes", "qwen25", "qwen3", "qwen3_coder", "llama3_json", "deepseek_v3", "deepseek_v31")
 # Likewise policies/routing.py.
 ROUTING_POLICIES = ("round_robin", "load", "prefix", "slo")
-ROLES = ("gateway",)
+ROLES = ("gateway", "mix", "prefill", "decode")
 REASONING_PARSERS = ("qwen3", "deepseek_r1", "deepseek_v3")
 
 
@@ -37,7 +37,8 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 @click.option(
     "--role",
     type=click.Choice(ROLES),
-    help="Part of a service of several processes: a gateway takes requests and computes nothing itself.",
+    help="Part of a service of several processes: a gateway takes requests and computes nothing itself, the others are "
+    "instances, for all work or one half of it.",
 )
 @click.option(
     "--registry",
@@ -146,6 +147,19 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 )
 @click.option("--draft-model", type=click.Path(path_type=Path), help="Artifact of a small model with the same tokens.")
 @click.option("--num-speculative-tokens", type=click.IntRange(1, 32), default=8, help="Most guesses per step; adapts.")
+@click.option("--name", help="Of the instance, unique in its service.  [default: by role, host and process]")
+@click.option(
+    "--transfer",
+    metavar="NAMES",
+    help="Ways to hand KV over between instances, such as shm,tcp, or none.  [default: shm,tcp]",
+)
+@click.option("--transfer-host", help="Address that takes KV by tcp; beyond this machine it needs a secret.")
+@click.option(
+    "--transfer-secret",
+    envvar="XLLM_TRANSFER_SECRET",
+    show_envvar=True,
+    help="What instances prove to each other that they have.",
+)
 @click.option("--compile", "use_compile", is_flag=True, help="Compile a model directory first, into the user's cache.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.version_option(__version__, prog_name="xllm-serve")

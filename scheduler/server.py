@@ -14,6 +14,7 @@ from starlette.routing import Route
 from xllm_compile.scheduler.grpc_api import GrpcServer
 from xllm_compile.scheduler.http_api import build_app
 from xllm_compile.scheduler.http_server import HttpServer
+from xllm_compile.scheduler.instance_api import InstanceServicer
 from xllm_compile.scheduler.service import Service
 
 logger = logging.getLogger(__name__)
@@ -54,17 +55,20 @@ async def run_server(
     *,
     routes: Sequence[Route] = (),
     list_at: Callable[[int], Listed] = lambda grpc_port: nullcontext(),
+    make_instance: Callable[[int], InstanceServicer] | None = None,
 ) -> bool:
     """Serve until SIGTERM or SIGINT, then drain. True when every open request was answered in full.
 
     on_ready gets the HTTP and gRPC ports once both answer. What list_at makes of the gRPC port is entered then, and
-    left before the drain. routes are HTTP's beside the service's own. A second signal ends the process at once. Raises
-    OSError when the gRPC port is taken.
+    left before the drain. make_instance serves Instance at that port. routes are HTTP's beside the service's own. A
+    second signal ends the process at once. Raises OSError when the gRPC port is taken.
     """
     stop = _catch_signals()
     http = HttpServer(build_app(service, routes), max_connections=config.max_connections)
     grpc = GrpcServer(service)
     grpc_port = grpc.bind(config.host, config.grpc_port)
+    if make_instance is not None:
+        grpc.add_instance(make_instance(grpc_port))
     http_task = asyncio.create_task(http.serve(sockets=[http_socket]))
     try:
         http_port = http_socket.getsockname()[1]

@@ -6,6 +6,7 @@ import hmac
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
+from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import SamplingParams
@@ -16,6 +17,7 @@ from xllm_compile.scheduler.engine_errors import to_api_error
 from xllm_compile.scheduler.limits import StreamLimiter
 from xllm_compile.scheduler.metrics import ServiceMetrics, render
 from xllm_compile.scheduler.model_waker import ModelWaker
+from xllm_compile.scheduler.recent_latency import RecentLatency
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class Service:
         self.unhealthy = unhealthy
         self.limiter: StreamLimiter = door.limiter if door else StreamLimiter(max_streams)
         self.metrics = ServiceMetrics(engine.stats, self.limiter)
+        self.latency = RecentLatency()
         self.is_draining = False
         self._waker = waker
         self._open_ids: set[str] = set()
@@ -138,22 +141,25 @@ class Service:
         params: SamplingParams,
         *,
         resume: Resume | None = None,
+        hand_over: HandOver | None = None,
         is_measured: bool = True,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The engine's outputs of one prompt. Raises ApiError whatever the engine raised.
 
-        resume: what the request has generated elsewhere. is_measured: it counts in /metrics, as what a client asked
-        for and no part of it.
+        resume: what the request has generated elsewhere. hand_over: where its KV goes with its next token.
+        is_measured: it counts in /metrics, as what a client asked for and no part of it.
         """
         if request_id in self._open_ids:
             message = f"A request of id '{request_id}' is open; choose another."
             raise errors.ApiError(errors.ALREADY_EXISTS, message, param="request_id", code="request_id_in_use")
         self._open_ids.add(request_id)
-        num_tokens = 0
-        outputs = self.engine.generate(request_id, token_ids, params, resume=resume)
+        num_tokens, last_s = 0, None
+        outputs = self.engine.generate(request_id, token_ids, params, resume=resume, hand_over=hand_over)
         try:
             async with self._waker.awake(self.model_name) if self._waker else contextlib.nullcontext():
                 async for output in outputs:
+                    num_new = sum(len(choice.token_ids) for choice in output.outputs)
+                    last_s = self.latency.observe(output, last_s, num_new)
                     if is_measured:
                         num_tokens += self._count(output, num_tokens, params.n)
                     yield output

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from xllm_compile import __version__
 from xllm_compile.scheduler.artifact_source import find_artifact
+from xllm_compile.scheduler.member import is_member, make_instance, transfer_options
 
 if TYPE_CHECKING:
     from xllm_compile.runtime.instance import Instance, InstanceConfig
@@ -159,6 +160,7 @@ def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
         promotion=promotion,
         warm_up=options["warm_up"],
         speculative=_speculative(options),
+        **transfer_options(options),
     )
 
 
@@ -214,7 +216,12 @@ def _run(
             door = door or service
         assert door is not None
         config = server_config(options, max_connections)
-        is_clean = asyncio.run(run_server(config, http_socket, door, partial(announce, config.host)))
+        make = None
+        if is_member(options):
+            (names, instance), *_ = instances.items()
+            make = partial(make_instance, instance, engines[names], door, options)
+        serving = run_server(config, http_socket, door, partial(announce, config.host), make_instance=make)
+        is_clean = asyncio.run(serving)
     finally:
         for engine in engines.values():
             engine.shutdown()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
+from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.outputs import CompletionOutput, EngineStats, RequestOutput
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import SamplingParams
@@ -62,9 +63,18 @@ class ClusterClient:
         return len(self._open)
 
     async def generate(
-        self, request_id: str, prompt: str | list[int], params: SamplingParams, *, resume: Resume | None = None
+        self,
+        request_id: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        resume: Resume | None = None,
+        hand_over: HandOver | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as an engine gives them. Raises ApiError, ValueError on a bad resume."""
+        if hand_over is not None:
+            message = "'hand_over' is for instances: a gateway chooses where requests go. Leave it out."
+            raise errors.invalid(message, param="hand_over")
         assert not isinstance(prompt, str), "the gateway tokenises"
         params = self._slo.applied(params)
         request = RequestOutputs(request_id, prompt, params)

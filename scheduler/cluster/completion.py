@@ -15,7 +15,7 @@ from xllm_compile.scheduler.cluster.cluster import Cluster
 from xllm_compile.scheduler.cluster.generate_messages import count_metrics, embed_message, prompt_logprobs_of
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink, InstanceLostError
 from xllm_compile.scheduler.cluster.placer import Placer
-from xllm_compile.scheduler.cluster.state import Instance, Placement
+from xllm_compile.scheduler.cluster.state import Instance, InstanceInfo, Placement
 from xllm_compile.scheduler.cluster.token_log import TokenLog
 from xllm_compile.scheduler.proto import xllm_pb2
 
@@ -113,13 +113,13 @@ class Completion:
         self._stats.num_resumed_tokens += len(self._log.token_ids)
         if prefill is not decode:
             self._stats.num_split += 1
-            reservation = await self._reserve(decode)
-            is_handed_over = False
+            reservation = await self._reserve(decode, prefill.info)
+            is_handed_over, num_kv_tokens = False, 0
             try:
                 request.hand_over.reservation.CopyFrom(reservation)
                 async with aclosing(self._run(prefill, request)) as responses:
                     async for response in responses:
-                        is_handed_over = _is_handed_over(response)
+                        is_handed_over, num_kv_tokens = _is_handed_over(response), response.num_kv_tokens
                         for output in self._take(response):
                             yield output
                 if not is_handed_over:
@@ -130,6 +130,8 @@ class Completion:
             self._stats.num_handed_over += 1
             request = self._log.request(uuid.uuid4().hex)
             request.resume.reservation_id = reservation.reservation_id
+            # What a receiver cannot know: bytes that were never sent look like any others.
+            request.resume.num_kv_tokens = num_kv_tokens
         async with aclosing(self._run(decode, request)) as responses:
             async for response in responses:
                 for output in self._take(response):
@@ -154,13 +156,13 @@ class Completion:
         finally:
             self._running = None
 
-    async def _reserve(self, link: InstanceLink) -> Any:
-        """Room for the prompt's KV there. Raises _TryElsewhereError."""
+    async def _reserve(self, link: InstanceLink, sender: InstanceInfo) -> Any:
+        """Room there for the prompt's KV as the sender computes it. Raises _TryElsewhereError."""
         request = xllm_pb2.ReserveRequest(
             reservation_id=uuid.uuid4().hex,
             token_ids=self._log.all_token_ids,
-            weights_key=link.info.weights_key,
-            kv_layout=link.info.kv_layout,
+            weights_key=sender.weights_key,
+            kv_layout=sender.kv_layout,
         )
         try:
             return await link.reserve(request)

@@ -305,8 +305,9 @@ class InstanceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Reserve(self, request, context):
-        """Holds KV pages for a prompt that another instance computes. RESOURCE_EXHAUSTED where there are none,
-        FAILED_PRECONDITION where KV of that layout or those weights does not fit.
+        """Holds KV pages for a prompt that another instance computes; again with the same id and tokens it gives the same
+        answer and renews it. RESOURCE_EXHAUSTED at once where there are none, with the time to come back;
+        FAILED_PRECONDITION where KV of that layout or those weights does not fit, or none is taken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

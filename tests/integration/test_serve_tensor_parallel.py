@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.helpers import compile_model
-from tests.integration.serve_process import ServeProcess
+from tests.integration.serve_process import ServeProcess, run_refused
 from tests.integration.test_serve_http import until
 
 pytestmark = pytest.mark.integration
@@ -48,3 +48,7 @@ def is_gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def test_ranks_hand_nothing_over(artifact):
+    assert "move the KV of one rank, and the artifact has 2" in run_refused(artifact, "--role", "prefill")

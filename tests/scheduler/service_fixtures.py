@@ -14,6 +14,7 @@ from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.step import Step
 from xllm_compile.runtime.tokenizer import BYTE_OF_CHAR, Tokenizer
+from xllm_compile.scheduler.cluster.state import InstanceInfo, Role
 
 MAX_MODEL_LEN = 128
 EOS_ID = 256
@@ -125,3 +126,20 @@ def counting_engine(
         )
     )
     return Engine(runner, cache, tokenizer or byte_tokenizer(), config)
+
+
+def instance_info(port: int) -> InstanceInfo:
+    """Of an instance that counts."""
+    return InstanceInfo(
+        name="counter",
+        incarnation="first",
+        role=Role.MIX,
+        address=f"127.0.0.1:{port}",
+        model_names=("counter",),
+        weights_key="weights",
+        kv_layout="layout",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        kv_tokens_total=1024,
+    )

@@ -1,19 +1,22 @@
 import asyncio
+from typing import Any
 
 import grpc.aio
 import pytest
 
-from tests.scheduler.service_fixtures import MAX_MODEL_LEN
+from tests.scheduler.service_fixtures import MAX_MODEL_LEN, instance_info
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler.cluster.generate_messages import generate_message
 from xllm_compile.scheduler.grpc_api import GrpcServer
+from xllm_compile.scheduler.instance_api import InstanceServicer
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 
 
 @pytest.fixture
-async def stub(service):
+async def stub(service, engine):
     server = GrpcServer(service)
     port = server.bind("127.0.0.1", 0)
+    server.add_instance(InstanceServicer(service, engine, instance_info(port)))
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield xllm_pb2_grpc.InstanceStub(channel)
@@ -57,13 +60,11 @@ async def test_a_resumed_request_goes_on(stub):
     request = start("a", b"ab")
     request.start.resume.CopyFrom(xllm_pb2.Resume(output_token_ids=list(b"cd"), num_text_chars=2))
     await stream.write(request)
-    text = ""
-    while True:
-        (output,) = (await stream.read()).outputs
-        text += output.choices[0].text
-        if output.HasField("usage"):
-            break
-    assert text == "ef" and output.usage.completion_tokens == 4
+    outputs: list[Any] = []
+    while not outputs or not outputs[-1].HasField("usage"):
+        outputs += (await stream.read()).outputs
+    assert "".join(output.choices[0].text for output in outputs) == "ef"
+    assert outputs[-1].usage.completion_tokens == 4
 
 
 async def test_a_bad_request_fails_alone(stub):
@@ -98,9 +99,10 @@ async def test_a_cancelled_request_leaves_the_engine(stub, service, runner):
     await stream.write(xllm_pb2.RunRequest(cancel="a"))
     assert await service.limiter.wait_idle(10)
     runner.gate.set()
-    await stream.write(start("a", b"k", max_tokens=2))
-    tokens, _ = await read_until_ended(stream, ["a"])
-    assert bytes(tokens["a"]) == b"lm"
+    # Its id stays taken until the engine has noticed.
+    await stream.write(start("b", b"k", max_tokens=2))
+    tokens, _ = await read_until_ended(stream, ["b"])
+    assert bytes(tokens["b"]) == b"lm"
 
 
 @pytest.mark.parametrize("how", ["cancel", "done_writing"])

@@ -24,7 +24,6 @@ _incarnations = itertools.count()
 
 
 class ReportingServicer(InstanceServicer):
-    incarnation = ""
     is_silent = False
 
     async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -34,7 +33,7 @@ class ReportingServicer(InstanceServicer):
                 load = InstanceLoad(
                     num_running=stats.num_running, num_waiting=stats.num_waiting, is_draining=self._service.is_draining
                 )
-                yield load_message(load, incarnation=self.incarnation)
+                yield load_message(load, incarnation=self.info.incarnation)
             await asyncio.sleep(0.02)
 
 
@@ -55,12 +54,12 @@ class FakeInstance:
         )
 
     async def start(self, port: int = 0) -> None:
-        self.servicer = ReportingServicer(self.service)
-        self.servicer.incarnation = str(next(_incarnations))
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        self.info = self._describe(str(next(_incarnations)))
+        self.servicer = ReportingServicer(self.service, self.engine, self.info)
         xllm_pb2_grpc.add_InstanceServicer_to_server(self.servicer, self._server)
         xllm_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self.service), self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         await self._server.start()
 
     async def stop(self) -> None:
@@ -72,11 +71,10 @@ class FakeInstance:
         self.runner.gate.set()
         await asyncio.to_thread(self.engine.shutdown)
 
-    @property
-    def info(self) -> InstanceInfo:
+    def _describe(self, incarnation: str) -> InstanceInfo:
         return InstanceInfo(
             name=self.name,
-            incarnation=self.servicer.incarnation,
+            incarnation=incarnation,
             role=self.role,
             address=f"127.0.0.1:{self.port}",
             model_names=("counter",),
