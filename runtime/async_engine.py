@@ -16,7 +16,9 @@ from typing import Literal, TypeVar
 
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.hand_over import HandOver
+from xllm_compile.runtime.kv_exchange import NoTransferError
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
+from xllm_compile.runtime.policies.queue_bound import QueueFullError
 from xllm_compile.runtime.reservations import Reservation
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
@@ -221,7 +223,11 @@ class AsyncEngine:
         if request.reservation_id:
             await self._claim(request)
         with self._wake:
-            self._check_admission(request)
+            try:
+                self._check_admission(request)
+            except BaseException:
+                self._post(partial(self.engine.give_up, request))
+                raise
             stream = RequestStream(self, request, self._mailbox_of(loop))
             self._streams[request_id] = stream
             self._inbox.append(request)
@@ -284,14 +290,18 @@ class AsyncEngine:
 
     async def _claim(self, request: Request) -> None:
         """Have the KV that was sent for the request to itself. Where that is not possible it computes all of it."""
-        revoked = await self._call(partial(self.engine.claim, request))
-        if revoked is None:
-            logger.info("request %s: there is no reservation %s", request.request_id, request.reservation_id)
-            request.reservation_id = ""
-            return
-        # The revocation goes on whatever becomes of this request; a claim that nobody takes times out.
-        with suppress(TransferError):
-            await asyncio.shield(asyncio.wrap_future(revoked))
+        try:
+            revoked = await self._call(partial(self.engine.claim, request))
+            if revoked is None:
+                logger.info("request %s: there is no reservation %s", request.request_id, request.reservation_id)
+                request.reservation_id = ""
+                return
+            # The revocation goes on whatever becomes of this request.
+            with suppress(TransferError):
+                await asyncio.shield(asyncio.wrap_future(revoked))
+        except asyncio.CancelledError:
+            self._post(partial(self.engine.give_up, request))
+            raise
 
     async def _call(self, function: Callable[[], T]) -> T:
         """What the function returns in the engine's thread, between two steps. Raises EngineDeadError."""
@@ -549,8 +559,12 @@ def _fulfil(future: "Future[T]", function: Callable[[], T]) -> None:
         return
     try:
         future.set_result(function())
-    except Exception as err:
+    except (ValueError, QueueFullError, NoTransferError) as err:
         future.set_exception(err)
+    except BaseException as err:
+        # Not about the call: a step failed, and the engine with it.
+        future.set_exception(err)
+        raise
 
 
 def _takes_long(prompt: str | Sequence[int], resume: Resume | None) -> bool:

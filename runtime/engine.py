@@ -244,8 +244,7 @@ class Engine:
         if request.is_finished:
             # It was resumed with its last token.
             self._ended[request.request_id] = request
-            if self._exchange is not None:
-                self._exchange.reservations.release(request.reservation_id)
+            self.give_up(request)
             return
         self._requests[request.request_id] = request
         for sequence in request.sequences:
@@ -282,6 +281,11 @@ class Engine:
         if self._exchange is None:
             return None
         return self._exchange.reservations.claim(request.reservation_id, request.sequences[0].token_ids)
+
+    def give_up(self, request: Request) -> None:
+        """A request that may have claimed its reservation is not added after all."""
+        if self._exchange is not None and request.reservation_id:
+            self._exchange.reservations.release(request.reservation_id)
 
     def watch(self, on_event: Callable[[], None]) -> None:
         """Call it, in any thread, when `tend` has something to do."""

@@ -160,10 +160,15 @@ def test_only_what_the_receiver_lacks_is_sent(pair):
     )
 
 
-def test_streamed_like_by_one_instance_with_a_stop_string(pair):
+def test_text_seed_and_stop_string_of_one_instance(pair):
     p, d = pair
-    sampling = xllm_pb2.SamplingParams(temperature=1, seed=5, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1)
+    options: dict[str, Any] = {"temperature": 1, "seed": 5, "max_tokens": NUM_TOKENS, "ignore_eos": True, "logprobs": 1}
+    (whole,) = p.inference.Generate(request_of(sampling=xllm_pb2.SamplingParams(**options), final_only=True))
+    # Begins with the first token's text, which is held back for it.
+    stop = whole.choices[0].text[:-2]
+    sampling = xllm_pb2.SamplingParams(**options, stop=[stop], include_stop_str_in_output=True)
     (alone,) = p.inference.Generate(request_of(sampling=sampling, final_only=True))
+    assert alone.choices[0].stop_string == stop
     reservation = reserve(d)
     *first, last = hand_over(p, reservation, sampling=sampling)
     tokens = tokens_of([*first, last])

@@ -1,0 +1,152 @@
+"""The Instance service on a counting engine that takes KV: what it reserves, refuses and gives back."""
+
+import asyncio
+
+import grpc.aio
+import pytest
+
+from tests.runtime.fakes import HistoryRunner, make_kv_cache
+from tests.scheduler.service_fixtures import byte_tokenizer, instance_info
+from xllm_compile.runtime.async_engine import AsyncEngine
+from xllm_compile.runtime.engine import Engine
+from xllm_compile.runtime.resume import Resume
+from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.runtime.transfer.endpoint import open_endpoint
+from xllm_compile.runtime.transfer.transfer import TransferConfig
+from xllm_compile.scheduler.grpc_api import GrpcServer
+from xllm_compile.scheduler.instance_api import InstanceServicer
+from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
+from xllm_compile.scheduler.service import Service
+
+PROMPT = list(range(40, 60))
+
+
+@pytest.fixture
+def runner():
+    return HistoryRunner(make_kv_cache(block_tokens=4), vocab_size=257)
+
+
+@pytest.fixture
+def engine(runner):
+    kv_cache = runner._kv_cache
+    transfer = open_endpoint(("shm",), kv_cache.xtensor.memory.region, TransferConfig(timeout_s=5))
+    engine = AsyncEngine(Engine(runner, kv_cache, byte_tokenizer(), transfer=transfer))
+    yield engine
+    runner.gate.set()
+    engine.shutdown()
+    engine.engine.close()
+
+
+@pytest.fixture
+def service(engine):
+    return Service(
+        engine=engine,
+        tokenizer=engine.engine.tokenizer,
+        model_names=("counter",),
+        max_model_len=64,
+        version="1",
+        api_key="key",
+    )
+
+
+@pytest.fixture
+async def stub(service, engine):
+    server = GrpcServer(service)
+    port = server.bind("127.0.0.1", 0)
+    server.add_instance(InstanceServicer(service, engine, instance_info(port)))
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield xllm_pb2_grpc.InstanceStub(channel)
+    await server.stop(0)
+
+
+KEY = (("authorization", "Bearer key"),)
+
+
+async def reserve(stub, **fields):
+    given = {"reservation_id": "r", "token_ids": PROMPT, "weights_key": "weights", "kv_layout": "layout"} | fields
+    return await stub.Reserve(xllm_pb2.ReserveRequest(**given), metadata=KEY)
+
+
+def num_held(engine):
+    return engine.stats().reservations.num_open
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_reserved_and_released(stub, engine):
+    first = await reserve(stub)
+    assert (first.incarnation, first.num_cached_tokens, len(first.token)) == ("first", 0, 32)
+    assert len(first.page_offsets) == 7 and first.page_bytes == 3 * 4096
+    # The answer was lost, and is asked for again.
+    assert await reserve(stub) == first
+    assert num_held(engine) == 1
+    for was_open in (True, False):
+        answer = await stub.Release(xllm_pb2.ReleaseRequest(reservation_id="r"), metadata=KEY)
+        assert answer.was_open is was_open
+    await until(lambda: num_held(engine) == 0)
+    assert engine.stats().kv_tokens_used == 0
+
+
+async def test_the_key_and_the_fields_are_checked(stub, service):
+    async def code(**fields):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reserve(stub, **fields)
+        return caught.value.code().name
+
+    with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
+        await stub.Reserve(xllm_pb2.ReserveRequest())
+    assert await code(weights_key="w") == "FAILED_PRECONDITION"
+    assert await code(token_ids=[]) == "INVALID_ARGUMENT"
+    assert await code(token_ids=[999]) == "INVALID_ARGUMENT"
+    assert await code(token_ids=[5] * 64) == "INVALID_ARGUMENT"
+    assert await code(timeout_ms=10**7) == "INVALID_ARGUMENT"
+    for index in range(7):
+        await reserve(stub, reservation_id=str(index), token_ids=[index])
+    assert await code() == "RESOURCE_EXHAUSTED"
+    service.is_draining = True
+    assert await code() == "UNAVAILABLE"
+
+
+async def test_a_cancelled_reserve_holds_nothing(stub, engine, runner):
+    runner.gate.clear()
+    running = asyncio.create_task(anext(engine.generate("busy", [5], SamplingParams(max_tokens=5, ignore_eos=True))))
+    await until(lambda: engine.stats().num_running)
+    call = asyncio.create_task(engine.reserve("r", PROMPT, 60.0))
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    runner.gate.set()
+    await running
+    await until(lambda: num_held(engine) == 0)
+
+
+async def test_a_resume_that_leaves_at_once_gives_its_slot_back(stub, engine):
+    resume = Resume(output_token_ids=[], reservation_id="r")
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    await reserve(stub)
+    stream = await engine.submit("a", PROMPT, params, resume=resume)
+    await stream.aclose()
+    await until(lambda: engine.stats().kv_tokens_used == 0)
+
+
+async def test_a_reservation_ends_without_steps_or_calls(engine):
+    await engine.reserve("r", PROMPT, 0.05)
+    await until(lambda: engine.stats().reservations.num_expired == 1 and num_held(engine) == 0)
+
+
+async def test_a_failed_step_is_no_callers_mistake(engine, runner):
+    task = asyncio.create_task(anext(engine.generate("busy", [5], SamplingParams(max_tokens=50, ignore_eos=True))))
+    await task
+    runner.fails = True
+    with pytest.raises(RuntimeError):
+        for index in range(100):
+            await engine.reserve(str(index % 2), PROMPT, 60.0)
+            await engine.release(str(index % 2))
+            await asyncio.sleep(0.005)
+    assert not engine.is_healthy
