@@ -26,6 +26,7 @@ OVERLOADED = ErrorKind(status=429, grpc="RESOURCE_EXHAUSTED", type="rate_limit_e
 INTERNAL = ErrorKind(status=500, grpc="INTERNAL", type="server_error")
 UNAVAILABLE = ErrorKind(status=503, grpc="UNAVAILABLE", type="server_error")
 ALREADY_EXISTS = ErrorKind(status=409, grpc="ALREADY_EXISTS", type="invalid_request_error")
+CONFLICT = ErrorKind(status=409, grpc="FAILED_PRECONDITION", type="invalid_request_error")
 
 PRECONDITION = ErrorKind(status=412, grpc="FAILED_PRECONDITION", type="invalid_request_error")
 

@@ -19,7 +19,7 @@ from xllm_compile.scheduler.errors import no_instance
 from xllm_compile.scheduler.policies.roles import RoleRules
 from xllm_compile.scheduler.policies.routing import RoutingRules
 from xllm_compile.scheduler.server import run_server
-from xllm_compile.scheduler.startup import announce, make_service, server_config
+from xllm_compile.scheduler.startup import announce, make_service, opened_batches, server_config
 
 
 def serve_gateway(
@@ -56,7 +56,8 @@ def serve_gateway(
 
             config = server_config(options, max_connections)
             routes = ClusterApi(gateway.cluster).routes()
-            return await run_server(config, http_socket, service, on_ready, routes=routes)
+            with opened_batches(options, service) as batches:
+                return await run_server(config, http_socket, service, on_ready, routes=routes, batches=batches)
 
     return 0 if asyncio.run(run()) else 1
 

@@ -104,6 +104,17 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
 @click.option("--max-streams", type=click.IntRange(1), default=1024, help="Requests open at once; more get 429.")
 @click.option("--max-connections", type=click.IntRange(1), default=16384, help="HTTP connections; more get 429.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
+@click.option("--batch-dir", type=click.Path(path_type=Path), metavar="DIR", help="Serve /v1/batches; keep them here.")
+@click.option("--batch-max-lines", type=click.IntRange(1), help="Requests in one batch.  [default: 50000]")
+@click.option(
+    "--batch-max-file-size", callback=parse_size_option, metavar="SIZE", help="Of one upload.  [default: 200MiB]"
+)
+@click.option(
+    "--batch-disk-size",
+    callback=parse_size_option,
+    metavar="SIZE",
+    help="Of all uploads and results.  [default: 16GiB]",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the engine.")
 @click.option(
     "--async-scheduling/--no-async-scheduling",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from starlette.routing import Route
 
+from xllm_compile.scheduler.batches.api import BatchApi, disabled_routes
+from xllm_compile.scheduler.batches.batches import Batches
 from xllm_compile.scheduler.grpc_api import GrpcServer
 from xllm_compile.scheduler.http_api import build_app
 from xllm_compile.scheduler.http_server import HttpServer
@@ -54,21 +56,27 @@ async def run_server(
     on_ready: Callable[[int, int], None],
     *,
     routes: Sequence[Route] = (),
+    batches: Batches | None = None,
     list_at: Callable[[int], Listed] = lambda grpc_port: nullcontext(),
     make_instance: Callable[[int], InstanceServicer] | None = None,
 ) -> bool:
     """Serve until SIGTERM or SIGINT, then drain. True when every open request was answered in full.
 
     on_ready gets the HTTP and gRPC ports once both answer. What list_at makes of the gRPC port is entered then, and
-    left before the drain. make_instance serves Instance at that port. routes are HTTP's beside the service's own. A
-    second signal ends the process at once. Raises OSError when the gRPC port is taken.
+    left before the drain. make_instance serves Instance at that port. routes are HTTP's beside the service's own;
+    batches run while the server does. A second signal ends the process at once. Raises OSError when the gRPC port is
+    taken.
     """
     stop = _catch_signals()
-    http = HttpServer(build_app(service, routes), max_connections=config.max_connections)
+    batch_routes = disabled_routes() if batches is None else BatchApi(batches).routes()
+    http = HttpServer(build_app(service, [*routes, *batch_routes]), max_connections=config.max_connections)
     grpc = GrpcServer(service)
     grpc_port = grpc.bind(config.host, config.grpc_port)
     if make_instance is not None:
         grpc.add_instance(make_instance(grpc_port))
+    if batches is not None:
+        # Before the first client can add one.
+        await batches.start()
     http_task = asyncio.create_task(http.serve(sockets=[http_socket]))
     try:
         http_port = http_socket.getsockname()[1]
@@ -77,11 +85,13 @@ async def run_server(
         async with list_at(grpc_port):
             on_ready(http_port, grpc_port)
             await stop.wait()
-        return await _drain(config, service, grpc)
+        return await _drain(config, service, grpc, batches)
     finally:
         http.should_exit = True
         await grpc.stop(_GRPC_GRACE_S)
         await http_task
+        if batches is not None:
+            await batches.stop()
 
 
 def _catch_signals() -> asyncio.Event:
@@ -102,12 +112,15 @@ def _catch_signals() -> asyncio.Event:
     return stop
 
 
-async def _drain(config: ServerConfig, service: Service, grpc: GrpcServer) -> bool:
+async def _drain(config: ServerConfig, service: Service, grpc: GrpcServer, batches: Batches | None) -> bool:
     service.is_draining = True
     await grpc.announce_draining()
     num_open = service.limiter.num_open
     # Also counts requests that are still on their way to the engine.
     is_clean = await service.limiter.wait_idle(config.drain_timeout_s)
+    if batches is not None:
+        # Lines under way had as long as the clients' requests took. The others run when the server is back.
+        await batches.stop()
     for each in service.services:
         await each.engine.drain(0.0)
     await service.limiter.wait_idle(_FLUSH_TIMEOUT_S)

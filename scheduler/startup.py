@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xllm_compile.runtime.instance import Instance, InstanceConfig
     from xllm_compile.runtime.speculative.config import SpeculativeConfig
     from xllm_compile.runtime.tokenizer import Tokenizer
+    from xllm_compile.scheduler.batches.batches import Batches
     from xllm_compile.scheduler.engine_client import EngineClient
     from xllm_compile.scheduler.errors import ApiError
     from xllm_compile.scheduler.model_waker import ModelWaker
@@ -220,12 +221,33 @@ def _run(
         if is_member(options):
             (names, instance), *_ = instances.items()
             make = partial(make_instance, instance, engines[names], door, options)
-        serving = run_server(config, http_socket, door, partial(announce, config.host), make_instance=make)
-        is_clean = asyncio.run(serving)
+        on_ready = partial(announce, config.host)
+        with opened_batches(options, door) as batches:
+            serving = run_server(config, http_socket, door, on_ready, batches=batches, make_instance=make)
+            is_clean = asyncio.run(serving)
     finally:
         for engine in engines.values():
             engine.shutdown()
     return 0 if is_clean else 1
+
+
+def opened_batches(options: Mapping[str, Any], service: "Service") -> AbstractContextManager["Batches | None"]:
+    """None without --batch-dir. Raises ValueError or OSError where the folder cannot be used."""
+    from xllm_compile.scheduler.batches.batches import Batches
+    from xllm_compile.scheduler.batches.folder import BatchConfig
+
+    names = {
+        "batch_max_lines": "max_lines",
+        "batch_max_file_size": "max_file_bytes",
+        "batch_disk_size": "max_disk_bytes",
+    }
+    given = {field: options[option] for option, field in names.items() if options[option] is not None}
+    if options["batch_dir"] is None:
+        if given:
+            option = next(option for option in names if options[option] is not None)
+            raise ValueError(f"--{option.replace('_', '-')} is used with --batch-dir only; add it, or leave that out")
+        return nullcontext()
+    return closing(Batches(BatchConfig(folder=options["batch_dir"], **given), service))
 
 
 def make_service(
