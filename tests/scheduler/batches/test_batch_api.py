@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
 from tests.scheduler.batches.batch_fixtures import COMPLETIONS, jsonl, line
 
-LONG = {"max_tokens": 100}
+LONG: dict[str, Any] = {"max_tokens": 100}
 
 
 async def test_lines_are_answered_as_the_endpoints_answer(server):

@@ -13,9 +13,8 @@ def rules(**changes: Any) -> InputRules:
         if name != "counter":
             raise errors.model_not_found(name, "counter")
 
-    return InputRules(
-        **{"endpoint": COMPLETIONS, "max_lines": 10, "max_line_bytes": 300, "check_model": check_model} | changes
-    )
+    default: dict[str, Any] = {"endpoint": COMPLETIONS, "max_lines": 10, "max_line_bytes": 300}
+    return InputRules(**default | {"check_model": check_model} | changes)
 
 
 @pytest.fixture

@@ -27,12 +27,13 @@ def check_goes_on(folder):
     run_batch(folder, kill_at=0)
     check_whole(folder)
     store = open_store(folder)
-    ended = store.batch("batch_1")
+    ended, output, failed = store.batch("batch_1"), store.file("file-o", NOW), store.file("file-e", NOW)
+    assert ended and output and failed
     assert (ended.status, ended.num_completed, ended.num_failed) == ("completed", NUM_LINES - 1, 1)
     assert ended.output_tokens == 2 * NUM_LINES
     expected = [f"result {number}" for number in range(1, NUM_LINES + 1) if number != FAILED_LINE]
-    assert store.read_output(store.file("file-o", NOW), 0, 1 << 20)[0].decode().splitlines() == expected
-    assert store.file("file-e", NOW).num_bytes == len(f"result {FAILED_LINE}\n")
+    assert store.read_output(output, 0, 1 << 20)[0].decode().splitlines() == expected
+    assert failed.num_bytes == len(f"result {FAILED_LINE}\n")
     store.close()
 
 
