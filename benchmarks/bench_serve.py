@@ -2,20 +2,23 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from xllm_compile.benchmarks.console import finish, say, show_table
+from xllm_compile.benchmarks.engine_process import TokenIds
 from xllm_compile.benchmarks.load import ForeignLoad
 from xllm_compile.benchmarks.openai_client import StreamResult, stream_completion
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.server_process import ServerProcess
 from xllm_compile.benchmarks.timing import percentile
 from xllm_compile.benchmarks.workloads import PlannedRequest, prompt_of
+from xllm_compile.scheduler.tls import TlsConfig
 
 _PERCENTILES = (50, 90, 99)
 
@@ -43,8 +46,11 @@ def run_serve(
     *,
     name: str,
     api_key: str | None = None,
+    tls: TlsConfig | None = None,
 ) -> None:
     """Drive ``target`` (a URL, or an artifact, which is served for the run) and write NAME.json."""
+    context = (tls or TlsConfig()).client_context() if target.startswith("https://") else None
+    send = partial(stream_completion, model=options.model, api_key=api_key, tls=context)
     with ExitStack() as stack:
         if target.startswith(("http://", "https://")):
             host, port = _endpoint(target)
@@ -53,13 +59,13 @@ def run_serve(
             server = stack.enter_context(ServerProcess(Path(target)))
             server.wait_ready()
             host, port = server.host, server.port
-        warm_up = asyncio.run(stream_completion(host, port, [1, 2, 3], 2, model=options.model, api_key=api_key))
+        warm_up = asyncio.run(send(host, port, [1, 2, 3], 2))
         if warm_up.error is not None:
             raise RuntimeError(f"{target} does not answer a first request: {warm_up.error}")
         say(f"sending {len(requests)} requests, at most {options.concurrency} at a time")
         with ForeignLoad() as load:
             began = time.monotonic()
-            done = asyncio.run(_drive(host, port, requests, options, api_key))
+            done = asyncio.run(_drive(partial(send, host, port), requests, options))
             wall_s = time.monotonic() - began
     found = summarise_run(done, wall_s, options)
     rows = [
@@ -83,7 +89,7 @@ def run_serve(
 
 
 async def _drive(
-    host: str, port: int, requests: Sequence[PlannedRequest], options: ServeOptions, api_key: str | None
+    send: Callable[[TokenIds, int], Awaitable[StreamResult]], requests: Sequence[PlannedRequest], options: ServeOptions
 ) -> list[StreamResult]:
     """Send each request at its time; results in the order of the requests."""
     free = asyncio.Semaphore(options.concurrency)
@@ -93,18 +99,16 @@ async def _drive(
     ]
     began = time.monotonic()
 
-    async def send(request: PlannedRequest, prompt: list[int]) -> StreamResult:
+    async def send_at_its_time(request: PlannedRequest, prompt: list[int]) -> StreamResult:
         await asyncio.sleep(began + request.arrival_s - time.monotonic())
         async with free:
-            result = await stream_completion(
-                host, port, prompt, request.output_tokens, model=options.model, api_key=api_key
-            )
+            result = await send(prompt, request.output_tokens)
         if request.arrival_s > 0:
             # Open loop: a request that had to wait for a free stream waited for the server.
             result.sent = began + request.arrival_s
         return result
 
-    return await asyncio.gather(*map(send, requests, prompts))
+    return await asyncio.gather(*map(send_at_its_time, requests, prompts))
 
 
 def summarise_run(done: Sequence[StreamResult], wall_s: float, options: ServeOptions) -> dict[str, Any]:
@@ -144,6 +148,6 @@ def summarise_run(done: Sequence[StreamResult], wall_s: float, options: ServeOpt
 
 def _endpoint(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
-    if parts.scheme != "http" or parts.hostname is None or parts.path not in ("", "/", "/v1", "/v1/"):
-        raise ValueError(f"{url!r} must be http://HOST:PORT; TLS and other paths are not measured")
-    return parts.hostname, parts.port or 80
+    if parts.hostname is None or parts.path not in ("", "/", "/v1", "/v1/"):
+        raise ValueError(f"{url!r} must be http://HOST:PORT or https://HOST:PORT; other paths are not measured")
+    return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)

@@ -242,11 +242,15 @@ def registry_command(results: Path, operations: int, kills: int) -> None:
 @click.option("--slo-tpot", type=click.FloatRange(0), default=0.2, help="Seconds a token.")
 @click.option("--model", help="Name to send, where the server wants one.")
 @click.option("--api-key", envvar="XLLM_API_KEY", show_envvar=True)
+@click.option("--tls-ca", type=click.Path(path_type=Path), help="Of an https:// target's certificate.")
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="Our certificate, where it wants one.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key.")
 @click.option("--seed", type=int, default=1234, help="Of prompts and arrivals.")
 def serve_command(target: str, results: Path, **options: Any) -> None:
-    """Concurrent streams against TARGET, an http://HOST:PORT or an artifact -> NAME.json."""
+    """Concurrent streams against TARGET, an http(s)://HOST:PORT or an artifact -> NAME.json."""
     from xllm_compile.benchmarks.bench_serve import ServeOptions, run_serve
     from xllm_compile.benchmarks.workloads import all_at_once, fixed_requests, trace_requests
+    from xllm_compile.scheduler.tls import TlsConfig
 
     count, seed = options["num_requests"], options["seed"]
     if options["trace"] is not None:
@@ -264,7 +268,9 @@ def serve_command(target: str, results: Path, **options: Any) -> None:
         slo_tpot_s=options["slo_tpot"],
         model=options["model"],
     )
-    run_serve(target, requests, how, results, _command_line(), name=options["name"], api_key=options["api_key"])
+    tls = TlsConfig.from_options(options)
+    name, api_key = options["name"], options["api_key"]
+    run_serve(target, requests, how, results, _command_line(), name=name, api_key=api_key, tls=tls)
 
 
 @command.command("profile")

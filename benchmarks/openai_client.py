@@ -6,6 +6,7 @@ stream arrived and looks inside only where it has to.
 
 import asyncio
 import json
+import ssl
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,14 @@ class StreamResult:
 
 
 async def stream_completion(
-    host: str, port: int, prompt: TokenIds, num_tokens: int, *, model: str | None = None, api_key: str | None = None
+    host: str,
+    port: int,
+    prompt: TokenIds,
+    num_tokens: int,
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> StreamResult:
     """Send one prompt and read its stream to the end: exactly num_tokens, greedy. Errors are in the result."""
     body: dict[str, Any] = {
@@ -74,7 +82,7 @@ async def stream_completion(
     result = StreamResult(sent=time.monotonic())
     try:
         # A chunk is a line of JSON with at most a few tokens of text.
-        reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
+        reader, writer = await asyncio.open_connection(host, port, limit=1 << 20, ssl=tls)
         try:
             writer.write(head.encode() + b"\r\n" + payload)
             await writer.drain()

@@ -14,12 +14,14 @@ from xllm_compile.scheduler.cluster.cluster_client import ClusterClient, SloDefa
 from xllm_compile.scheduler.cluster.cluster_metrics import ClusterCollector
 from xllm_compile.scheduler.cluster.gateway import Gateway, ServedRegistry
 from xllm_compile.scheduler.cluster.placer import Placer
-from xllm_compile.scheduler.cluster.registry_address import RegistryAddress, parse_registry
+from xllm_compile.scheduler.cluster.registry_address import RegistryAddress, registry_of
 from xllm_compile.scheduler.errors import no_instance
+from xllm_compile.scheduler.exposure import is_loopback
 from xllm_compile.scheduler.policies.roles import RoleRules
 from xllm_compile.scheduler.policies.routing import RoutingRules
 from xllm_compile.scheduler.server import run_server
-from xllm_compile.scheduler.startup import announce, make_service, opened_batches, server_config
+from xllm_compile.scheduler.startup import announce, make_service, opened_batches, registry_host, server_config
+from xllm_compile.scheduler.tls import TlsConfig
 
 
 def serve_gateway(
@@ -32,13 +34,14 @@ def serve_gateway(
     """The exit code. Of the artifact only the manifest and the tokenizer are read. Raises ValueError on bad options."""
     manifest = read_manifest(artifact)
     tokenizer = Tokenizer.from_directory(artifact / TOKENIZER)
-    rules, registry = _role_rules(options), _registry(options)
+    tls = TlsConfig.from_options(options)
+    rules, registry = _role_rules(options), _registry(options, tls)
     slo = SloDefaults(ttft_ms=options["ttft_slo_ms"], tpot_ms=options["tpot_slo_ms"])
     host = options["host"]
 
     async def run() -> bool:
         name = f"{socket.gethostname()}-{os.getpid()}"
-        async with Gateway(registry, name=name, api_key=options["api_key"], roles=rules) as gateway:
+        async with Gateway(registry, name=name, api_keys=options["api_keys"], tls=tls, roles=rules) as gateway:
             placer = Placer(RoutingRules(policy=options["routing"]))
             service = make_service(
                 options,
@@ -62,10 +65,20 @@ def serve_gateway(
     return 0 if asyncio.run(run()) else 1
 
 
-def _registry(options: Mapping[str, Any]) -> RegistryAddress | ServedRegistry:
+def _registry(options: Mapping[str, Any], tls: TlsConfig) -> RegistryAddress | ServedRegistry:
+    host = registry_host(options)
+    if tls.is_served and tls.ca_file is None and (options["registry"] or not is_loopback(host)):
+        raise ValueError(
+            "--tls-cert without --tls-ca: instances on other machines would be spoken to without TLS; give --tls-ca "
+            "to check their certificates, or --registry-host 127.0.0.1 if all are on this one"
+        )
+    if tls.ca_file is not None and not (tls.is_served or options["registry"]):
+        raise ValueError(
+            "--tls-ca has the registry speak TLS, which needs a certificate; give --tls-cert and --tls-key"
+        )
     if options["registry"]:
-        return parse_registry(options["registry"], api_key=options["api_key"])
-    return ServedRegistry(host=options["host"], port=options["registry_port"])
+        return registry_of(options)
+    return ServedRegistry(host=host, port=options["registry_port"])
 
 
 def _role_rules(options: Mapping[str, Any]) -> RoleRules | None:

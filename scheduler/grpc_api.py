@@ -146,10 +146,12 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
-    def bind(self, host: str, port: int) -> int:
-        """The real port. Raises OSError when it is taken."""
+    def bind(self, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> int:
+        """The real port, with TLS where there are credentials. Raises OSError when it is taken."""
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
+            if credentials is not None:
+                return int(self._server.add_secure_port(address, credentials))
             return int(self._server.add_insecure_port(address))
         except RuntimeError as err:
             raise OSError(f"gRPC cannot listen on {address}: {err}") from err

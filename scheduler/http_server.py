@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.tls import TlsConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,8 @@ _MAX_HEADER_BYTES = 64 << 10
 class HttpServer(uvicorn.Server):
     """Leaves signals to its owner. `ready` is set once connections are accepted."""
 
-    def __init__(self, app: ASGIApp, *, max_connections: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_connections: int, tls: TlsConfig | None = None) -> None:
+        tls = tls or TlsConfig()
         super().__init__(
             uvicorn.Config(
                 app,
@@ -47,6 +50,10 @@ class HttpServer(uvicorn.Server):
                 # The owner drains first; what is left by then is cut.
                 timeout_graceful_shutdown=2,
                 h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+                ssl_certfile=tls.cert_file,
+                ssl_keyfile=tls.key_file,
+                ssl_ca_certs=str(tls.ca_file) if tls.client_auth else None,
+                ssl_cert_reqs=ssl.CERT_REQUIRED if tls.client_auth else ssl.CERT_NONE,
             )
         )
         self.ready = asyncio.Event()

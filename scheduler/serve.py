@@ -29,6 +29,12 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
         raise click.BadParameter(str(err)) from None
 
 
+def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(key and key.isascii() and not key.isspace() for key in keys):
+        raise click.BadParameter("a key must not be empty, and ASCII")
+    return keys
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
 @click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ARTIFACT...")
 @click.option("--host", default="127.0.0.1", help="Address of both servers; beyond this machine it needs an API key.")
@@ -51,6 +57,7 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
     default=8002,
     help="Port of a gateway's own registry, without --registry; 0 lets the system choose.",
 )
+@click.option("--registry-host", help="Address of it.  [default: that of --host]")
 @click.option(
     "--routing",
     type=click.Choice(ROUTING_POLICIES),
@@ -63,7 +70,26 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
     metavar="NAME",
     help="Name in the API; may be repeated. Of several artifacts each needs one, in their order.",
 )
-@click.option("--api-key", envvar="XLLM_API_KEY", show_envvar=True, help="Key that clients must send.")
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    envvar="XLLM_API_KEY",
+    show_envvar=True,
+    callback=check_keys,
+    metavar="KEY",
+    help="Key that clients must send. Repeat it while keys change: all are taken, and the first is sent to instances.",
+)
+@click.option(
+    "--tls-cert", type=click.Path(path_type=Path), help="Certificate of this server, PEM: its ports speak TLS."
+)
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key.")
+@click.option(
+    "--tls-ca",
+    type=click.Path(path_type=Path),
+    help="Speak TLS with the service's other processes and the registry, and check their certificates against this.",
+)
+@click.option("--tls-client-auth", is_flag=True, help="Ask clients for a certificate, too, by the CA of --tls-ca.")
 @click.option("--allow-unauthenticated", is_flag=True, help="Serve other machines without an API key.")
 @click.option("--max-num-seqs", type=click.IntRange(1), help="Most sequences running at once.")
 @click.option("--max-num-batched-tokens", type=click.IntRange(1), help="Most tokens in one step.")

@@ -7,7 +7,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.routing import Route
 
@@ -18,6 +18,7 @@ from xllm_compile.scheduler.http_api import build_app
 from xllm_compile.scheduler.http_server import HttpServer
 from xllm_compile.scheduler.instance_api import InstanceServicer
 from xllm_compile.scheduler.service import Service
+from xllm_compile.scheduler.tls import TlsConfig
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class ServerConfig:
     """Open HTTP connections; one more is answered 429 and closed."""
     drain_timeout_s: float = 30.0
     """Longest time running requests get to finish after the first signal."""
+    tls: TlsConfig = field(default_factory=TlsConfig)
 
     def __post_init__(self) -> None:
         if self.max_connections < 1:
@@ -69,9 +71,11 @@ async def run_server(
     """
     stop = _catch_signals()
     batch_routes = disabled_routes() if batches is None else BatchApi(batches).routes()
-    http = HttpServer(build_app(service, [*routes, *batch_routes]), max_connections=config.max_connections)
+    http = HttpServer(
+        build_app(service, [*routes, *batch_routes]), max_connections=config.max_connections, tls=config.tls
+    )
     grpc = GrpcServer(service)
-    grpc_port = grpc.bind(config.host, config.grpc_port)
+    grpc_port = grpc.bind(config.host, config.grpc_port, config.tls.server_credentials())
     if make_instance is not None:
         grpc.add_instance(make_instance(grpc_port))
     if batches is not None:

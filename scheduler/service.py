@@ -41,7 +41,7 @@ class Service:
         model_names: Sequence[str],
         max_model_len: int,
         version: str,
-        api_key: str | None = None,
+        api_keys: Sequence[str] = (),
         max_streams: int = 1024,
         max_body_bytes: int = 8 << 20,
         chat_formats: ChatFormats | None = None,
@@ -74,7 +74,7 @@ class Service:
         self.is_draining = False
         self._waker = waker
         self._open_ids: set[str] = set()
-        self._api_key = api_key.encode() if api_key else None
+        self._api_keys = tuple(key.encode() for key in api_keys)
 
     @property
     def model_name(self) -> str:
@@ -96,10 +96,12 @@ class Service:
 
     def is_authorized(self, authorization: bytes | None) -> bool:
         """authorization is the whole header, "Bearer <key>"."""
-        if self._api_key is None:
+        if not self._api_keys:
             return True
         scheme, _, key = (authorization or b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key)
+        # All are compared, so that the time tells nothing.
+        matches = [hmac.compare_digest(key.strip(), known) for known in self._api_keys]
+        return scheme.lower() == b"bearer" and any(matches)
 
     def for_model(self, name: str | None) -> "Service":
         """The model of that name; the first one where none is asked for. Raises ApiError (404)."""

@@ -1,7 +1,6 @@
 """From the command line's options to a serving process, with the slow parts side by side."""
 
 import asyncio
-import ipaddress
 import logging
 import resource
 import socket
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from xllm_compile import __version__
 from xllm_compile.scheduler.artifact_source import find_artifact
+from xllm_compile.scheduler.exposure import Port, check_ports
 from xllm_compile.scheduler.member import is_member, make_instance, transfer_options
+from xllm_compile.scheduler.tls import TlsConfig
 
 if TYPE_CHECKING:
     from xllm_compile.runtime.instance import Instance, InstanceConfig
@@ -40,12 +41,8 @@ _RESERVED_FILES = 512
 
 def serve(options: Mapping[str, Any]) -> int:
     """The exit code, after the drain. Raises ValueError or OSError on the user's mistakes."""
-    host, api_key = options["host"], options["api_key"]
-    if not is_loopback(host) and not api_key and not options["allow_unauthenticated"]:
-        raise ValueError(
-            f"--host {host} is reachable from other machines and there is no API key; "
-            "give --api-key (or XLLM_API_KEY), or --allow-unauthenticated if something in front checks who calls"
-        )
+    tls = TlsConfig.from_options(options)
+    check_ports(_ports(options, tls), allow_unauthenticated=options["allow_unauthenticated"])
     # The event loop shares the interpreter with the engine thread and has short bursts of work. By default it waits
     # up to 5 ms for its turn after every system call, which also delays the next step's input.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -57,7 +54,7 @@ def serve(options: Mapping[str, Any]) -> int:
             f"--role {options['role']} is of one model, and {len(artifacts)} artifacts are given; give one"
         )
     # Before the long part: a port that is taken should not cost a model load.
-    http_socket = bind_socket(host, options["port"])
+    http_socket = bind_socket(options["host"], options["port"])
     if options["role"] == "gateway":
         with http_socket:
             from xllm_compile.scheduler.gateway_startup import serve_gateway
@@ -70,6 +67,32 @@ def serve(options: Mapping[str, Any]) -> int:
         with opened_instances(artifacts, names, options) as instances:
             imports.join()
             return _run(dict(zip(names, instances, strict=True)), options, http_socket, max_connections)
+
+
+def _ports(options: Mapping[str, Any], tls: TlsConfig) -> Iterator[Port]:
+    """All that will listen."""
+    guard = "--api-key (or XLLM_API_KEY)"
+    is_guarded = bool(options["api_keys"]) or tls.client_auth
+    names = ["HTTP", "gRPC"]
+    for name in names:
+        yield Port(name=name, host_option="--host", host=options["host"], is_guarded=is_guarded, guard=guard)
+    if options["role"] == "gateway" and not options["registry"]:
+        host = registry_host(options)
+        option = "--registry-host" if options["registry_host"] else "--host"
+        yield Port(name="the registry", host_option=option, host=host, is_guarded=is_guarded, guard=guard)
+    if options["transfer_host"]:
+        yield Port(
+            name="the port that takes KV",
+            host_option="--transfer-host",
+            host=options["transfer_host"],
+            is_guarded=bool(options["transfer_secret"]),
+            guard="--transfer-secret (or XLLM_TRANSFER_SECRET)",
+        )
+
+
+def registry_host(options: Mapping[str, Any]) -> str:
+    """Where a gateway serves its own registry."""
+    return str(options["registry_host"] or options["host"])
 
 
 def served_names(artifacts: Sequence[Path], given: Sequence[str]) -> list[tuple[str, ...]]:
@@ -275,7 +298,7 @@ def make_service(
         model_names=model_names,
         max_model_len=max_model_len,
         version=__version__,
-        api_key=options["api_key"],
+        api_keys=options["api_keys"],
         max_streams=options["max_streams"],
         unhealthy=unhealthy or engine_stopped,
         door=door,
@@ -296,6 +319,7 @@ def server_config(options: Mapping[str, Any], max_connections: int) -> "ServerCo
         grpc_port=options["grpc_port"],
         max_connections=max_connections,
         drain_timeout_s=options["drain_timeout"],
+        tls=TlsConfig.from_options(options),
     )
 
 
@@ -305,16 +329,6 @@ def announce(host: str, http_port: int, grpc_port: int, registry_port: int = 0) 
     ready = f"READY http={name}:{http_port} grpc={name}:{grpc_port}{registry} startup_s={process_age_s():.2f}"
     print(ready, flush=True)
     logger.info("serving on http://%s:%d and grpc %s:%d", name, http_port, name, grpc_port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address. A name counts as one address of another machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

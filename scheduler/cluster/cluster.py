@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Protocol
 
+import grpc
+
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink
 from xllm_compile.scheduler.cluster.state import Health, Instance, InstanceInfo, Pool, Role
 from xllm_compile.scheduler.cluster.stats import ClusterStats
@@ -26,9 +28,10 @@ class Listener(Protocol):
 class Cluster:
     """Belongs to one event loop."""
 
-    def __init__(self, *, api_key: str | None = None) -> None:
-        """api_key is what the instances ask for."""
+    def __init__(self, *, api_key: str | None = None, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """api_key is what the instances ask for. Without credentials they speak no TLS."""
         self._api_key = api_key
+        self._credentials = credentials
         self._listener: Listener | None = None
         self.stats = ClusterStats()
         self._links: dict[str, InstanceLink] = {}
@@ -50,7 +53,9 @@ class Cluster:
         for name, (info, health) in known.items():
             self._health[name] = health
             if name not in self._links:
-                self._links[name] = link = InstanceLink(info, api_key=self._api_key, on_report=self._note_report)
+                self._links[name] = link = InstanceLink(
+                    info, api_key=self._api_key, credentials=self._credentials, on_report=self._note_report
+                )
                 await link.start()
         self.notify()
 

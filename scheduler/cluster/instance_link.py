@@ -18,6 +18,7 @@ from xllm_compile.scheduler.cluster.state import InstanceInfo, InstanceLoad
 from xllm_compile.scheduler.grpc_errors import api_error_of
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 from xllm_compile.scheduler.tasks import cancel_all
+from xllm_compile.scheduler.tls import explain, open_channel
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class InstanceLink:
         info: InstanceInfo,
         *,
         api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
         on_report: Callable[["InstanceLink"], None] = lambda link: None,
     ) -> None:
         """on_report is called after each report of the instance's load, and when it is lost."""
@@ -51,7 +53,9 @@ class InstanceLink:
         self.is_up = False
         """Whether it reports."""
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._credentials = credentials
         self._on_report = on_report
+        self._is_new = True
         self._runs: dict[str, _Run] = {}
         self._stream: Any = None
         self._writing = asyncio.Lock()
@@ -64,7 +68,7 @@ class InstanceLink:
 
     async def start(self) -> None:
         options = (("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),)
-        self._channel = grpc.aio.insecure_channel(self.info.address, options)
+        self._channel = open_channel(self.info.address, self._credentials, options)
         self._instance = xllm_pb2_grpc.InstanceStub(self._channel)
         self._inference = xllm_pb2_grpc.InferenceStub(self._channel)
         self._tasks = [asyncio.create_task(self._watch_load())]
@@ -173,6 +177,7 @@ class InstanceLink:
                         reason = "another instance has its address"
                         break
                     self.load, self.reported_s, self.is_up = load_of(report), time.monotonic(), True
+                    self._is_new = False
                     self._on_report(self)
                 reports.cancel()
             except TimeoutError:
@@ -184,6 +189,9 @@ class InstanceLink:
             await asyncio.sleep(_RETRY_S)
 
     def _lose(self, reason: str) -> None:
+        if self._is_new:
+            logger.warning("instance %s at %s does not answer: %s", self.info.name, self.info.address, reason)
+            self._is_new = False
         if self.is_up:
             logger.warning("instance %s is lost: %s", self.info.name, reason)
             self.is_up = False
@@ -238,5 +246,5 @@ async def _soon(reading: Awaitable[Any]) -> Any:
 
 def _reason(err: Exception) -> str:
     if isinstance(err, grpc.aio.AioRpcError):
-        return f"{err.code().name} {err.details()}"
+        return f"{err.code().name} {explain(err.details() or '')}"
     return repr(err)

@@ -31,6 +31,7 @@ from xllm_compile.scheduler.registry.registry import (
     RegistryUnavailableError,
     Snapshot,
 )
+from xllm_compile.scheduler.tls import explain, open_channel
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,9 @@ class EtcdRegistry:
                 why = err.details()
             if not is_away:
                 logger.warning(
-                    "the registry at %s is away, watching it again when it answers: %s", endpoint.address, why
+                    "the registry at %s is away, watching it again when it answers: %s",
+                    endpoint.address,
+                    explain(why or ""),
                 )
                 is_away = True
             self._at += 1
@@ -228,7 +231,8 @@ class EtcdRegistry:
                 if time.monotonic() + pause_s >= deadline_s:
                     where = ", ".join(self._config.endpoints)
                     raise RegistryUnavailableError(
-                        f"no answer from the registry at {where} within {self._config.timeout_s:g} s: {err.details()}"
+                        f"no answer from the registry at {where} within {self._config.timeout_s:g} s: "
+                        f"{explain(err.details() or '')}"
                     ) from err
             self._at += 1
             await asyncio.sleep(pause_s)
@@ -237,10 +241,7 @@ class EtcdRegistry:
     def _endpoint(self) -> _Endpoint:
         address = self._config.endpoints[self._at % len(self._config.endpoints)]
         if address not in self._open:
-            if self._credentials is not None:
-                channel = grpc.aio.secure_channel(address, self._credentials, options=_CHANNEL_OPTIONS)
-            else:
-                channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            channel = open_channel(address, self._credentials, _CHANNEL_OPTIONS)
             self._open[address] = _Endpoint(
                 address=address,
                 channel=channel,

@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from xllm_compile.scheduler.cluster.state import InstanceInfo
 from xllm_compile.scheduler.registry.liveness import Answer
+from xllm_compile.scheduler.tls import open_channel
 
 Probe = Callable[[InstanceInfo], Awaitable[Answer]]
 
@@ -22,12 +23,12 @@ _CHANNEL_OPTIONS = [
 ]
 
 
-async def probe_health(info: InstanceInfo) -> Answer:
+async def probe_health(info: InstanceInfo, credentials: grpc.ChannelCredentials | None = None) -> Answer:
     """NONE after NUM_ATTEMPTS without an answer, of TIMEOUT_S each."""
     for attempt in range(NUM_ATTEMPTS):
         if attempt:
             await asyncio.sleep(PAUSE_S)
-        async with grpc.aio.insecure_channel(info.address, options=_CHANNEL_OPTIONS) as channel:
+        async with open_channel(info.address, credentials, _CHANNEL_OPTIONS) as channel:
             try:
                 request = health_pb2.HealthCheckRequest()
                 response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT_S)

@@ -6,7 +6,7 @@ write, comparisons other than "the key has this revision". A watch stream has on
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -42,12 +42,15 @@ class RegistryServer:
         registry: MemoryRegistry,
         *,
         user: str = "",
-        password: str = "",
+        passwords: Sequence[str] = (),
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
-        """With a user, calls need the token that Authenticate gives for the password. Without credentials: no TLS."""
+        """With a user, calls need the token that Authenticate gives for any of the passwords.
+
+        Without credentials: no TLS.
+        """
         self._credentials = credentials
-        auth = _Auth(user, password) if user else None
+        auth = _Auth(user, passwords) if user else None
         self._server = grpc.aio.server(interceptors=[auth] if auth else [], options=_OPTIONS)
         etcd_pb2_grpc.add_KVServicer_to_server(_KV(registry), self._server)
         etcd_pb2_grpc.add_WatchServicer_to_server(_Watch(registry), self._server)
@@ -194,12 +197,14 @@ class _NoAuth(etcd_pb2_grpc.AuthServicer):
 class _Auth(etcd_pb2_grpc.AuthServicer, grpc.aio.ServerInterceptor):
     """One user; the token lasts as long as the server."""
 
-    def __init__(self, user: str, password: str) -> None:
-        self._secret = f"{user}\0{password}".encode()
+    def __init__(self, user: str, passwords: Sequence[str]) -> None:
+        self._secrets = tuple(f"{user}\0{password}".encode() for password in passwords)
         self._token = secrets.token_urlsafe(32)
 
     async def Authenticate(self, request: Any, context: Any) -> etcd_pb2.AuthenticateResponse:
-        if not secrets.compare_digest(f"{request.name}\0{request.password}".encode(), self._secret):
+        shown = f"{request.name}\0{request.password}".encode()
+        matches = [secrets.compare_digest(shown, known) for known in self._secrets]
+        if not any(matches):
             text = "etcdserver: authentication failed, invalid user ID or password"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
         return etcd_pb2.AuthenticateResponse(token=self._token)

@@ -70,7 +70,7 @@ async def test_the_key_is_wanted_everywhere_but_for_health(engine, service):
         model_names=("counter",),
         max_model_len=128,
         version="1",
-        api_key="secret",
+        api_keys=("new", "secret"),
     )
     transport = httpx.ASGITransport(app=build_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

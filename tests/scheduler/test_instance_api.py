@@ -45,7 +45,7 @@ def service(engine):
         model_names=("counter",),
         max_model_len=64,
         version="1",
-        api_key="key",
+        api_keys=("key",),
     )
 
 
