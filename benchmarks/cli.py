@@ -505,6 +505,31 @@ def simulate_roles_command(
     run_dynamic_roles(traces, results, _command_line(), targets=targets, bars=bars or (1.0,) * len(traces), **options)
 
 
+@simulate_group.command("colocation")
+@click.argument("traces", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--lengths", type=click.Path(path_type=Path), required=True, help="Trace whose lengths offline requests have."
+)
+@click.option("--name", default="colocation", help="Name of the record.")
+@click.option("--model", default="qwen3-8b", help="A planned model.")
+@click.option("--device", default="ascend-910b2", help="On what: a device spec by name.")
+@click.option("--instances", "num_instances", type=click.IntRange(2), default=8)
+@click.option("--requests", "num_requests", type=click.IntRange(100), default=2000, help="Online ones of each trace.")
+@click.option("--ttft-slo", type=click.FloatRange(0, min_open=True), default=2.0, help="Seconds.")
+@click.option("--tpot-slo", type=click.FloatRange(0, min_open=True), default=0.1, help="Seconds.")
+@click.option("--seeds", type=click.IntRange(1), default=2, help="Each begins elsewhere in the trace.")
+@results_option
+def simulate_colocation_command(
+    traces: tuple[Path, ...], ttft_slo: float, tpot_slo: float, results: Path, **options: Any
+) -> None:
+    """Offline work beside online work within its targets -> colocation.json."""
+    from xllm_compile.benchmarks.bench_colocation import run_colocation
+    from xllm_compile.benchmarks.bench_simulate import Targets
+
+    targets = Targets(ttft_slo_s=ttft_slo, tpot_slo_s=tpot_slo)
+    run_colocation(traces, results, _command_line(), targets=targets, **options)
+
+
 @command.command("check")
 @results_option
 @click.option("--strict", is_flag=True, help="Exit with 1 when a bar is not met.")

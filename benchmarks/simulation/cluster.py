@@ -21,6 +21,7 @@ from xllm_compile.scheduler.cluster.state import (
     RequestShape,
     Role,
 )
+from xllm_compile.scheduler.policies.colocation import ColocationRules, pick, pull_of
 from xllm_compile.scheduler.policies.correction import Correction
 from xllm_compile.scheduler.policies.placements import Placements
 from xllm_compile.scheduler.policies.roles import RoleRules, Roles, decide
@@ -36,8 +37,12 @@ class ClusterRules:
     routing: RoutingRules
     roles: RoleRules | None = None
     """None leaves everybody in its pool."""
+    colocation: ColocationRules | None = None
+    """None routes and hands over offline requests like any others."""
     report_s: float = 0.25
     """Loads are as old as this."""
+    pulls_s: float = 0.25
+    """Between two times that instances with slack ask for offline sequences."""
     roles_s: float = 0.5
     """Between two decisions on roles."""
     truth_factor: float = 1.1
@@ -85,6 +90,9 @@ class Cluster:
                 kv_tokens_total=self.hardware.kv_tokens,
             )
             self.pool_of[name] = pool
+            self.instances[name].colocation = self.rules.colocation
+        self._set_strict()
+        self._pulled: dict[str, int] = dict.fromkeys(self.instances, 0)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
         self._seen: dict[str, _Seen] = {}
@@ -101,11 +109,13 @@ class Cluster:
         arrivals = iter(requests)
         self._num_open = len(requests)
         self._next_arrival(arrivals)
-        if self.rules.roles is not None:
-            self._at(0.0, self._decide_roles)
+        decisions = [(self.rules.roles, self._decide_roles), (self.rules.colocation, self._pull_offline)]
+        repeated = [event for rules, event in decisions if rules is not None]
+        for event in repeated:
+            self._at(0.0, event)
         while self._num_open:
-            # Deciding on roles goes on for ever.
-            assert len(self._events) > (self.rules.roles is not None), f"{self._num_open} requests are stuck"
+            # These go on for ever.
+            assert len(self._events) > len(repeated), f"{self._num_open} requests are stuck"
             self.now, _, event = heapq.heappop(self._events)
             event()
             if self.checks:
@@ -134,7 +144,7 @@ class Cluster:
             max_output_tokens=_MAX_OUTPUT_TOKENS,
             ttft_slo_s=request.ttft_slo_s,
             tpot_slo_s=request.tpot_slo_s,
-            is_offline=request.is_offline,
+            is_offline=request.is_offline and self.rules.colocation is not None,
         )
         placement = route(shape, self._view(), rules=self.rules.routing, turn=self._turn)
         self._turn += 1
@@ -202,8 +212,39 @@ class Cluster:
                 for name, pool in self._roles.pools.items()
             )
             self.pool_of.update(self._roles.pools)
+            self._set_strict()
             self._note_pools()
         self._at(self.now + self.rules.roles_s, self._decide_roles)
+
+    def _set_strict(self) -> None:
+        for name, instance in self.instances.items():
+            instance.is_strict = self.pool_of[name] in (Pool.DECODE, Pool.PREFILL_TO_DECODE, Pool.MIX)
+
+    def _pull_offline(self) -> None:
+        assert self.rules.colocation is not None
+        self._at(self.now + self.rules.pulls_s, self._pull_offline)
+        relaxed = [instance for instance in self.instances.values() if not instance.is_strict]
+        for target in self._view():
+            if target.pool is not Pool.DECODE or self._pulled[target.name]:
+                continue
+            pull = pull_of(target, self.rules.colocation)
+            source = max(relaxed, key=lambda one: len(one.offline) + len(one.paused), default=None)
+            if pull is None or source is None:
+                continue
+            sequences = {str(one.number): one for one in (*source.paused, *source.offline.members())}
+            for name in pick(pull, {name: one.num_tokens for name, one in sequences.items()}):
+                self._migrate(source, sequences[name], self.instances[target.name])
+
+    def _migrate(self, source: SimInstance, request: SimRequest, target: SimInstance) -> None:
+        source.take_offline(request)
+        request.decode = target.name
+        self._pulled[target.name] += 1
+
+        def arrive() -> None:
+            self._pulled[target.name] -= 1
+            self._handed_over(source, request)
+
+        self._at(self.now + self.hardware.hand_over_s(request.num_tokens), arrive)
 
     # What the gateway knows
 
@@ -232,6 +273,6 @@ class Cluster:
 
 
 def attainment(requests: Sequence[SimRequest]) -> float:
-    """Share of the online requests that met both of their targets."""
-    online = [request for request in requests if not request.is_offline]
+    """Share of the requests with targets that met them."""
+    online = [request for request in requests if request.ttft_slo_s is not None]
     return sum(request.is_met for request in online) / max(1, len(online))

@@ -17,10 +17,18 @@ from xllm_compile.benchmarks.simulation.requests import SimRequest
 from xllm_compile.runtime.policies.admission import HORIZON
 from xllm_compile.runtime.policies.chunk import StepLoad, largest_chunk, step_budget_s
 from xllm_compile.scheduler.cluster.state import InstanceLoad, StepProfile
+from xllm_compile.scheduler.policies.colocation import (
+    ColocationRules,
+    offline_chunk_tokens,
+    offline_seqs,
+    saturation_seqs,
+)
 
 # Steps of one load differ by about this much.
 _NOISE = 0.03
 _LEAST_CHUNK_TOKENS = 32
+# Steps until it is asked again how many offline sequences they have time for.
+_STEPS_WITH_OFFLINE = 32
 # Seconds over which live figures are means.
 _RECENT_S = 5.0
 
@@ -75,7 +83,8 @@ class SimInstance:
         self.waiting: deque[SimRequest] = deque()
         self.waiting_offline: deque[SimRequest] = deque()
         self.arriving: deque[SimRequest] = deque()
-        """Prefilled elsewhere, and waiting for a place; their KV is held there."""
+        """Prefilled elsewhere, and waiting for a place."""
+        self.arriving_offline: deque[SimRequest] = deque()
         self.online, self.offline = DecodeBatch(), DecodeBatch()
         self.paused: list[SimRequest] = []
         """Offline sequences that keep their KV and are left out of steps."""
@@ -86,6 +95,10 @@ class SimInstance:
         self.version = 0
         """Of the run: what was planned to end with another one is void."""
         self.busy_s = 0.0
+        self.colocation: ColocationRules | None = None
+        """None gives offline sequences any place that online ones do not want."""
+        self.is_strict = False
+        """Whether online requests decode here."""
         self._run: _Run | None = None
         self._model = _Model(truth)
         self._rng = random.Random(seed)
@@ -109,7 +122,7 @@ class SimInstance:
 
     def hand_in(self, request: SimRequest) -> None:
         """To decode what was prefilled elsewhere."""
-        self.arriving.append(request)
+        (self.arriving_offline if request.is_offline else self.arriving).append(request)
 
     def keep(self, request: SimRequest) -> None:
         """Decode what was prefilled here."""
@@ -139,6 +152,7 @@ class SimInstance:
             return self._run.end_s
         self._make_room()
         self._admit_arriving()
+        self._balance_offline()
         load = self._decode_load()
         chunks, load = self._chunks(load, now)
         num_decoding = self.num_decoding
@@ -178,16 +192,21 @@ class SimInstance:
 
     def report(self, now: float, believed: StepProfile) -> InstanceLoad:
         num_waiting = len(self.waiting) + len(self.waiting_offline)
+        num_offline = len(self.offline) + len(self.arriving_offline)
+        num_offline_tokens = self.offline.num_context_tokens + sum(one.num_tokens for one in self.arriving_offline)
         num_started = sum(not request.num_left for request in self.prefilling.values())
         return InstanceLoad(
             num_running=self.num_decoding + len(self.prefilling) - num_started,
             num_waiting=num_waiting,
             num_waiting_tokens=self.num_waiting_tokens,
-            num_decoding=self.num_decoding + len(self.arriving),
+            num_decoding=len(self.online) + len(self.arriving) + num_offline,
             num_context_tokens=self.online.num_context_tokens
-            + self.offline.num_context_tokens
-            + sum(request.num_tokens for request in self.arriving),
-            num_offline=len(self.offline) + len(self.waiting_offline) + len(self.paused),
+            + sum(request.num_tokens for request in self.arriving)
+            + num_offline_tokens,
+            num_offline=num_offline + len(self.waiting_offline) + len(self.paused),
+            num_offline_waiting_tokens=sum(request.num_left for request in self.waiting_offline),
+            num_offline_decoding=num_offline,
+            num_offline_context_tokens=num_offline_tokens,
             kv_tokens_used=self.kv_used,
             ttft_s=self._ttft.mean(now),
             tpot_s=self._tpot.mean(now),
@@ -220,10 +239,31 @@ class SimInstance:
             ended.prefilled.append(request)
 
     def _admit_arriving(self) -> None:
-        while self.arriving and self._has_room(self.arriving[0]):
-            request = self.arriving.popleft()
-            self.kv_used += request.num_tokens
-            (self.offline if request.is_offline else self.online).add(request)
+        for queue, batch in ((self.arriving, self.online), (self.arriving_offline, self.offline)):
+            while queue and self._has_room(queue[0]):
+                request = queue.popleft()
+                self.kv_used += request.num_tokens
+                batch.add(request)
+
+    def _balance_offline(self) -> None:
+        """Let as many offline sequences take part in steps as the rules say."""
+        count = len(self.offline) + len(self.paused)
+        if self.colocation is None or count == 0:
+            return
+        tokens = self.offline.num_context_tokens + sum(request.num_tokens for request in self.paused)
+        if self.is_strict and len(self.online):
+            online = StepLoad(len(self.online), len(self.online), self.online.num_context_tokens)
+            count = offline_seqs(self.truth, online, tokens // count, self.colocation, count)
+        elif self.waiting:
+            count = 0
+        else:
+            count = saturation_seqs(self.truth, tokens // count, self.colocation, count)
+        while len(self.offline) > count:
+            request = self.offline.last()
+            self.offline.remove(request)
+            self.paused.append(request)
+        while self.paused and len(self.offline) < count:
+            self.offline.add(self.paused.pop())
 
     def _has_room(self, request: SimRequest) -> bool:
         """Whether it can join beside what decodes, all growing for a while. Offline ones make room for others."""
@@ -277,6 +317,11 @@ class SimInstance:
         budget_s = step_budget_s(self.online.members(), now) if self.waiting or self.waiting_offline else math.inf
         tokens_left = self.hardware.max_num_batched_tokens - load.num_tokens
         for queue in (self.waiting, self.waiting_offline):
+            if queue is self.waiting_offline and self.colocation is not None:
+                if self.waiting:
+                    break
+                most = offline_chunk_tokens(self.truth, load, self.colocation) - load.num_tokens
+                tokens_left = min(tokens_left, most)
             for request in queue:
                 if tokens_left <= 0 or (request.num_computed == 0 and not self._admit(request)):
                     return chunks, load
@@ -298,6 +343,10 @@ class SimInstance:
         """Hold KV for the whole prompt."""
         if request.number in self.prefilling:
             return True
+        if request.is_offline and self.colocation is not None:
+            limit = self.colocation.relaxed_kv_share * self.hardware.kv_tokens
+            if self.kv_used and self.kv_used + request.num_tokens > limit:
+                return False
         if request.decode == self.name:
             if not self._has_room(request):
                 return False
@@ -324,6 +373,9 @@ class SimInstance:
     def _decode_steps(self) -> int:
         """Steps until something changes: an end, or no room for the next token."""
         room = (self.hardware.kv_tokens - self.kv_used) // self.num_decoding
+        if self.colocation is not None and len(self.offline):
+            # Contexts grow, and with them the step.
+            room = min(room, _STEPS_WITH_OFFLINE)
         ends = [batch.steps_to_end() for batch in (self.online, self.offline) if len(batch)]
         return max(1, min(room, *ends))
 

@@ -1,5 +1,6 @@
 """Requests of a simulation, and what became of them."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -90,6 +91,46 @@ def scaled(trace: Sequence[TraceRequest], rate: float, seed: int) -> list[TraceR
     start = trace[begin].arrival_s or 0.0
     turned = [*trace[begin:], *(replace(one, arrival_s=(one.arrival_s or 0.0) + length_s) for one in trace[:begin])]
     return [replace(one, arrival_s=((one.arrival_s or 0.0) - start) * factor) for one in turned]
+
+
+def tidal(trace: Sequence[TraceRequest], swing: float = 0.8) -> list[TraceRequest]:
+    """The trace with arrivals moved so that its rate rises and falls by ``swing`` once from beginning to end."""
+    length_s = trace[-1].arrival_s or 1.0
+
+    def moved(share: float) -> float:
+        # The inverse of t + swing / 2 pi * (1 - cos(2 pi t)), which grows: by bisection.
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            if middle + swing / math.tau * (1 - math.cos(math.tau * middle)) < share:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    return [replace(one, arrival_s=length_s * moved((one.arrival_s or 0.0) / length_s)) for one in trace]
+
+
+def offline(
+    lengths: Sequence[TraceRequest], rate: float, until_s: float, seed: int, *, first_number: int, gives_way: bool
+) -> list[SimRequest]:
+    """Requests without targets at a steady rate, their lengths drawn from a trace."""
+    rng = random.Random(f"offline-{seed}")
+    found: list[SimRequest] = []
+    now = rng.expovariate(rate) if rate else until_s
+    while now < until_s:
+        one = rng.choice(lengths)
+        found.append(
+            SimRequest(
+                number=first_number + len(found),
+                arrival_s=now,
+                num_prompt_tokens=one.prompt_tokens,
+                num_output_tokens=one.output_tokens,
+                is_offline=gives_way,
+            )
+        )
+        now += rng.expovariate(rate)
+    return found
 
 
 def online(trace: Sequence[TraceRequest], ttft_slo_s: float, tpot_slo_s: float) -> list[SimRequest]:

@@ -122,7 +122,13 @@ class InstanceLoad:
     num_context_tokens: int = 0
     """KV tokens of those."""
     num_offline: int = 0
-    """Sequences, running and waiting, that are best effort."""
+    """Sequences, running and waiting, that are best effort. They give way to the others, which count without them:"""
+    num_offline_waiting_tokens: int = 0
+    """of num_waiting_tokens,"""
+    num_offline_decoding: int = 0
+    """of num_decoding,"""
+    num_offline_context_tokens: int = 0
+    """and of num_context_tokens and kv_tokens_used."""
     kv_tokens_used: int = 0
     """Of live sequences and of reservations; cached prefixes give way."""
     ttft_s: float | None = None

@@ -60,10 +60,11 @@ class Placements:
 
     def _added(self, instance: Instance, now: float) -> Instance:
         load, reported_s = instance.load, now - instance.load_age_s - _UNDER_WAY_S
-        num_waiting = num_waiting_tokens = num_decoding = num_context_tokens = num_offline = kv_tokens = 0
+        num_waiting = num_waiting_tokens = num_decoding = num_context_tokens = kv_tokens = 0
+        num_offline = num_offline_waiting_tokens = num_offline_decoding = num_offline_context_tokens = 0
         for request_id in list(self._at[instance.name]):
             placed = self._placed[request_id]
-            prompt = placed.request.num_prompt_tokens
+            prompt, is_offline = placed.request.num_prompt_tokens, placed.request.is_offline
             arrived = placed.placed_s <= reported_s
             decodes = placed.first_token_s is not None and placed.first_token_s <= reported_s
             if decodes or (arrived and placed.placement.decode != instance.name):
@@ -71,13 +72,16 @@ class Placements:
                 continue
             if not arrived:
                 kv_tokens += prompt
-                num_offline += placed.request.is_offline
+                num_offline += is_offline
                 if placed.placement.prefill == instance.name and placed.first_token_s is None:
                     num_waiting += 1
                     num_waiting_tokens += prompt - placed.placement.num_cached_tokens
+                    num_offline_waiting_tokens += is_offline * (prompt - placed.placement.num_cached_tokens)
             if placed.placement.decode == instance.name:
                 num_decoding += 1
                 num_context_tokens += prompt
+                num_offline_decoding += is_offline
+                num_offline_context_tokens += is_offline * prompt
         if not num_decoding and not num_waiting and not kv_tokens:
             return instance
         return replace(
@@ -89,6 +93,9 @@ class Placements:
                 num_decoding=load.num_decoding + num_decoding,
                 num_context_tokens=load.num_context_tokens + num_context_tokens,
                 num_offline=load.num_offline + num_offline,
+                num_offline_waiting_tokens=load.num_offline_waiting_tokens + num_offline_waiting_tokens,
+                num_offline_decoding=load.num_offline_decoding + num_offline_decoding,
+                num_offline_context_tokens=load.num_offline_context_tokens + num_offline_context_tokens,
                 kv_tokens_used=load.kv_tokens_used + kv_tokens,
             ),
         )

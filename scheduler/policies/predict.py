@@ -22,9 +22,10 @@ def profile_of(instance: Instance) -> StepProfile:
 
 
 def decode_load(instance: Instance) -> StepLoad:
-    """A step of what decodes there."""
+    """A step of what decodes there, without offline sequences: they give way."""
     load = instance.load
-    return StepLoad(load.num_decoding, load.num_decoding, load.num_context_tokens)
+    num_seqs = load.num_decoding - load.num_offline_decoding
+    return StepLoad(num_seqs, num_seqs, load.num_context_tokens - load.num_offline_context_tokens)
 
 
 def tokens_spared(cached: CachedTokens, num_prompt_tokens: int) -> int:
@@ -60,7 +61,7 @@ def prefill_s(instance: Instance, num_tokens: int, num_pairs: int, tpot_slo_s: f
 def ttft_s(instance: Instance, request: RequestShape, cached: CachedTokens | None = None) -> float:
     """From arrival there to the first token, without the instance's correction."""
     load = instance.load
-    ahead = load.num_waiting_tokens
+    ahead = load.num_waiting_tokens - (0 if request.is_offline else load.num_offline_waiting_tokens)
     # Of equal lengths, since only their sum is known.
     pairs_ahead = ahead * ahead // (2 * max(1, load.num_waiting))
     spared = tokens_spared(cached, request.num_prompt_tokens) if cached is not None else 0
@@ -85,7 +86,7 @@ def join_wait_s(instance: Instance) -> float:
     Where others decode that step keeps their interval; without any it may be as long as prompts fill it.
     """
     load = instance.load
-    if load.num_waiting_tokens == 0 or load.num_decoding:
+    if load.num_waiting_tokens == 0 or decode_load(instance).num_seqs:
         return 0.0
     return prefill_s(instance, min(load.num_waiting_tokens, chunk_tokens(instance, None)), 0, None)
 
@@ -95,12 +96,12 @@ def room_wait_s(instance: Instance, num_tokens: int) -> float:
 
     0 with room, and where nothing decodes: what is being prefilled for others gives up its KV by itself.
     """
-    load, info = instance.load, instance.info
-    if load.num_decoding == 0:
+    load, info, decodes = instance.load, instance.info, decode_load(instance)
+    if decodes.num_seqs == 0:
         return 0.0
-    tokens_short = load.kv_tokens_used + num_tokens - info.kv_tokens_total
-    seats_short = load.num_decoding + 1 - info.max_num_seqs
+    tokens_short = load.kv_tokens_used - load.num_offline_context_tokens + num_tokens - info.kv_tokens_total
+    seats_short = decodes.num_seqs + 1 - info.max_num_seqs
     if tokens_short <= 0 and seats_short <= 0:
         return 0.0
-    share = max(tokens_short / max(1, load.num_context_tokens), seats_short / load.num_decoding)
+    share = max(tokens_short / max(1, decodes.num_keys), seats_short / decodes.num_seqs)
     return share * _TOKENS_TO_COME * interval_s(instance, num_more=0)

@@ -144,8 +144,8 @@ class _Fleet:
         self.prefills = [one for name, one in up.items() if pools[name] not in _DECODES]
         self.changing = {name for name, pool in pools.items() if pool in _IN_BETWEEN}
         self.num_instances = len(up)
-        self.num_seqs = sum(one.load.num_decoding for one in up.values())
-        self.num_context = sum(one.load.num_context_tokens for one in up.values())
+        self.num_seqs = sum(predict.decode_load(one).num_seqs for one in up.values())
+        self.num_context = sum(predict.decode_load(one).num_keys for one in up.values())
         self.waiting_s = sum(_waiting_s(one, rules.tpot_slo_s) for one in up.values())
         """Seconds of one instance."""
 
@@ -213,10 +213,8 @@ class _Fleet:
 
 
 def _waiting_s(instance: Instance, tpot_slo_s: float) -> float:
-    load = instance.load
-    return predict.prefill_s(
-        instance, load.num_waiting_tokens, load.num_waiting_tokens**2 // (2 * max(1, load.num_waiting)), tpot_slo_s
-    )
+    num_tokens = instance.load.num_waiting_tokens - instance.load.num_offline_waiting_tokens
+    return predict.prefill_s(instance, num_tokens, num_tokens**2 // (2 * max(1, instance.load.num_waiting)), tpot_slo_s)
 
 
 def _weight_s(instance: Instance, to_prefill: bool, tpot_slo_s: float) -> float:

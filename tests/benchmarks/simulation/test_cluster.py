@@ -5,18 +5,20 @@ from hypothesis import strategies as st
 from tests.benchmarks.simulation.fixtures import hardware, requests
 from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules, attainment
 from xllm_compile.scheduler.cluster.state import Pool
+from xllm_compile.scheduler.policies.colocation import ColocationRules
 from xllm_compile.scheduler.policies.roles import RoleRules
 from xllm_compile.scheduler.policies.routing import POLICIES, RoutingRules
 
 P, D, M = Pool.PREFILL, Pool.DECODE, Pool.MIX
+COLOCATION = ColocationRules(tpot_slo_s=0.05)
 ROLES = RoleRules(ttft_slo_s=1.0, tpot_slo_s=0.05)
 
 
-def served(arrivals, pools=(P, D), policy="slo", roles=None, seed=0, device=None, **rules):
+def served(arrivals, pools=(P, D), policy="slo", roles=None, seed=0, device=None, colocation=None, **rules):
     cluster = Cluster(
         hardware=device or hardware(),
         pools=pools,
-        rules=ClusterRules(routing=RoutingRules(policy=policy, **rules), roles=roles),
+        rules=ClusterRules(routing=RoutingRules(policy=policy, **rules), roles=roles, colocation=colocation),
         seed=seed,
         checks=True,
     )
@@ -38,16 +40,20 @@ def facts(arrivals):
     kv_tokens=st.sampled_from([4000, 12_000, 100_000]),
     max_num_seqs=st.sampled_from([2, 64]),
     offline_share=st.sampled_from([0.0, 0.4]),
+    is_colocated=st.booleans(),
 )
 def test_nothing_is_lost_nor_served_twice_and_all_is_repeatable(
-    pools, policy, is_dynamic, seed, rate, kv_tokens, max_num_seqs, offline_share
+    pools, policy, is_dynamic, seed, rate, kv_tokens, max_num_seqs, offline_share, is_colocated
 ):
     """checks: after every event the KV of every instance is what its sequences hold, and no more than there is."""
     device = hardware(kv_tokens=kv_tokens, max_num_seqs=max_num_seqs)
+    colocation = COLOCATION if is_colocated else None
     runs = []
     for _ in range(2):
         arrivals = requests(60, rate, seed=seed, offline_share=offline_share)
-        cluster = served(arrivals, pools, policy, ROLES if is_dynamic else None, seed, device, max_wait_s=10.0)
+        cluster = served(
+            arrivals, pools, policy, ROLES if is_dynamic else None, seed, device, colocation, max_wait_s=10.0
+        )
         runs.append(facts(arrivals))
         for one in arrivals:
             assert one.is_refused is (one.finished_s is None), "served or refused, never neither"
@@ -57,7 +63,7 @@ def test_nothing_is_lost_nor_served_twice_and_all_is_repeatable(
                 assert one.arrival_s < one.first_token_s <= one.finished_s
         for instance in cluster.instances.values():
             assert instance.kv_used == 0 and instance.num_decoding == 0 and instance.num_waiting_tokens == 0
-            assert not instance.prefilling and not instance.arriving
+            assert not instance.prefilling and not instance.arriving and not instance.paused
     assert runs[0] == runs[1]
 
 
@@ -120,3 +126,24 @@ def test_on_bursts_roles_and_slo_keep_more_targets_than_fixed_pools():
     served(fixed, [P] * 4 + [D] * 4, "load")
     served(free, [P] * 4 + [D] * 4, "slo", ROLES)
     assert attainment(free) > attainment(fixed) + 0.1
+
+
+def test_offline_work_uses_what_is_left_and_online_work_does_not_notice():
+    def mixed():
+        arrivals = requests(500, 11.0, offline_share=0.5)
+        for one in arrivals:
+            one.num_output_tokens = 2 * one.num_output_tokens
+        return arrivals
+
+    plain, gives_way, alone = mixed(), mixed(), mixed()
+    for one in plain:
+        one.is_offline = False
+    served(plain, [P, D], "slo")
+    cluster = served(gives_way, [P, D], "slo", colocation=COLOCATION)
+    served([one for one in alone if one.ttft_slo_s], [P, D], "slo")
+    assert attainment(gives_way) > attainment(plain) + 0.1
+    assert attainment(gives_way) > attainment([one for one in alone if one.ttft_slo_s]) - 0.03
+    moved = [one for one in gives_way if one.is_offline and one.decode != one.prefill]
+    assert moved, "the decoding instance pulled some over"
+    assert {one.decode for one in moved} == {"i0001"}
+    assert cluster.now < 4 * gives_way[-1].arrival_s

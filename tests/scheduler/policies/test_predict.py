@@ -86,3 +86,21 @@ def test_room_is_waited_for_only_where_decodes_hold_it():
 def test_without_a_profile_less_work_is_still_sooner_done():
     idle, busy = instance("a", profile=None), instance("b", profile=None, num_waiting=1, num_waiting_tokens=500)
     assert predict.ttft_s(idle, request()) < predict.ttft_s(busy, request())
+
+
+def test_offline_work_gives_way_and_does_not_count_for_online_requests():
+    free = decoding("a", 4, kv_tokens_total=10_000)
+    shared = decoding(
+        "b",
+        16,
+        kv_tokens_total=10_000,
+        num_offline_decoding=12,
+        num_offline_context_tokens=6000,
+        num_waiting=2,
+        num_waiting_tokens=5000,
+        num_offline_waiting_tokens=5000,
+    )
+    assert predict.interval_s(shared, 500) == predict.interval_s(free, 500)
+    assert predict.ttft_s(shared, request(1000)) == predict.ttft_s(free, request(1000))
+    assert predict.room_wait_s(shared, 4000) == 0
+    assert predict.ttft_s(shared, request(1000, is_offline=True)) > predict.ttft_s(shared, request(1000))

@@ -1,0 +1,169 @@
+"""How much offline work rides beside online work within its targets, in simulation. Nothing is run on a device."""
+
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from xllm_compile.benchmarks.bench_simulate import Targets, hardware_of, settings
+from xllm_compile.benchmarks.console import finish, say, show_table
+from xllm_compile.benchmarks.record import Bar, make_record
+from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules, attainment
+from xllm_compile.benchmarks.simulation.goodput import Goodput, highest_rate
+from xllm_compile.benchmarks.simulation.hardware import Hardware
+from xllm_compile.benchmarks.simulation.requests import SimRequest, offline, online, read_requests, scaled, tidal
+from xllm_compile.request_trace import TraceRequest
+from xllm_compile.scheduler.cluster.state import Pool
+from xllm_compile.scheduler.policies.colocation import ColocationRules
+from xllm_compile.scheduler.policies.routing import RoutingRules
+
+MODES = ("base P/D", "online priority", "co-location")
+# Online requests that may miss a target, and what they may miss without any offline one.
+_VIOLATIONS, _VIOLATIONS_ALONE = 0.03, 0.01
+# Share of the rate at which the base keeps to that, at which online requests come here.
+_ONLINE_SHARE = 0.7
+# Offline requests are sustained when so many of them are finished so soon behind the last arrival.
+_FINISHED, _GRACE_S = 0.97, 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """Everything but the rates."""
+
+    hardware: Hardware
+    pools: tuple[Pool, ...]
+    targets: Targets
+    trace: list[TraceRequest]
+    """Of online requests."""
+    lengths: list[TraceRequest]
+    """Of offline ones."""
+
+    def serve(self, mode: str, online_rate: float, offline_rate: float, seed: int) -> list[SimRequest]:
+        arrivals = online(scaled(self.trace, online_rate, seed), self.targets.ttft_slo_s, self.targets.tpot_slo_s)
+        beside = offline(
+            self.lengths,
+            offline_rate,
+            arrivals[-1].arrival_s,
+            seed,
+            first_number=len(arrivals),
+            gives_way=mode != MODES[0],
+        )
+        rules = ClusterRules(
+            # What the device does not get to waits: nobody is turned away.
+            routing=RoutingRules(policy="slo", max_wait_s=math.inf),
+            colocation=ColocationRules(tpot_slo_s=self.targets.tpot_slo_s) if mode == MODES[-1] else None,
+        )
+        requests = sorted([*arrivals, *beside], key=lambda one: one.arrival_s)
+        Cluster(hardware=self.hardware, pools=self.pools, rules=rules, seed=seed).run(requests)
+        return requests
+
+
+def violations(requests: Sequence[SimRequest]) -> float:
+    """Share of online requests that missed a target; 1 where offline ones pile up."""
+    until_s = requests[-1].arrival_s + _GRACE_S
+    beside = [one for one in requests if one.ttft_slo_s is None]
+    num_finished = sum(one.finished_s is not None and one.finished_s <= until_s for one in beside)
+    return 1.0 if num_finished < _FINISHED * len(beside) else 1.0 - attainment(requests)
+
+
+def run_colocation(
+    traces: Sequence[Path],
+    results: Path,
+    command: Sequence[str],
+    *,
+    name: str,
+    model: str,
+    device: str,
+    num_instances: int,
+    targets: Targets,
+    seeds: int,
+    num_requests: int,
+    lengths: Path,
+) -> None:
+    """Highest offline rates at 3 % online violations, of every mode on every trace and on the first made tidal."""
+    half = num_instances // 2
+    workloads = {path.stem: read_requests(path, num_requests) for path in traces}
+    workloads = {f"{traces[0].stem}, tidal": tidal(workloads[traces[0].stem])} | workloads
+    figures: dict[str, Any] = {}
+    bars: list[Bar] = []
+    hardware = hardware_of(model, device)
+    for what, trace in workloads.items():
+        setting = Setting(
+            hardware=hardware,
+            pools=(Pool.PREFILL,) * half + (Pool.DECODE,) * (num_instances - half),
+            targets=targets,
+            trace=trace,
+            lengths=read_requests(lengths),
+        )
+        alone = _online_goodput(setting, float(num_instances))
+        online_rate = _ONLINE_SHARE * alone.median
+        say(f"{what}: {online_rate:.2f} online requests/s")
+        with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+            search = partial(_offline_goodput, setting=setting, online_rate=online_rate, seeds=seeds)
+            found = dict(zip(MODES, pool.map(search, MODES), strict=True))
+        figures[what] = {"online requests/s": online_rate} | {mode: one.to_json() for mode, one in found.items()}
+        bars += _bars(what, found)
+        show_table(
+            f"{what}: offline requests/s beside {online_rate:.2f} online ones, {_VIOLATIONS:.0%} of them late at most",
+            ("mode", "median", "lowest", "highest"),
+            [
+                (mode, f"{one.median:.2f}", f"{min(one.rates):.2f}", f"{max(one.rates):.2f}")
+                for mode, one in found.items()
+            ],
+        )
+    raw = settings(model, device, hardware, num_instances) | {
+        "pools": f"{half}P{num_instances - half}D",
+        "targets": asdict(targets),
+        "offline lengths": lengths.stem,
+        "seeds": seeds,
+        "num_requests": num_requests,
+        "violations": _VIOLATIONS,
+        "online_share": _ONLINE_SHARE,
+        "rules": asdict(ColocationRules(tpot_slo_s=targets.tpot_slo_s)),
+        "workloads": figures,
+    }
+    finish(make_record(name, command, seed=0, raw=raw, bars=bars), results)
+
+
+def _online_goodput(setting: Setting, start: float) -> Goodput:
+    """Of the base without offline requests."""
+    return highest_rate(
+        lambda rate, seed: violations(setting.serve(MODES[0], rate, 0.0, seed)),
+        lambda share: share <= _VIOLATIONS_ALONE,
+        (0,),
+        start=start,
+        precision=0.05,
+    )
+
+
+def _offline_goodput(mode: str, setting: Setting, online_rate: float, seeds: int) -> Goodput:
+    return highest_rate(
+        lambda rate, seed: violations(setting.serve(mode, online_rate, rate, seed)),
+        lambda share: share <= _VIOLATIONS,
+        range(seeds),
+        start=4.0,
+        precision=0.05,
+    )
+
+
+def _bars(what: str, found: dict[str, Goodput]) -> list[Bar]:
+    base, priority, ours = (max(found[mode].median, 1e-9) for mode in MODES)
+    is_tidal = what.endswith("tidal")
+    return [
+        Bar(
+            what=f"{what}: offline requests/s, {MODES[2]} over {MODES[0]}",
+            value=ours / base,
+            unit="x",
+            bar=">= 3" if is_tidal else ">= 1.17",
+        ),
+        Bar(
+            what=f"{what}: offline requests/s, {MODES[2]} over {MODES[1]}",
+            value=ours / priority,
+            unit="x",
+            bar=">= 3" if is_tidal else ">= 1.75",
+        ),
+    ]
