@@ -3,7 +3,8 @@
 import os
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from xllm_compile import __version__
@@ -48,13 +49,53 @@ def transfer_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"transfers": schemes, "transfer": TransferConfig(host=host, secret=secret.encode())}
 
 
-def make_instance(
-    instance: "Instance", engine: "AsyncEngine", service: "Service", options: Mapping[str, Any], grpc_port: int
-) -> "InstanceServicer":
-    """What serves Instance at that port; its `info` is what a registry lists."""
-    from xllm_compile.scheduler.instance_api import InstanceServicer
+def check_registry(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an address that is none, and where nobody would use it."""
+    if options["registry"] is None:
+        return
+    if options["role"] is None:
+        raise ValueError(f"--registry {options['registry']} is for a service of several processes; add --role")
+    from xllm_compile.scheduler.cluster.registry_address import parse_registry
 
-    return InstanceServicer(service, engine, instance_info(instance, options, service.model_names, grpc_port))
+    parse_registry(options["registry"], api_key=options["api_key"])
+
+
+class Member:
+    """This process as an instance of the service."""
+
+    def __init__(
+        self, instance: "Instance", engine: "AsyncEngine", service: "Service", options: Mapping[str, Any]
+    ) -> None:
+        self._instance = instance
+        self._engine = engine
+        self._service = service
+        self._options = options
+        self._info: InstanceInfo | None = None
+
+    def servicer(self, grpc_port: int) -> "InstanceServicer":
+        """What serves Instance at that port; its `info` is what the registry lists."""
+        from xllm_compile.scheduler.instance_api import InstanceServicer
+
+        self._info = instance_info(self._instance, self._options, self._service.model_names, grpc_port)
+        return InstanceServicer(self._service, self._engine, self._info)
+
+    @asynccontextmanager
+    async def listed(self) -> AsyncIterator[None]:
+        """In the registry, if there is one, while entered."""
+        if self._options["registry"] is None:
+            yield
+            return
+        from xllm_compile.scheduler.cluster.registry_address import parse_registry
+        from xllm_compile.scheduler.registry.etcd_registry import EtcdRegistry
+        from xllm_compile.scheduler.registry.registration import Registration
+
+        assert self._info is not None, "the servicer comes first"
+        address = parse_registry(self._options["registry"], api_key=self._options["api_key"])
+        async with (
+            EtcdRegistry(address.config) as registry,
+            Registration(registry, self._info, namespace=address.namespace),
+        ):
+            yield
 
 
 def instance_info(

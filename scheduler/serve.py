@@ -59,6 +59,11 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
 )
 @click.option("--registry-host", help="Address of it.  [default: that of --host]")
 @click.option(
+    "--dynamic-roles",
+    is_flag=True,
+    help="Have a gateway move its mix instances between prefill and decode, to keep --ttft-slo-ms and --tpot-slo-ms.",
+)
+@click.option(
     "--routing",
     type=click.Choice(ROUTING_POLICIES),
     default="slo",

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.routing import Route
 
@@ -47,8 +48,14 @@ class ServerConfig:
             raise ValueError(f"drain_timeout_s={self.drain_timeout_s} must not be negative")
 
 
-Listed = AbstractAsyncContextManager[object]
-"""While it is entered, others send requests here."""
+class Member(Protocol):
+    """The process's part in a service of many (scheduler/member.py)."""
+
+    def servicer(self, grpc_port: int) -> InstanceServicer:
+        """Called once, before `listed`."""
+
+    def listed(self) -> AbstractAsyncContextManager[object]:
+        """While it is entered, gateways send requests here."""
 
 
 async def run_server(
@@ -59,15 +66,13 @@ async def run_server(
     *,
     routes: Sequence[Route] = (),
     batches: Batches | None = None,
-    list_at: Callable[[int], Listed] = lambda grpc_port: nullcontext(),
-    make_instance: Callable[[int], InstanceServicer] | None = None,
+    member: Member | None = None,
 ) -> bool:
     """Serve until SIGTERM or SIGINT, then drain. True when every open request was answered in full.
 
-    on_ready gets the HTTP and gRPC ports once both answer. What list_at makes of the gRPC port is entered then, and
-    left before the drain. make_instance serves Instance at that port. routes are HTTP's beside the service's own;
-    batches run while the server does. A second signal ends the process at once. Raises OSError when the gRPC port is
-    taken.
+    on_ready gets the HTTP and gRPC ports once both answer. A member is listed from then on, until the drain begins.
+    routes are HTTP's beside the service's own; batches run while the server does. A second signal ends the process at
+    once. Raises OSError when the gRPC port is taken.
     """
     stop = _catch_signals()
     batch_routes = disabled_routes() if batches is None else BatchApi(batches).routes()
@@ -76,8 +81,8 @@ async def run_server(
     )
     grpc = GrpcServer(service)
     grpc_port = grpc.bind(config.host, config.grpc_port, config.tls.server_credentials())
-    if make_instance is not None:
-        grpc.add_instance(make_instance(grpc_port))
+    if member is not None:
+        grpc.add_instance(member.servicer(grpc_port))
     if batches is not None:
         # Before the first client can add one.
         await batches.start()
@@ -86,7 +91,7 @@ async def run_server(
         http_port = http_socket.getsockname()[1]
         await grpc.start()
         await http.ready.wait()
-        async with list_at(grpc_port):
+        async with nullcontext() if member is None else member.listed():
             on_ready(http_port, grpc_port)
             await stop.wait()
         return await _drain(config, service, grpc, batches)

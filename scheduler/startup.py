@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from xllm_compile import __version__
 from xllm_compile.scheduler.artifact_source import find_artifact
 from xllm_compile.scheduler.exposure import Port, check_ports
-from xllm_compile.scheduler.member import is_member, make_instance, transfer_options
+from xllm_compile.scheduler.member import Member, check_registry, is_member, transfer_options
 from xllm_compile.scheduler.tls import TlsConfig
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def serve(options: Mapping[str, Any]) -> int:
     """The exit code, after the drain. Raises ValueError or OSError on the user's mistakes."""
     tls = TlsConfig.from_options(options)
     check_ports(_ports(options, tls), allow_unauthenticated=options["allow_unauthenticated"])
+    check_registry(options)
     # The event loop shares the interpreter with the engine thread and has short bursts of work. By default it waits
     # up to 5 ms for its turn after every system call, which also delays the next step's input.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -240,13 +241,13 @@ def _run(
             door = door or service
         assert door is not None
         config = server_config(options, max_connections)
-        make = None
+        member = None
         if is_member(options):
             (names, instance), *_ = instances.items()
-            make = partial(make_instance, instance, engines[names], door, options)
+            member = Member(instance, engines[names], door, options)
         on_ready = partial(announce, config.host)
         with opened_batches(options, door) as batches:
-            serving = run_server(config, http_socket, door, on_ready, batches=batches, make_instance=make)
+            serving = run_server(config, http_socket, door, on_ready, batches=batches, member=member)
             is_clean = asyncio.run(serving)
     finally:
         for engine in engines.values():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-READY = re.compile(r"READY http=(\S+):(\d+) grpc=(\S+):(\d+) startup_s=(\d+\.\d+)\n")
+READY = re.compile(r"READY http=(\S+):(\d+) grpc=(\S+):(\d+)(?: registry=(\S+))? startup_s=(\d+\.\d+)\n")
 
 
 class ServeProcess:
@@ -37,6 +37,7 @@ class ServeProcess:
         self.http = f"http://{ready[1]}:{ready[2]}"
         self.host, self.http_port = ready[1], int(ready[2])
         self.grpc = f"{ready[3]}:{ready[4]}"
+        self.registry = ready[5]
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None

@@ -1,0 +1,197 @@
+"""A gateway and its instances as processes."""
+
+import json
+import signal
+import threading
+from contextlib import ExitStack
+
+import httpx
+import openai
+import pytest
+
+from tests.integration.serve_process import ServeProcess, run_refused
+from tests.integration.test_serve_http import until
+
+pytestmark = pytest.mark.integration
+
+PROMPTS = [f"def function_{index}(a, b):\n" for index in range(6)]
+
+
+class Cluster:
+    """Of one artifact; float32, so that tokens are the same however a step is put together."""
+
+    def __init__(self, artifact, roles, *options):
+        self._stack = ExitStack()
+        self._artifact = artifact
+        self._options = options
+        """Of the instances."""
+        # By load, prompts of any length go from prefill to decode.
+        self.gateway = self._start("--role", "gateway", "--registry-port", "0", "--routing", "load")
+        self.instances = {}
+        for index, role in enumerate(roles):
+            self.add(f"{role}-{index}", role)
+
+    def _start(self, *options):
+        return self._stack.enter_context(ServeProcess(self._artifact, *options))
+
+    def add(self, name, role):
+        registry = self.gateway.registry
+        options = ("--role", role, "--registry", registry, "--name", name, "--threads", "1", *self._options)
+        self.instances[name] = self._start(*options)
+        until(lambda: any(each["name"] == name and each["health"] == "active" for each in self.members()))
+
+    def members(self):
+        return httpx.get(f"{self.gateway.http}/cluster").json()["instances"]
+
+    def counts(self):
+        return httpx.get(f"{self.gateway.http}/cluster").json()["counts"]
+
+    def close(self):
+        self._stack.close()
+
+
+def complete(server, prompt, **options):
+    body = {"prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True} | options
+    answer = httpx.post(f"{server.http}/v1/completions", json=body, timeout=120)
+    answer.raise_for_status()
+    return [choice["text"] for choice in answer.json()["choices"]]
+
+
+class Stream(threading.Thread):
+    """One long completion, read as it comes."""
+
+    def __init__(self, server, prompt):
+        super().__init__()
+        self._url = f"{server.http}/v1/completions"
+        self._body = {"prompt": prompt, "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True}
+        self.text = ""
+        self.error = None
+        self.start()
+
+    def run(self):
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=120) as answer:
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        event = json.loads(line.removeprefix("data: "))
+                        if "error" in event:
+                            self.error = event["error"]
+                        else:
+                            self.text += event["choices"][0]["text"]
+        except Exception as err:
+            self.error = err
+
+    def result(self):
+        self.join(120)
+        assert self.error is None, self.error
+        return self.text
+
+
+def busiest(cluster):
+    until(lambda: any(each["load"]["num_running"] for each in cluster.members()))
+    return max(cluster.members(), key=lambda each: each["load"]["num_running"])["name"]
+
+
+@pytest.fixture(scope="module")
+def artifact(family_artifact):
+    return family_artifact("qwen3")
+
+
+@pytest.fixture(scope="module")
+def expected(artifact):
+    """What a server without others answers: 400 tokens to each prompt."""
+    with ServeProcess(artifact, "--threads", "1") as server:
+        return {prompt: complete(server, prompt, max_tokens=400)[0] for prompt in PROMPTS}
+
+
+@pytest.fixture
+def start_cluster(artifact):
+    with ExitStack() as stack:
+
+        def start(*roles, options=()):
+            cluster = Cluster(artifact, roles, *options)
+            stack.callback(cluster.close)
+            return cluster
+
+        yield start
+
+
+def test_a_cluster_answers_as_one_server(start_cluster, expected):
+    cluster = start_cluster("mix", "mix")
+    streams = {prompt: Stream(cluster.gateway, prompt) for prompt in PROMPTS}
+    assert {prompt: stream.result() for prompt, stream in streams.items()} == expected
+    assert all(instance.metrics()["xllm_engine_steps_total"] > 0 for instance in cluster.instances.values())
+    with openai.OpenAI(base_url=f"{cluster.gateway.http}/v1", api_key="unused", max_retries=0) as client:
+        model = client.models.list().data[0].id
+        answer = client.completions.create(model=model, prompt=PROMPTS[0], max_tokens=4, temperature=0, n=2, logprobs=2)
+        assert [choice.text for choice in answer.choices] == [expected[PROMPTS[0]][: len(answer.choices[0].text)]] * 2
+        assert len(client.embeddings.create(model=model, input="text").data[0].embedding) > 0
+
+
+def test_prefill_and_decode_on_two_instances(start_cluster, expected):
+    cluster = start_cluster("prefill", "decode")
+    streams = {prompt: Stream(cluster.gateway, prompt) for prompt in PROMPTS}
+    assert {prompt: stream.result() for prompt, stream in streams.items()} == expected
+    assert cluster.counts()["num_handed_over"] == len(PROMPTS)
+    prefill, decode = cluster.instances["prefill-0"].metrics(), cluster.instances["decode-1"].metrics()
+    assert prefill["xllm_generation_tokens_total"] == len(PROMPTS)
+    assert decode["xllm_generation_tokens_total"] == len(PROMPTS) * 399
+
+
+@pytest.mark.parametrize("roles", [("mix", "mix"), ("prefill", "decode", "decode"), ("prefill", "prefill", "decode")])
+def test_an_instance_that_is_killed_costs_no_token(start_cluster, expected, roles):
+    cluster = start_cluster(*roles)
+    streams = {prompt: Stream(cluster.gateway, prompt) for prompt in PROMPTS}
+    cluster.instances[busiest(cluster)].send(signal.SIGKILL)
+    assert {prompt: stream.result() for prompt, stream in streams.items()} == expected
+
+
+def test_an_instance_that_stands_still_costs_no_token(start_cluster, expected):
+    cluster = start_cluster("mix", "mix")
+    streams = {prompt: Stream(cluster.gateway, prompt) for prompt in PROMPTS}
+    name = busiest(cluster)
+    cluster.instances[name].send(signal.SIGSTOP)
+    assert {prompt: stream.result() for prompt, stream in streams.items()} == expected
+    cluster.instances[name].send(signal.SIGCONT)
+    until(lambda: all(each["health"] == "active" for each in cluster.members()))
+    until(lambda: all(each["load"]["num_running"] == 0 for each in cluster.members()))
+    assert complete(cluster.gateway, PROMPTS[0], max_tokens=400) == [expected[PROMPTS[0]]]
+
+
+def test_an_instance_that_is_told_to_end_loses_no_request(start_cluster, expected):
+    cluster = start_cluster("mix", "mix", options=("--drain-timeout", "0"))
+    streams = {prompt: Stream(cluster.gateway, prompt) for prompt in PROMPTS}
+    name = busiest(cluster)
+    cluster.instances[name].send(signal.SIGTERM)
+    assert {prompt: stream.result() for prompt, stream in streams.items()} == expected
+    cluster.instances[name].wait()
+    left = [other for other in cluster.instances if other != name]
+    until(lambda: [each["name"] for each in cluster.members()] == left)
+
+
+def test_the_last_instance_gone_and_another_come(start_cluster, expected):
+    cluster = start_cluster("mix")
+    stream = Stream(cluster.gateway, PROMPTS[0])
+    cluster.instances[busiest(cluster)].send(signal.SIGKILL)
+    cluster.add("later", "mix")
+    assert stream.result() == expected[PROMPTS[0]]
+
+
+def test_a_client_that_leaves_frees_the_instance(start_cluster):
+    cluster = start_cluster("mix")
+    with httpx.stream(
+        "POST",
+        f"{cluster.gateway.http}/v1/completions",
+        json={"prompt": PROMPTS[0], "max_tokens": 450, "n": 8, "ignore_eos": True, "stream": True},
+    ) as answer:
+        next(answer.iter_lines())
+    instance = cluster.instances["mix-0"]
+    until(lambda: instance.metrics()["xllm_aborted_requests_total"] == 8)
+    until(lambda: instance.metrics()["xllm_num_requests_running"] == 0)
+
+
+def test_a_wrong_registry_is_said(artifact):
+    line = run_refused(artifact, "--role", "mix", "--registry", "http://nowhere")
+    assert "--registry" in line and "etcd" in line
+    line = run_refused(artifact, "--role", "gateway", "--dynamic-roles")
+    assert "--ttft-slo-ms" in line
