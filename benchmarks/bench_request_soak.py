@@ -19,10 +19,12 @@ from xllm_compile.benchmarks.server_process import ServerProcess
 
 _CONCURRENCY = 48
 _MAX_MODEL_LEN = 512
-# Less than the open requests need at their longest: preemption and eviction belong to the mix.
+# Less than the open requests need at their longest, and some may take the places of others: preemption and eviction
+# belong to the mix. What is swapped out has room for a few sequences only, so that others are computed again.
 # Graphs that are compiled while serving take memory that is no leak; xllm-bench soak looks at those.
 _SERVER_OPTIONS = (
     *("--max-num-seqs", "32", "--max-model-len", str(_MAX_MODEL_LEN), "--kv-memory", "10MiB"),
+    *("--scheduling-policy", "priority", "--kv-swap-memory", "1MiB"),
     "--no-graph-promotion",
 )
 _CLEAN_OPTIONS = (*_SERVER_OPTIONS, "--no-async-scheduling")
@@ -98,6 +100,11 @@ def _plan_one(rng: random.Random, prefixes: Sequence[str]) -> PlannedSoakRequest
         body["logprobs"] = 2
     if rng.random() < 0.1:
         body |= {"min_tokens": 1, "ignore_eos": True}
+    if rng.random() < 0.1:
+        # Long enough to be there when somebody more urgent comes.
+        body |= {"prompt": _text(rng, 20), "max_tokens": rng.randrange(200, 320), "ignore_eos": True, "priority": 1}
+    elif rng.random() < 0.3:
+        body["priority"] = -1
     leaves = body["stream"] and rng.random() < 0.2
     return PlannedSoakRequest(body=body, leaves_after=rng.randrange(0, 12) if leaves else None)
 
@@ -143,12 +150,15 @@ def run_request_soak(
         "metrics_at_rest": left,
         "footprints": [[each.num_done, each.memory_bytes, each.num_files, each.num_mappings] for each in footprints],
     }
+    num_preemptions, num_swaps = left["xllm_preemptions_total"], left["xllm_swap_preemptions_total"]
     bars = [
         Bar(what="requests that failed", value=len(failed), unit="", bar="<= 0"),
         Bar(what="answers that differ from a clean run's", value=len(different), unit="", bar="<= 0"),
         Bar(what="answers compared", value=len(checked), unit=""),
         Bar(what="KV tokens in use at rest", value=left["xllm_kv_cache_tokens_used"], unit="", bar="<= 0"),
-        Bar(what="preemptions", value=left["xllm_preemptions_total"], unit=""),
+        Bar(what="preemptions, KV copied out and back", value=num_swaps, unit="", bar=">= 1"),
+        Bar(what="preemptions, KV computed again", value=num_preemptions - num_swaps, unit="", bar=">= 1"),
+        Bar(what="KV swapped out at rest", value=left["xllm_kv_swap_bytes"], unit="B", bar="<= 0"),
         Bar(
             what="memory, growth after the first tenth",
             value=_growth(footprints, "memory_bytes") / _MIB,
