@@ -382,8 +382,8 @@ class AsyncEngine:
         """Take nothing new, pause as `pause` does, and give back the memory of the KV cache and of the weights.
 
         Level 1 leaves the weights to the system's page cache, level 2 has them read from disk again. Cached prefixes
-        go, to the tiers below if there are any. Raises EngineDeadError, ValueError for an artifact of several ranks, or
-        where requests that an earlier pause stopped hold memory that several models share.
+        go, to the tiers below if there are any. Raises EngineDeadError, ValueError where requests that an earlier pause
+        stopped hold KV on several ranks or in memory that several models share.
         """
         with self._wake:
             self._check_alive()

@@ -28,7 +28,7 @@ from xllm_compile.runtime.speculative.config import SpeculativeConfig
 from xllm_compile.runtime.speculative.open_speculator import open_speculator, read_draft_manifest
 from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_predictor import prior_of
-from xllm_compile.runtime.tensor_parallel import LeaderRunner, RankGroup
+from xllm_compile.runtime.tensor_parallel import LeaderRunner, RankGroup, ReleaseMemory
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.transfer.endpoint import TransferEndpoint, open_endpoint
 from xllm_compile.runtime.transfer.transfer import TransferConfig
@@ -233,7 +233,7 @@ def open_instance(
         speculator=speculator,
         transfer=_open_transfer(config, kv_cache),
     )
-    release = partial(_release_weights, root, manifest, own_weights)
+    release = partial(_release_weights, root / manifest.weights[0].path, own_weights, kv_cache, group)
     return Instance(
         root=root,
         manifest=manifest,
@@ -271,6 +271,11 @@ def follow(root: Path, group: RankGroup) -> None:
     if config.warm_up:
         runner.warm_up()
     while (message := group.receive()) is not None:
+        if isinstance(message, ReleaseMemory):
+            # Where pages are mapped does not matter: rank 0 unmaps them with the next step.
+            kv_cache.give_back()
+            release_weights(weights, root / manifest.weights[group.config.rank].path, from_cache=message.from_cache)
+            continue
         replay(message.page_ops, kv_cache.xtensor)
         runner.execute(message)
     group.close()
@@ -293,13 +298,18 @@ def _runner(
     )
 
 
-def _release_weights(root: Path, manifest: Manifest, weights: dict[str, Tensor], from_cache: bool) -> None:
-    if manifest.tensor_parallel_size > 1:
-        raise ValueError(
-            f"an artifact of {manifest.tensor_parallel_size} ranks does not sleep: one rank cannot give back the memory"
-            " of the others; pause it instead"
-        )
-    release_weights(weights, root / manifest.weights[0].path, from_cache=from_cache)
+def _release_weights(
+    path: Path, weights: dict[str, Tensor], kv_cache: KVCache, group: RankGroup | None, from_cache: bool
+) -> None:
+    """On all ranks; on the others the memory of KV as well, which this one's engine gives back by itself."""
+    if group is not None:
+        if kv_cache.used_tokens:
+            raise ValueError(
+                f"paused requests hold {kv_cache.used_tokens} tokens of KV on {group.config.world_size} ranks; resume"
+                " or abort them before the model sleeps"
+            )
+        group.send_release(ReleaseMemory(from_cache=from_cache))
+    release_weights(weights, path, from_cache=from_cache)
 
 
 def _check_group(root: Path, manifest: Manifest, group: RankGroup | None) -> None:

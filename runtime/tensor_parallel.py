@@ -27,7 +27,7 @@ JOIN_TIMEOUT_S = 120.0
 
 # An idle leader sends nothing for as long as there are no requests. A leader that dies closes its connections.
 _IDLE_TIMEOUT = timedelta(days=3650)
-_STEP, _STOP = range(2)
+_STEP, _STOP, _RELEASE = range(3)
 _ARRAYS = [field.name for field in fields(Step)]
 
 
@@ -48,6 +48,14 @@ class RankConfig:
         host, _, port = self.address.rpartition(":")
         if not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"address={self.address!r} is no host:port, such as 127.0.0.1:29500")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReleaseMemory:
+    """Word from rank 0 to give the memory of weights and KV back; no sequence has any KV."""
+
+    from_cache: bool
+    """Have the system forget the weights file as well."""
 
 
 class RankGroup:
@@ -121,13 +129,19 @@ class RankGroup:
         self._send([_STEP, *(len(array) for array in arrays)])
         self._broadcast(torch.from_numpy(np.concatenate(arrays)))
 
-    def receive(self) -> Step | None:
+    def send_release(self, message: ReleaseMemory) -> None:
+        """Between steps. Raises RuntimeError when a follower is gone."""
+        self._send([_RELEASE, message.from_cache])
+
+    def receive(self) -> Step | ReleaseMemory | None:
         """Follower: what rank 0 sends next; None is the end. Raises RuntimeError when rank 0 is gone."""
         header = torch.zeros(1 + len(_ARRAYS), dtype=torch.int64)
         self._broadcast(header, _IDLE_TIMEOUT)
         kind, *values = header.tolist()
         if kind == _STOP:
             return None
+        if kind == _RELEASE:
+            return ReleaseMemory(from_cache=bool(values[0]))
         payload = torch.empty(sum(values), dtype=torch.int32)
         self._broadcast(payload)
         parts = np.split(payload.numpy(), np.cumsum(values)[:-1])

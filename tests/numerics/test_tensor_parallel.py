@@ -1,5 +1,6 @@
 """Two ranks on this machine, started by rank 0: greedy tokens against transformers, and how the ranks end."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tests.numerics.test_parity import NUM_TOKENS, all_logits, assert_parity, ch
 from xllm_compile.benchmarks.parity import random_prompts
 from xllm_compile.graph_passes.device_spec import device_spec
 from xllm_compile.runtime.artifact import read_manifest, write_manifest
+from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.follower import opened_instance
 from xllm_compile.runtime.instance import InstanceConfig, open_instance
@@ -104,6 +106,32 @@ def test_embeddings_of_whole_and_halved_steps(model_dir, artifact):
             (output,) = llm.embed(prompt, params)
             assert output.embedding is not None
             np.testing.assert_allclose(output.embedding, expected, rtol=1e-3, atol=2e-5)
+
+
+def shared_memory_kib(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss_Shmem:"))
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_all_ranks_sleep_and_wake_up(artifact, level):
+    prompts = random_prompts((3, 40, 129), 4099)
+    before = children()
+    with opened_instance(artifact, InstanceConfig(max_num_seqs=8)) as instance:
+        (follower,) = children() - before
+        expected = greedy(instance.engine, prompts, 8)
+        awake = shared_memory_kib(follower)
+        engine = AsyncEngine(instance.engine, instance.release_weights)
+        try:
+            asyncio.run(engine.sleep(level))
+            assert all(count == 0 for state, count in engine.stats().kv_pages.items() if state != "free")
+            engine.wake_up()
+        finally:
+            engine.shutdown()
+        # The next step comes after the word to sleep.
+        assert greedy(instance.engine, prompts[:1], 8) == expected[:1]
+        assert shared_memory_kib(follower) < awake
+        assert greedy(instance.engine, prompts, 8) == expected
 
 
 @pytest.mark.parametrize("size", [3, 4])
