@@ -55,9 +55,9 @@ def check_registry(options: Mapping[str, Any]) -> None:
         return
     if options["role"] is None:
         raise ValueError(f"--registry {options['registry']} is for a service of several processes; add --role")
-    from xllm_compile.scheduler.cluster.registry_address import parse_registry
+    from xllm_compile.scheduler.cluster.registry_address import registry_of
 
-    parse_registry(options["registry"], api_key=options["api_key"])
+    registry_of(options)
 
 
 class Member:
@@ -85,12 +85,12 @@ class Member:
         if self._options["registry"] is None:
             yield
             return
-        from xllm_compile.scheduler.cluster.registry_address import parse_registry
+        from xllm_compile.scheduler.cluster.registry_address import registry_of
         from xllm_compile.scheduler.registry.etcd_registry import EtcdRegistry
         from xllm_compile.scheduler.registry.registration import Registration
 
         assert self._info is not None, "the servicer comes first"
-        address = parse_registry(self._options["registry"], api_key=self._options["api_key"])
+        address = registry_of(self._options)
         async with (
             EtcdRegistry(address.config) as registry,
             Registration(registry, self._info, namespace=address.namespace),
