@@ -383,15 +383,19 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""
+        running = list(self._running)
+        decoding = [sequence for sequence in running if sequence.is_behind_prompt]
+        prefilling = [sequence for sequence in running if not sequence.is_behind_prompt]
         return EngineStats(
-            num_running=len(self._running),
+            num_running=len(running),
             num_waiting=len(self._waiting),
-            num_waiting_tokens=self._waiting.num_tokens
-            + sum(sequence.num_uncomputed_tokens for sequence in self._running if not sequence.is_behind_prompt),
-            num_decoding=sum(sequence.is_behind_prompt for sequence in self._running),
-            num_context_tokens=sum(
-                sequence.num_computed_tokens for sequence in self._running if sequence.is_behind_prompt
-            ),
+            num_waiting_tokens=self._waiting.num_tokens + sum(each.num_uncomputed_tokens for each in prefilling),
+            num_decoding=len(decoding),
+            num_context_tokens=sum(each.num_computed_tokens for each in decoding),
+            num_offline_waiting_tokens=self._waiting.num_offline_tokens
+            + sum(each.num_uncomputed_tokens for each in prefilling if each.is_offline),
+            num_offline_decoding=sum(each.is_offline for each in decoding),
+            num_offline_context_tokens=sum(each.num_computed_tokens for each in decoding if each.is_offline),
             kv_tokens_used=self._kv_cache.used_tokens,
             kv_tokens_total=self._kv_cache.total_tokens,
             kv_pages=self._kv_cache.num_pages_by_state(),
@@ -406,7 +410,7 @@ class Engine:
             num_preemptions=self._stats.num_preemptions,
             num_swaps=self._stats.num_swaps,
             kv_swap_bytes=self._kv_cache.swap.num_bytes if self._kv_cache.swap else None,
-            num_offline_running=sum(sequence.is_offline for sequence in self._running),
+            num_offline_running=sum(each.is_offline for each in running),
             num_offline_waiting=self._waiting.num_offline,
             num_offline_preemptions=self._stats.num_offline_preemptions,
             step_error_ratio=self._predictor.error_ratio,

@@ -176,6 +176,9 @@ class EngineStats:
     num_offline_running: int = 0
     """Of num_running; likewise below."""
     num_offline_waiting: int = 0
+    num_offline_waiting_tokens: int = 0
+    num_offline_decoding: int = 0
+    num_offline_context_tokens: int = 0
     num_offline_preemptions: int = 0
     step_error_ratio: float = 0.0
     """How far off the predicted times of the last steps were, on average, as a share."""

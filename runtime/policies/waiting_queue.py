@@ -19,6 +19,8 @@ class WaitingQueue(Generic[S]):
         self.num_tokens = 0
         """Tokens that its sequences have to prefill."""
         self.num_offline = 0
+        self.num_offline_tokens = 0
+        """Of num_tokens."""
 
     def __len__(self) -> int:
         return len(self._items)
@@ -31,10 +33,13 @@ class WaitingQueue(Generic[S]):
         self._tokens[id(sequence)] = sequence.num_uncomputed_tokens
         self.num_tokens += sequence.num_uncomputed_tokens
         self.num_offline += sequence.is_offline
+        self.num_offline_tokens += sequence.num_uncomputed_tokens * sequence.is_offline
 
     def remove(self, sequence: S) -> None:
         index = bisect_left(self._items, self._key(sequence), key=self._key)
         found = self._items.pop(index)
         assert found is sequence, "the key of a waiting sequence does not change"
-        self.num_tokens -= self._tokens.pop(id(sequence))
+        num_tokens = self._tokens.pop(id(sequence))
+        self.num_tokens -= num_tokens
+        self.num_offline_tokens -= num_tokens * sequence.is_offline
         self.num_offline -= sequence.is_offline

@@ -173,7 +173,7 @@ class WatchLoadRequest(_message.Message):
     def __init__(self, period_ms: _Optional[int] = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_decoding", "num_context_tokens", "num_offline", "kv_tokens_used", "ttft_s", "tpot_s", "is_draining", "profile", "incarnation")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_decoding", "num_context_tokens", "num_offline", "kv_tokens_used", "ttft_s", "tpot_s", "is_draining", "profile", "incarnation", "num_offline_waiting_tokens", "num_offline_decoding", "num_offline_context_tokens")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +186,9 @@ class InstanceLoad(_message.Message):
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NUM_OFFLINE_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OFFLINE_DECODING_FIELD_NUMBER: _ClassVar[int]
+    NUM_OFFLINE_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
@@ -198,7 +201,10 @@ class InstanceLoad(_message.Message):
     is_draining: bool
     profile: StepProfile
     incarnation: str
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_decoding: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_offline: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., is_draining: _Optional[bool] = ..., profile: _Optional[_Union[StepProfile, _Mapping]] = ..., incarnation: _Optional[str] = ...) -> None: ...
+    num_offline_waiting_tokens: int
+    num_offline_decoding: int
+    num_offline_context_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_decoding: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_offline: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., is_draining: _Optional[bool] = ..., profile: _Optional[_Union[StepProfile, _Mapping]] = ..., incarnation: _Optional[str] = ..., num_offline_waiting_tokens: _Optional[int] = ..., num_offline_decoding: _Optional[int] = ..., num_offline_context_tokens: _Optional[int] = ...) -> None: ...
 
 class StepProfile(_message.Message):
     __slots__ = ("num_tokens", "seconds", "sequence_s", "key_s", "pair_s")
