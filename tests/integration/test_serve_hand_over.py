@@ -319,8 +319,9 @@ def test_options_that_do_not_go_together(artifact):
     assert "--role prefill needs a way" in run_refused(artifact, "--role", "prefill", "--transfer", "none")
     assert "is for an instance of a service; add --role" in run_refused(artifact, "--transfer", "shm")
     assert "KV transfer pigeon" in run_refused(artifact, "--role", "decode", "--transfer", "pigeon")
-    assert "name an address" in run_refused(artifact, "--role", "decode", "--transfer-host", "0.0.0.0")
-    assert "without a secret" in run_refused(artifact, "--role", "decode", "--transfer-host", "192.0.2.1")
+    everywhere = ("--role", "decode", "--transfer-host", "0.0.0.0")
+    assert "give --transfer-secret" in run_refused(artifact, *everywhere)
+    assert "name an address" in run_refused(artifact, *everywhere, "--transfer-secret", "hush")
 
 
 def test_an_instance_without_transfers_says_so(artifact):
