@@ -7,6 +7,7 @@ as under way until its result is on disk. What becomes of batches is decided in 
 import asyncio
 import contextlib
 import logging
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -32,10 +33,12 @@ MAX_ATTEMPTS = 3
 MAX_IN_FLIGHT_BYTES = 64 << 20
 """Of request bodies under way; the last to start may exceed it."""
 RECHECK_S = 5.0
-"""Until what cannot go on now (disk full, engine asleep) is tried again."""
+"""Until what cannot go on now (disk full, engine not healthy) is tried again."""
 
 # Lines of a batch that are read from the store at once.
 _NUM_READ = 64
+
+_LineTask = asyncio.Task[tuple[int, Result]]
 
 
 class BatchRunner:
@@ -80,7 +83,10 @@ class BatchRunner:
         """End all that runs. What has no result by then runs again when a server takes up the folder."""
         await cancel_all(self._tasks)
         await cancel_all([task for entry in self._open.values() for task in entry.tasks])
-        await self._recorder.flush()
+        try:
+            await self._recorder.flush()
+        except sqlite3.Error:
+            logger.exception("results of batches could not be written; their lines run again")
 
     def add(self, batch: Batch) -> None:
         """Take up a batch that is in the store."""
@@ -236,13 +242,17 @@ class BatchRunner:
         entry.turn = self._num_turns
         self._num_bytes_running += line.num_bytes
         self.limit.started()
-        task = asyncio.create_task(self._answer(entry.batch, line))
+        task = asyncio.create_task(self._run_line(entry.batch, line))
         entry.tasks.add(task)
         # Not in the task itself: one that is cancelled before its first step does nothing at all.
         task.add_done_callback(partial(self._line_ended, entry, line, time.monotonic()))
 
+    async def _run_line(self, batch: Batch, line: Line) -> tuple[int, Result]:
+        """The status of its answer, and that. Raises BusyError when the line is to run again."""
+        answer = await self._answer(batch, line)
+        return answer.status, result_of(batch.number, line, answer)
+
     async def _answer(self, batch: Batch, line: Line) -> Answer:
-        """Raises BusyError when the line is to run again."""
         try:
             body = await asyncio.to_thread(read_request, self._folder.upload(batch.input_file_id), line)
         except (OSError, ValueError, KeyError) as err:
@@ -250,7 +260,7 @@ class BatchRunner:
             return SERVER_ERROR
         return await ask(self._service, batch.endpoint, body)
 
-    def _line_ended(self, entry: OpenBatch, line: Line, started_s: float, task: "asyncio.Task[Answer]") -> None:
+    def _line_ended(self, entry: OpenBatch, line: Line, started_s: float, task: _LineTask) -> None:
         entry.tasks.discard(task)
         self._num_bytes_running -= line.num_bytes
         self._wake.set()
@@ -269,15 +279,19 @@ class BatchRunner:
             entry.waiting.appendleft(line)
             return
         self.limit.ended(num_waiting=sum(each.engine.stats().num_waiting for each in self._service.services))
-        answer = task.result()
-        if answer.status >= 500:
+        if error is not None:
+            logger.error("%s: line %d failed", entry.batch.id, line.number, exc_info=error)
+            status, result = SERVER_ERROR.status, result_of(entry.batch.number, line, SERVER_ERROR)
+        else:
+            status, result = task.result()
+        if status >= 500:
             entry.num_failures[line.number] += 1
             if entry.num_failures[line.number] < MAX_ATTEMPTS:
                 entry.waiting.appendleft(line)
                 return
         del entry.num_failures[line.number]
         entry.num_unrecorded += 1
-        self._recorder.add(result_of(entry.batch.number, line, answer))
+        self._recorder.add(result)
 
     def _on_recorded(self, result: Result) -> None:
         self._open[result.batch].num_unrecorded -= 1

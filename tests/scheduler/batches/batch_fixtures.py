@@ -9,11 +9,11 @@ from typing import Any
 
 import httpx
 
-from tests.scheduler.service_fixtures import MAX_MODEL_LEN
-from xllm_compile.runtime.async_engine import AsyncEngine
+from tests.scheduler.service_fixtures import MAX_MODEL_LEN, byte_tokenizer
 from xllm_compile.scheduler.batches.api import BatchApi
 from xllm_compile.scheduler.batches.batches import Batches
 from xllm_compile.scheduler.batches.folder import BatchConfig
+from xllm_compile.scheduler.engine_client import EngineClient
 from xllm_compile.scheduler.http_api import build_app
 from xllm_compile.scheduler.service import Service
 
@@ -41,15 +41,18 @@ class Clock:
 class BatchServer:
     """The batch API over an engine; `stop` and `start` are a restart."""
 
-    engine: AsyncEngine
+    engine: EngineClient
     folder: Path
     options: dict[str, Any] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
 
     async def start(self) -> "BatchServer":
-        engine, tokenizer = self.engine, self.engine.engine.tokenizer
         service = Service(
-            engine=engine, tokenizer=tokenizer, model_names=("counter",), max_model_len=MAX_MODEL_LEN, version="1"
+            engine=self.engine,
+            tokenizer=byte_tokenizer(),
+            model_names=("counter",),
+            max_model_len=MAX_MODEL_LEN,
+            version="1",
         )
         self.batches = Batches(BatchConfig(folder=self.folder, **self.options), service, self.clock)
         await self.batches.start()

@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from tests.scheduler.batches.batch_fixtures import COMPLETIONS, jsonl, line
+from xllm_compile.scheduler.batches import line_request
+from xllm_compile.scheduler.batches import runner as runner_module
+from xllm_compile.scheduler.batches.runner import MAX_ATTEMPTS
 
 LONG: dict[str, Any] = {"max_tokens": 100}
 
@@ -258,6 +262,34 @@ async def test_a_dead_engine_fails_no_line(server, runner, engine):
     await asyncio.sleep(0)
     counts = (await server.batch(created["id"]))["request_counts"]
     assert counts["failed"] == 0
+
+
+async def test_lines_wait_while_the_model_sleeps(server, engine):
+    await engine.sleep(1, "abort")
+    created = await server.create([line("a"), line("b")])
+    await server.until(created["id"], lambda batch: batch["status"] == "in_progress")
+    engine.wake_up()
+    ended = await server.ended(created["id"])
+    assert ended["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
+
+
+async def test_a_line_that_the_server_fails_at_is_tried_again(server, monkeypatch):
+    """Once succeeds at the second try, often never."""
+    num_calls: Counter[str] = Counter()
+
+    async def ask(service, endpoint, body):
+        prompt = json.loads(body)["prompt"]
+        num_calls[prompt] += 1
+        if prompt == "often" or num_calls[prompt] == 1:
+            raise RuntimeError("a bug")
+        return await line_request.ask(service, endpoint, body)
+
+    monkeypatch.setattr(runner_module, "ask", ask)
+    ended = await server.ended((await server.create([line("o", prompt="once"), line("n", prompt="often")]))["id"])
+    assert ended["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
+    assert num_calls == {"once": 2, "often": MAX_ATTEMPTS}
+    (failed,) = await server.content(ended["error_file_id"])
+    assert failed["custom_id"] == "n" and failed["response"]["status_code"] == 500
 
 
 async def test_results_are_lines_to_every_reader(server):
