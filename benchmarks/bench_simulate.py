@@ -1,10 +1,11 @@
-"""Services of many instances in simulation: what routing and roles are worth. Nothing is run on a device."""
+"""Services of many instances in simulation: what routing and roles are worth, and how many instances fit."""
 
 import os
+import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from xllm_compile.benchmarks.simulation.chart import attainment_chart, page, tim
 from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules, attainment
 from xllm_compile.benchmarks.simulation.goodput import Goodput, highest_rate
 from xllm_compile.benchmarks.simulation.hardware import Hardware, planned_hardware
-from xllm_compile.benchmarks.simulation.requests import online, read_requests, scaled
+from xllm_compile.benchmarks.simulation.requests import online, read_requests, scaled, tidal
 from xllm_compile.request_trace import TraceRequest
 from xllm_compile.scheduler.cluster.state import Pool
 from xllm_compile.scheduler.policies.roles import RoleRules
@@ -84,6 +85,7 @@ def run_dynamic_roles(
     targets: Targets,
     seeds: int,
     bars: Sequence[float],
+    max_requests: int | None,
 ) -> None:
     """The rate at which 90 % of requests meet both targets, of every case on every trace; writes NAME.json and .html.
 
@@ -96,7 +98,7 @@ def run_dynamic_roles(
     found_bars: list[Bar] = []
     charts: list[str] = []
     for path, bar in zip(traces, bars, strict=True):
-        trace = read_requests(path)
+        trace = read_requests(path, max_requests)
         began = time.perf_counter()
         with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
             search = partial(_goodput, trace=trace, hardware=hardware, targets=targets, seeds=seeds)
@@ -127,10 +129,64 @@ def run_dynamic_roles(
     raw = settings(model, device, hardware, num_instances) | {
         "targets": asdict(targets),
         "seeds": seeds,
+        "max_requests": max_requests,
         "traces": figures,
     }
     finish(make_record(name, command, seed=0, raw=raw, bars=found_bars), results)
     (results / f"{name}.html").write_text(page(charts))
+
+
+def run_scale(
+    trace: Path,
+    results: Path,
+    command: Sequence[str],
+    *,
+    name: str,
+    model: str,
+    device: str,
+    num_instances: int,
+    num_requests: int,
+    hours: float,
+    targets: Targets,
+) -> None:
+    """How long it takes to simulate a day of very many instances; writes NAME.json.
+
+    Arrivals rise and fall once over the time, lengths are drawn from the trace.
+    """
+    hardware, rng = hardware_of(model, device), random.Random(0)
+    lengths = read_requests(trace)
+    arrivals = tidal(
+        [
+            replace(rng.choice(lengths), arrival_s=time_s)
+            for time_s in sorted(rng.uniform(0, 3600 * hours) for _ in range(num_requests))
+        ]
+    )
+    requests = online(arrivals, targets.ttft_slo_s, targets.tpot_slo_s)
+    half = num_instances // 2
+    cluster = Case(policy="slo", pools=(Pool.PREFILL,) * half + (Pool.DECODE,) * (num_instances - half)).cluster(
+        hardware, targets, 0
+    )
+    began, cpu_began = time.perf_counter(), time.process_time()
+    cluster.run(requests)
+    host_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
+    busy = sum(instance.busy_s for instance in cluster.instances.values()) / num_instances / cluster.now
+    raw = settings(model, device, hardware, num_instances) | {
+        "trace": trace.name,
+        "num_requests": num_requests,
+        "simulated_s": cluster.now,
+        "host_s": host_s,
+        "cpu_s": cpu_s,
+        "num_events": cluster.num_events,
+        "busy_share": busy,
+        "attainment": attainment(requests),
+    }
+    what = f"{num_instances} instances, {hours:g} h, {num_requests} requests"
+    bars = [
+        Bar(what=f"{what}: wall-clock", value=host_s / 60, unit="min"),
+        Bar(what=f"{what}: time of one core", value=cpu_s / 60, unit="min"),
+        Bar(what="time of one core per request", value=1e6 * cpu_s / num_requests, unit="us"),
+    ]
+    finish(make_record(name, command, seed=0, raw=raw, bars=bars), results)
 
 
 def hardware_of(model: str, device: str) -> Hardware:

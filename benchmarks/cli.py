@@ -492,6 +492,7 @@ def simulate_group() -> None:
 @click.option("--ttft-slo", type=click.FloatRange(0, min_open=True), default=2.0, help="Seconds.")
 @click.option("--tpot-slo", type=click.FloatRange(0, min_open=True), default=0.1, help="Seconds.")
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Each begins elsewhere in the trace.")
+@click.option("--requests", "max_requests", type=click.IntRange(100), help="The first of each trace only.")
 @results_option
 def simulate_roles_command(
     traces: tuple[Path, ...], bars: tuple[float, ...], ttft_slo: float, tpot_slo: float, results: Path, **options: Any
@@ -528,6 +529,24 @@ def simulate_colocation_command(
 
     targets = Targets(ttft_slo_s=ttft_slo, tpot_slo_s=tpot_slo)
     run_colocation(traces, results, _command_line(), targets=targets, **options)
+
+
+@simulate_group.command("scale")
+@click.argument("trace", type=click.Path(path_type=Path))
+@click.option("--name", default="simulation_scale", help="Name of the record.")
+@click.option("--model", default="qwen3-8b", help="A planned model.")
+@click.option("--device", default="ascend-910b2", help="On what: a device spec by name.")
+@click.option("--instances", "num_instances", type=click.IntRange(2), default=1000)
+@click.option("--requests", "num_requests", type=click.IntRange(2), default=500_000)
+@click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0)
+@click.option("--ttft-slo", type=click.FloatRange(0, min_open=True), default=2.0, help="Seconds.")
+@click.option("--tpot-slo", type=click.FloatRange(0, min_open=True), default=0.1, help="Seconds.")
+@results_option
+def simulate_scale_command(trace: Path, ttft_slo: float, tpot_slo: float, results: Path, **options: Any) -> None:
+    """How long a day of very many instances takes to simulate -> simulation_scale.json."""
+    from xllm_compile.benchmarks.bench_simulate import Targets, run_scale
+
+    run_scale(trace, results, _command_line(), targets=Targets(ttft_slo_s=ttft_slo, tpot_slo_s=tpot_slo), **options)
 
 
 @command.command("check")

@@ -25,9 +25,11 @@ from xllm_compile.scheduler.policies.colocation import ColocationRules, pick, pu
 from xllm_compile.scheduler.policies.correction import Correction
 from xllm_compile.scheduler.policies.placements import Placements
 from xllm_compile.scheduler.policies.roles import RoleRules, Roles, decide
-from xllm_compile.scheduler.policies.routing import RoutingRules, route
+from xllm_compile.scheduler.policies.routing import RoutingRules, route, shortlist
 
 _MAX_OUTPUT_TOKENS = 2048
+# A gateway looks at all of so many instances for each request, and of more at some of each pool.
+_MANY_INSTANCES, _CANDIDATES_EACH = 64, 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +93,10 @@ class Cluster:
             )
             self.pool_of[name] = pool
             self.instances[name].colocation = self.rules.colocation
-        self._set_strict()
+        self._sort_out()
         self._pulled: dict[str, int] = dict.fromkeys(self.instances, 0)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._num_events = 0
+        self.num_events = 0
         self._seen: dict[str, _Seen] = {}
         self._placements = Placements()
         self._correction = Correction()
@@ -125,8 +127,8 @@ class Cluster:
     # Events
 
     def _at(self, time_s: float, event: Callable[[], None]) -> None:
-        self._num_events += 1
-        heapq.heappush(self._events, (time_s, self._num_events, event))
+        self.num_events += 1
+        heapq.heappush(self._events, (time_s, self.num_events, event))
 
     def _next_arrival(self, arrivals: Iterator[SimRequest]) -> None:
         request = next(arrivals, None)
@@ -146,7 +148,7 @@ class Cluster:
             tpot_slo_s=request.tpot_slo_s,
             is_offline=request.is_offline and self.rules.colocation is not None,
         )
-        placement = route(shape, self._view(), rules=self.rules.routing, turn=self._turn)
+        placement = route(shape, self._candidates(), rules=self.rules.routing, turn=self._turn)
         self._turn += 1
         if isinstance(placement, Refusal):
             request.is_refused = True
@@ -212,12 +214,15 @@ class Cluster:
                 for name, pool in self._roles.pools.items()
             )
             self.pool_of.update(self._roles.pools)
-            self._set_strict()
+            self._sort_out()
             self._note_pools()
         self._at(self.now + self.rules.roles_s, self._decide_roles)
 
-    def _set_strict(self) -> None:
+    def _sort_out(self) -> None:
+        """By pools."""
+        self._members: dict[Pool, list[str]] = {}
         for name, instance in self.instances.items():
+            self._members.setdefault(self.pool_of[name], []).append(name)
             instance.is_strict = self.pool_of[name] in (Pool.DECODE, Pool.PREFILL_TO_DECODE, Pool.MIX)
 
     def _pull_offline(self) -> None:
@@ -247,6 +252,13 @@ class Cluster:
         self._at(self.now + self.hardware.hand_over_s(request.num_tokens), arrive)
 
     # What the gateway knows
+
+    def _candidates(self) -> list[Instance]:
+        """For one request: all, or some of very many."""
+        if len(self.instances) <= _MANY_INSTANCES:
+            return self._view()
+        names = shortlist(self._members, {}, _CANDIDATES_EACH, self._rng.randrange)
+        return self._placements.added([self._instance(name) for name in names], self.now)
 
     def _view(self) -> list[Instance]:
         return self._placements.added([self._instance(name) for name in self.instances], self.now)
