@@ -147,3 +147,11 @@ def test_offline_work_uses_what_is_left_and_online_work_does_not_notice():
     assert moved, "the decoding instance pulled some over"
     assert {one.decode for one in moved} == {"i0001"}
     assert cluster.now < 4 * gives_way[-1].arrival_s
+
+
+def test_of_very_many_instances_some_are_looked_at_and_nobody_is_left_out():
+    arrivals = requests(600, 200.0)
+    cluster = served(arrivals, [P] * 40 + [D] * 60, "slo")
+    assert all(one.finished_s for one in arrivals)
+    assert attainment(arrivals) > 0.9
+    assert sum(instance.busy_s > 0 for instance in cluster.instances.values()) > 80
