@@ -20,6 +20,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from xllm_compile.runtime.kv_events import KVEventLog, KVTier
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory, max_mappings
 from xllm_compile.runtime.memory.kv_tiers import KVTiers
 from xllm_compile.runtime.memory.page_ops import PageOps
@@ -214,7 +215,9 @@ class KVCache:
         self.tiers = tiers
         self.swap = None if swap_bytes is None else SwapSpace(swap_bytes, memory)
         self._pool = PagePool(config.num_pages, is_empty=share is not None)
-        self._prefixes = PrefixCache()
+        self.log = KVEventLog() if tiers is None else tiers.log
+        """Told of the blocks that can be found, in pages and in the tiers."""
+        self._prefixes = PrefixCache(self.log)
         self._prepared: set[int] = set(range(config.num_pages)) if config.pretouch else set()
         """Pages that were asked for ahead, or have been used."""
         self._live: dict[int, _Live] = {}
@@ -274,6 +277,11 @@ class KVCache:
         live = self._live[slot]
         pages = (self._page(slot, position) for position in range(live.num_pages))
         return self._counted(live.length) - sum(self._pool.num_holders(page) > 1 for page in pages)
+
+    def digests(self) -> dict[KVTier, list[bytes]]:
+        """Of the blocks that can be found. From any thread; with changes after this call see kv_events.py."""
+        lower = {} if self.tiers is None else self.tiers.digests()
+        return {KVTier.DEVICE: self._prefixes.digests(), **lower}
 
     def new_chain(self, salt: bytes = b"") -> BlockChain:
         """For the tokens of one sequence."""

@@ -15,6 +15,8 @@ from threading import Lock
 
 import xxhash
 
+from xllm_compile.runtime.kv_events import KVEventLog, KVTier
+
 # The version of the format, then the checksum of what follows.
 _MAGIC = b"XLLM-KV1"
 _HEADER_BYTES = len(_MAGIC) + 16
@@ -54,6 +56,7 @@ class DiskTier:
         if max_bytes < 1:
             raise ValueError(f"max_bytes={max_bytes} of the disk tier must be at least 1")
         self.folder = folder / layout
+        self.log = KVEventLog()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._max_bytes = max_bytes
         self._lock = Lock()
@@ -74,6 +77,10 @@ class DiskTier:
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._sizes
+
+    def digests(self) -> list[bytes]:
+        with self._lock:
+            return list(self._sizes)
 
     def write(self, digest: bytes, data: bytes) -> None:
         """Keep the block. Raises OSError when the system does not take it; nothing half-written is left."""
@@ -115,12 +122,17 @@ class DiskTier:
         return self.folder / (digest.hex() + _SUFFIX)
 
     def _note(self, digest: bytes, size: int) -> None:
+        is_new = digest not in self._sizes
         self._num_bytes += size - self._sizes.pop(digest, 0)
         self._sizes[digest] = size
+        if is_new:
+            self.log.record(KVTier.DISK, True, digest)
 
     def _forget(self, digest: bytes) -> None:
         with self._lock:
-            self._num_bytes -= self._sizes.pop(digest, 0)
+            if digest in self._sizes:
+                self._num_bytes -= self._sizes.pop(digest)
+                self.log.record(KVTier.DISK, False, digest)
 
     def _trim(self) -> None:
         while True:
@@ -129,6 +141,7 @@ class DiskTier:
                     return
                 digest, size = self._sizes.popitem(last=False)
                 self._num_bytes -= size
+                self.log.record(KVTier.DISK, False, digest)
             self._path(digest).unlink(missing_ok=True)
 
 
@@ -146,6 +159,8 @@ class KVTiers:
         self.stats = TierStats()
         self._max_bytes = host_bytes
         self._disk = disk
+        self.log = KVEventLog() if disk is None else disk.log
+        """Told of the blocks that come and go, here and on the disk."""
         self._lock = Lock()
         self._blocks: OrderedDict[bytes, bytes] = OrderedDict()
         """Used longest ago first."""
@@ -156,6 +171,12 @@ class KVTiers:
     def __contains__(self, digest: bytes) -> bool:
         """Whether `read` gives it at once."""
         return digest in self._blocks or digest in self._writing
+
+    def digests(self) -> dict[KVTier, list[bytes]]:
+        """Of all blocks. What is on its way to disk is on neither."""
+        with self._lock:
+            host = list(self._blocks)
+        return {KVTier.HOST: host, KVTier.DISK: [] if self._disk is None else self._disk.digests()}
 
     def offload(self, digest: bytes, data: bytes) -> None:
         """Keep the KV of a block that loses its pages."""
@@ -201,12 +222,15 @@ class KVTiers:
 
     def _keep(self, digest: bytes, data: bytes) -> None:
         with self._lock:
+            if digest not in self._blocks:
+                self.log.record(KVTier.HOST, True, digest)
             self.stats.host_bytes += len(data) - len(self._blocks.pop(digest, b""))
             self._blocks[digest] = data
             spilled = []
             while self.stats.host_bytes > self._max_bytes:
                 old, content = self._blocks.popitem(last=False)
                 self.stats.host_bytes -= len(content)
+                self.log.record(KVTier.HOST, False, old)
                 spilled.append((old, content))
         self._spill(spilled)
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import xxhash
 
+from xllm_compile.runtime.kv_events import KVEventLog, KVTier
+
 
 class BlockChain:
     """Digests of the whole blocks of one growing list of tokens."""
@@ -33,7 +35,9 @@ class BlockChain:
 class PrefixCache:
     """Digest -> pages. Knows nothing of who holds a page: ``runtime/kv_cache.py`` evicts by page."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: KVEventLog | None = None) -> None:
+        """log is told of the blocks that come and go."""
+        self._log = log or KVEventLog()
         self._pages: dict[bytes, tuple[int, ...]] = {}
         self._indices: dict[bytes, int] = {}
         self._digests: dict[int, list[bytes]] = {}
@@ -43,6 +47,10 @@ class PrefixCache:
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._pages
+
+    def digests(self) -> list[bytes]:
+        """Of all blocks, the newest last. From any thread: one call of the interpreter."""
+        return list(self._pages)
 
     def match(self, digests: Sequence[bytes], limit: int) -> int:
         """How many blocks from the start are found, at most limit."""
@@ -70,6 +78,7 @@ class PrefixCache:
         self._pages[digest] = tuple(pages)
         for page in self._pages[digest]:
             self._digests.setdefault(page, []).append(digest)
+        self._log.record(KVTier.DEVICE, True, digest)
 
     def evict(self, page: int) -> list[int]:
         """Forget every block that touches the page. Returns the pages, this one among them, without blocks now."""
@@ -84,4 +93,5 @@ class PrefixCache:
                 if not left:
                     del self._digests[other]
                     orphans.append(other)
+            self._log.record(KVTier.DEVICE, False, digest)
         return orphans
