@@ -229,26 +229,28 @@ class WatchKvRequest(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class KvEvents(_message.Message):
-    __slots__ = ("incarnation", "sequence", "is_snapshot", "events")
+    __slots__ = ("incarnation", "sequence", "next_sequence", "is_snapshot", "events")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     IS_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     sequence: int
+    next_sequence: int
     is_snapshot: bool
     events: _containers.RepeatedCompositeFieldContainer[KvEvent]
-    def __init__(self, incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., is_snapshot: _Optional[bool] = ..., events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ...) -> None: ...
+    def __init__(self, incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., next_sequence: _Optional[int] = ..., is_snapshot: _Optional[bool] = ..., events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ...) -> None: ...
 
 class KvEvent(_message.Message):
-    __slots__ = ("stored", "removed", "tier")
-    STORED_FIELD_NUMBER: _ClassVar[int]
-    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("tier", "is_removed", "digests")
     TIER_FIELD_NUMBER: _ClassVar[int]
-    stored: bytes
-    removed: bytes
+    IS_REMOVED_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     tier: KvTier
-    def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ..., tier: _Optional[_Union[KvTier, str]] = ...) -> None: ...
+    is_removed: bool
+    digests: bytes
+    def __init__(self, tier: _Optional[_Union[KvTier, str]] = ..., is_removed: _Optional[bool] = ..., digests: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("reservation_id", "token_ids", "weights_key", "kv_layout", "timeout_ms")

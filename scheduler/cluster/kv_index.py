@@ -1,0 +1,174 @@
+"""Which instances have the KV of which blocks, and so how much of a prompt each need not compute.
+
+A block is known by 60 bits of its digest, which Python keeps in 32 bytes: of ten million blocks none is likely to be
+taken for another, and one that were would cost a wrong guess. Its holders are the bits of one number, three for each
+instance, so that a prompt is looked up on all instances at once, one access for each of its blocks.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from sys import byteorder
+
+from xllm_compile.runtime.kv_events import KVTier
+from xllm_compile.scheduler.cluster.state import CachedTokens
+
+_NUM_TIERS = len(KVTier)
+_DIGEST_BYTES = 16
+_SHIFT = 4
+"""64 bits of a digest to 60."""
+# Equal sets of holders are one object. The table of them starts anew when it has so many.
+_MAX_SETS = 1 << 14
+
+
+def block_keys(digests: bytes) -> list[int]:
+    """Of digests one after the other. Raises ValueError where they end early."""
+    if len(digests) % _DIGEST_BYTES:
+        raise ValueError(f"{len(digests)} bytes of digests are no multiple of {_DIGEST_BYTES}")
+    # The first of the two words of each.
+    return [word >> _SHIFT for word in memoryview(digests).cast("Q")[::2].tolist()]
+
+
+class KVIndex:
+    """Belongs to one thread."""
+
+    def __init__(self) -> None:
+        self._holders: dict[int, int] = {}
+        """Block -> bits of those who have it, never 0. Bit _NUM_TIERS * slot + tier."""
+        self._members: list[KVHolder | None] = []
+        """By slot; None is free."""
+        self._on_device = 0
+        """The bits of all members' devices."""
+        self._sets: dict[int, int] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._holders)
+
+    def add(self, name: str, block_tokens: int) -> "KVHolder":
+        """One start of an instance. It has nothing yet."""
+        slot = next((index for index, member in enumerate(self._members) if member is None), len(self._members))
+        if slot == len(self._members):
+            self._members.append(None)
+        self._members[slot] = holder = KVHolder(self, name, slot, block_tokens)
+        self._on_device |= 1 << _NUM_TIERS * slot
+        return holder
+
+    def match(self, digests: Sequence[bytes]) -> dict[str, CachedTokens]:
+        """By name, what of a prompt with these blocks each instance has; those with nothing are left out.
+
+        As instances read it: blocks on the device as far as they go, then those of the tiers below.
+        """
+        on_device, below = self._on_device, list[_Run]()
+        found: list[_Run] = []
+        for index, digest in enumerate(digests):
+            bits = self._holders.get(int.from_bytes(digest[:8], byteorder) >> _SHIFT, 0)
+            if gone := on_device & ~bits:
+                for slot in _slots(gone):
+                    if index or bits >> _NUM_TIERS * slot & 0b110:
+                        below.append(_Run(slot, index))
+                        found.append(below[-1])
+                on_device ^= gone
+            if below:
+                below = [run for run in below if run.take(bits)]
+            if not on_device and not below:
+                break
+        found += [_Run(slot, len(digests)) for slot in _slots(on_device)] if digests else []
+        return {member.name: run.tokens(member.block_tokens) for run in found if (member := self._members[run.slot])}
+
+    def _store(self, keys: Iterable[int], bit: int) -> None:
+        holders = self._holders
+        for key in keys:
+            holders[key] = self._shared(holders.get(key, 0) | bit)
+
+    def _remove(self, keys: Iterable[int], bits: int) -> None:
+        holders = self._holders
+        for key in keys:
+            left = holders.get(key, 0) & ~bits
+            if left:
+                holders[key] = self._shared(left)
+            else:
+                holders.pop(key, None)
+
+    def _shared(self, bits: int) -> int:
+        if len(self._sets) > _MAX_SETS:
+            self._sets.clear()
+        return self._sets.setdefault(bits, bits)
+
+    def _leave(self, slot: int) -> None:
+        self._members[slot] = None
+        self._on_device &= ~(1 << _NUM_TIERS * slot)
+
+
+class KVHolder:
+    """What one start of an instance has, until `close`."""
+
+    def __init__(self, index: KVIndex, name: str, slot: int, block_tokens: int) -> None:
+        self.name = name
+        self.block_tokens = block_tokens
+        self.place = 0
+        """Number of the change that comes next; 0 where all of it has to come."""
+        self._index = index
+        self._slot = slot
+        self._keys: set[int] = set()
+
+    @property
+    def num_blocks(self) -> int:
+        """Of which it has KV in whatever tier."""
+        return len(self._keys)
+
+    def store(self, tier: KVTier, keys: Sequence[int]) -> None:
+        """Of block_keys."""
+        self._index._store(keys, self._bit(tier))
+        self._keys.update(keys)
+
+    def remove(self, tier: KVTier, keys: Sequence[int]) -> None:
+        self._index._remove(keys, self._bit(tier))
+        holders, own = self._index._holders, 0b111 << _NUM_TIERS * self._slot
+        self._keys.difference_update([key for key in keys if not holders.get(key, 0) & own])
+
+    def clear(self) -> None:
+        """It has nothing, as far as is known."""
+        self._index._remove(self._keys, 0b111 << _NUM_TIERS * self._slot)
+        self._keys = set()
+        self.place = 0
+
+    def close(self) -> None:
+        """It is gone."""
+        self.clear()
+        self._index._leave(self._slot)
+
+    def _bit(self, tier: KVTier) -> int:
+        return 1 << _NUM_TIERS * self._slot + tier
+
+
+class _Run:
+    """The blocks of a prompt that one instance has one after the other."""
+
+    __slots__ = ("_num_device", "_num_disk", "_num_host", "slot")
+
+    def __init__(self, slot: int, num_device: int) -> None:
+        self.slot = slot
+        self._num_device, self._num_host, self._num_disk = num_device, 0, 0
+
+    def take(self, bits: int) -> bool:
+        """The next block, if it is in a tier below."""
+        tiers = bits >> _NUM_TIERS * self.slot & 0b110
+        if tiers & 1 << KVTier.HOST:
+            self._num_host += 1
+        elif tiers:
+            self._num_disk += 1
+        return tiers != 0
+
+    def tokens(self, block_tokens: int) -> CachedTokens:
+        return CachedTokens(
+            device=block_tokens * self._num_device,
+            host=block_tokens * self._num_host,
+            disk=block_tokens * self._num_disk,
+        )
+
+
+def _slots(bits: int) -> Iterator[int]:
+    """Of bits of devices."""
+    while bits:
+        lowest = bits & -bits
+        yield (lowest.bit_length() - 1) // _NUM_TIERS
+        bits ^= lowest
