@@ -21,6 +21,7 @@ from xllm_compile.runtime.batch import Batch, PoolRows, build_batch
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.kv_events import KVEventLog, KVTier
 from xllm_compile.runtime.kv_exchange import KVExchange, NoTransferError
 from xllm_compile.runtime.local_scheduler import SchedulingRules, schedule
 from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
@@ -161,6 +162,15 @@ class Engine:
     def block_tokens(self) -> int:
         """Tokens of a block of KV, the unit in which prefixes are shared."""
         return self._kv_cache.config.block_tokens
+
+    @property
+    def kv_log(self) -> KVEventLog:
+        """Told of the blocks that can be found here."""
+        return self._kv_cache.log
+
+    def kv_digests(self) -> dict[KVTier, list[bytes]]:
+        """Of the blocks that can be found. May be called from any thread: see kv_events.py."""
+        return self._kv_cache.digests()
 
     @property
     def kv_bytes_per_token(self) -> int:

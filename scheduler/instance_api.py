@@ -14,6 +14,7 @@ from xllm_compile.scheduler.cluster.state import InstanceInfo
 from xllm_compile.scheduler.grpc_errors import abort_call
 from xllm_compile.scheduler.instance_load import instance_load, step_profile
 from xllm_compile.scheduler.instance_runs import InstanceRuns
+from xllm_compile.scheduler.kv_stream import kv_messages
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 from xllm_compile.scheduler.service import Service
 
@@ -23,8 +24,6 @@ RESERVATION_TIMEOUT_S = 60.0
 
 
 class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
-    """WatchKv is not served yet."""
-
     def __init__(self, service: Service, engine: AsyncEngine, info: InstanceInfo) -> None:
         """engine is the service's."""
         self.info = info
@@ -56,6 +55,13 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
             profile=step_profile(self._engine.engine.predicted_s, self.info.max_num_batched_tokens),
         )
         return load_message(load, incarnation=self.info.incarnation)
+
+    async def WatchKv(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        engine = self._engine.engine
+        messages = kv_messages(engine.kv_log, engine.kv_digests, request, incarnation=self.info.incarnation)
+        async with aclosing(messages):
+            async for message in messages:
+                yield message
 
     async def Reserve(self, request: Any, context: Any) -> Any:
         try:

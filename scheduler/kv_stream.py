@@ -4,7 +4,7 @@ Whoever reads too slowly, or comes back too late, gets a snapshot: the engine wa
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any
@@ -20,7 +20,7 @@ MAX_DIGESTS = 1 << 16
 
 async def kv_messages(
     log: KVEventLog, digests: Callable[[], Mapping[KVTier, Sequence[bytes]]], request: Any, *, incarnation: str
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any, None]:
     """KvEvents for a WatchKvRequest, for ever. digests gives all that is there, from any thread."""
     number = request.sequence if request.incarnation == incarnation else 0
     while True:
@@ -48,9 +48,7 @@ async def kv_messages(
 
 def _snapshot(digests: Mapping[KVTier, Sequence[bytes]], next_number: int) -> list[Any]:
     messages = [
-        xllm_pb2.KvEvents(
-            events=[xllm_pb2.KvEvent(tier=tier.value, digests=b"".join(blocks[begin : begin + MAX_DIGESTS]))]
-        )
+        xllm_pb2.KvEvents(events=[_event(tier, True, blocks[begin : begin + MAX_DIGESTS])])
         for tier, blocks in digests.items()
         for begin in range(0, len(blocks), MAX_DIGESTS)
     ] or [xllm_pb2.KvEvents()]
@@ -61,10 +59,11 @@ def _snapshot(digests: Mapping[KVTier, Sequence[bytes]], next_number: int) -> li
 
 def _events(changes: Sequence[KVChange]) -> list[Any]:
     runs = groupby(changes, key=lambda change: (change.tier, change.is_stored))
-    return [
-        xllm_pb2.KvEvent(tier=tier.value, is_removed=not is_stored, digests=b"".join(change.digest for change in run))
-        for (tier, is_stored), run in runs
-    ]
+    return [_event(tier, is_stored, (change.digest for change in run)) for (tier, is_stored), run in runs]
+
+
+def _event(tier: Any, is_stored: bool, digests: Iterable[bytes]) -> Any:
+    return xllm_pb2.KvEvent(tier=tier, is_removed=not is_stored, digests=b"".join(digests))
 
 
 async def _change(log: KVEventLog, number: int) -> None:

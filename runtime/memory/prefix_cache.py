@@ -22,6 +22,12 @@ class BlockChain:
         self._block_tokens = block_tokens
         self._salt = salt
 
+    def copy(self) -> "BlockChain":
+        """Goes on from here by itself."""
+        chain = BlockChain(self._block_tokens, self._salt)
+        chain.digests = list(self.digests)
+        return chain
+
     def update(self, token_ids: Sequence[int]) -> None:
         """Add the blocks that token_ids, the same list as before or longer, fill by now."""
         size = self._block_tokens

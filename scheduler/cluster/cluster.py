@@ -1,6 +1,7 @@
 """The instances of a service as one gateway sees them: who is a member, how each fares, and a link to each."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -9,8 +10,11 @@ from typing import Protocol
 import grpc
 
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink
+from xllm_compile.scheduler.cluster.kv_index import KVIndex
 from xllm_compile.scheduler.cluster.state import Health, Instance, InstanceInfo, Pool, Role
 from xllm_compile.scheduler.cluster.stats import ClusterStats
+
+logger = logging.getLogger(__name__)
 
 _POOLS = {Role.MIX: Pool.MIX, Role.PREFILL: Pool.PREFILL, Role.DECODE: Pool.DECODE}
 
@@ -34,6 +38,8 @@ class Cluster:
         self._credentials = credentials
         self._listener: Listener | None = None
         self.stats = ClusterStats()
+        self.kv = KVIndex()
+        """Which instances have the KV of which blocks."""
         self._links: dict[str, InstanceLink] = {}
         self._health: dict[str, Health] = {}
         self._pools: dict[str, Pool] = {}
@@ -53,11 +59,23 @@ class Cluster:
         for name, (info, health) in known.items():
             self._health[name] = health
             if name not in self._links:
-                self._links[name] = link = InstanceLink(
-                    info, api_key=self._api_key, credentials=self._credentials, on_report=self._note_report
-                )
+                self._links[name] = link = self._make_link(info)
                 await link.start()
         self.notify()
+
+    def _make_link(self, info: InstanceInfo) -> InstanceLink:
+        kv: KVIndex | None = self.kv
+        if info.block_tokens != self.kv.block_tokens:
+            logger.warning(
+                "instance %s has KV blocks of %d tokens, others of %d; its prefixes are not counted on",
+                info.name,
+                info.block_tokens,
+                self.kv.block_tokens,
+            )
+            kv = None
+        return InstanceLink(
+            info, api_key=self._api_key, credentials=self._credentials, kv=kv, on_report=self._note_report
+        )
 
     def set_pools(self, pools: Mapping[str, Pool]) -> None:
         """What instances do now, by name; of those without, their role says."""

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
 from xllm_compile.runtime.hand_over import HandOver
+from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.runtime.outputs import CompletionOutput, EngineStats, RequestOutput
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import SamplingParams
@@ -78,7 +79,10 @@ class ClusterClient:
         assert not isinstance(prompt, str), "the gateway tokenises"
         params = self._slo.applied(params)
         request = RequestOutputs(request_id, prompt, params)
-        logs = [TokenLog(prompt, params, index, resume) for index in range(params.n)]
+        chain = BlockChain(self._cluster.kv.block_tokens)
+        if params.pooling is None:
+            chain.update(prompt)
+        logs = [TokenLog(prompt, params, chain.copy(), index, resume) for index in range(params.n)]
         completions = [Completion(self._cluster, self._placer, log, request.metrics, self._config) for log in logs]
         if params.pooling is not None:
             yield request.embedded(await completions[0].embedding(params.pooling))

@@ -225,7 +225,9 @@ class Completion:
             willing = [each for each in usable if each.info.incarnation not in self._refusals]
             if willing:
                 fresh = [each for each in willing if each.info.incarnation not in self._avoided]
-                return self._placer.place(self._key, self._log.shape(), fresh or willing)
+                shape = self._log.shape()
+                cached = self._cluster.kv.match(shape.digests)
+                return self._placer.place(self._key, shape, fresh or willing, cached)
             if usable:
                 raise self._soonest_refusal(usable)
             left_s = deadline - time.monotonic()

@@ -14,6 +14,8 @@ import grpc.aio
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.generate_messages import api_error
 from xllm_compile.scheduler.cluster.instance_messages import load_of
+from xllm_compile.scheduler.cluster.kv_index import KVIndex
+from xllm_compile.scheduler.cluster.kv_watch import watch_kv
 from xllm_compile.scheduler.cluster.state import InstanceInfo, InstanceLoad
 from xllm_compile.scheduler.grpc_errors import api_error_of
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
@@ -43,15 +45,21 @@ class InstanceLink:
         *,
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        kv: KVIndex | None = None,
         on_report: Callable[["InstanceLink"], None] = lambda link: None,
     ) -> None:
-        """on_report is called after each report of the instance's load, and when it is lost."""
+        """kv is to know what KV the instance has.
+
+        on_report is called after each report of the instance's load, and when it is lost.
+        """
         self.info = info
         self.load = InstanceLoad()
         self.reported_s = 0.0
         """When `load` arrived, on the monotonic clock."""
         self.is_up = False
         """Whether it reports."""
+        self.holder = None if kv is None else kv.add(info.name)
+        """What of the index is this instance's."""
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._credentials = credentials
         self._on_report = on_report
@@ -72,11 +80,16 @@ class InstanceLink:
         self._instance = xllm_pb2_grpc.InstanceStub(self._channel)
         self._inference = xllm_pb2_grpc.InferenceStub(self._channel)
         self._tasks = [asyncio.create_task(self._watch_load())]
+        if self.holder is not None:
+            watching = watch_kv(self._instance, self.holder, incarnation=self.info.incarnation, metadata=self._metadata)
+            self._spawn(watching)
 
     async def close(self) -> None:
         """Its open requests end with InstanceLostError."""
         self._lose("it left")
         await cancel_all(self._tasks)
+        if self.holder is not None:
+            self.holder.close()
         await self._channel.close()
 
     async def embed(self, request: Any) -> Any:

@@ -30,7 +30,9 @@ def block_keys(digests: bytes) -> list[int]:
 class KVIndex:
     """Belongs to one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, block_tokens: int = 16) -> None:
+        """block_tokens are those of a block, on all instances."""
+        self.block_tokens = block_tokens
         self._holders: dict[int, int] = {}
         """Block -> bits of those who have it, never 0. Bit _NUM_TIERS * slot + tier."""
         self._members: list[KVHolder | None] = []
@@ -43,12 +45,12 @@ class KVIndex:
     def num_blocks(self) -> int:
         return len(self._holders)
 
-    def add(self, name: str, block_tokens: int) -> "KVHolder":
+    def add(self, name: str) -> "KVHolder":
         """One start of an instance. It has nothing yet."""
         slot = next((index for index, member in enumerate(self._members) if member is None), len(self._members))
         if slot == len(self._members):
             self._members.append(None)
-        self._members[slot] = holder = KVHolder(self, name, slot, block_tokens)
+        self._members[slot] = holder = KVHolder(self, name, slot)
         self._on_device |= 1 << _NUM_TIERS * slot
         return holder
 
@@ -72,7 +74,7 @@ class KVIndex:
             if not on_device and not below:
                 break
         found += [_Run(slot, len(digests)) for slot in _slots(on_device)] if digests else []
-        return {member.name: run.tokens(member.block_tokens) for run in found if (member := self._members[run.slot])}
+        return {member.name: run.tokens(self.block_tokens) for run in found if (member := self._members[run.slot])}
 
     def _store(self, keys: Iterable[int], bit: int) -> None:
         holders = self._holders
@@ -101,9 +103,8 @@ class KVIndex:
 class KVHolder:
     """What one start of an instance has, until `close`."""
 
-    def __init__(self, index: KVIndex, name: str, slot: int, block_tokens: int) -> None:
+    def __init__(self, index: KVIndex, name: str, slot: int) -> None:
         self.name = name
-        self.block_tokens = block_tokens
         self.place = 0
         """Number of the change that comes next; 0 where all of it has to come."""
         self._index = index

@@ -1,11 +1,18 @@
 """Applies the routing policy to live instances, and tells it what became of what it placed."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from xllm_compile.scheduler import errors
-from xllm_compile.scheduler.cluster.state import Instance, InstanceInfo, Placement, Refusal, RequestShape
+from xllm_compile.scheduler.cluster.state import (
+    CachedTokens,
+    Instance,
+    InstanceInfo,
+    Placement,
+    Refusal,
+    RequestShape,
+)
 from xllm_compile.scheduler.policies.correction import Correction
 from xllm_compile.scheduler.policies.placements import Placements
 from xllm_compile.scheduler.policies.routing import RoutingRules, route
@@ -30,14 +37,23 @@ class Placer:
         """Of those without a first token yet."""
         self._turn = 0
 
-    def place(self, key: str, request: RequestShape, instances: Sequence[Instance]) -> Placement:
-        """Raises ApiError where no instance can take it: 400 for ever, 429 for now."""
+    def place(
+        self,
+        key: str,
+        request: RequestShape,
+        instances: Sequence[Instance],
+        cached: Mapping[str, CachedTokens] | None = None,
+    ) -> Placement:
+        """cached: what of the prompt each instance has, by name.
+
+        Raises ApiError where no instance can take it: 400 for ever, 429 for now.
+        """
         now = self._clock()
         corrected = [
             replace(instance, ttft_ratio=self._ttft.ratio(instance.info))
             for instance in self._placements.added(instances, now)
         ]
-        chosen = route(request, corrected, rules=self._rules, turn=self._turn)
+        chosen = route(request, corrected, rules=self._rules, cached=cached, turn=self._turn)
         if isinstance(chosen, Refusal):
             if chosen.retry_after_s is None:
                 raise errors.invalid(chosen.reason, code="context_length_exceeded")

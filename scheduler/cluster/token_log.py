@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.runtime.outputs import CompletionOutput
 from xllm_compile.runtime.resume import Resume, check_resume
 from xllm_compile.runtime.sampling_params import SamplingParams
@@ -15,9 +16,17 @@ class TokenLog:
     """The request of one completion and the tokens it has brought so far, from whichever instances."""
 
     def __init__(
-        self, prompt: Sequence[int], params: SamplingParams, index: int = 0, resume: Resume | None = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        chain: BlockChain,
+        index: int = 0,
+        resume: Resume | None = None,
     ) -> None:
-        """resume: what the client has already. Raises ValueError where it cannot go on."""
+        """chain names the prompt's blocks. resume: what the client has already.
+
+        Raises ValueError where it cannot go on.
+        """
         if resume is not None:
             check_resume(resume, params, params.max_tokens or 0)
         # The engine tells the completions of a seeded request apart in the same way.
@@ -27,6 +36,7 @@ class TokenLog:
             # One of them brings those of the prompt.
             self._message.sampling.ClearField("prompt_logprobs")
         self._params = params
+        self._chain = chain
         self.index = index
         self.prompt = prompt
         self.token_ids: list[int] = list(resume.output_token_ids) if resume else []
@@ -45,11 +55,20 @@ class TokenLog:
         return RequestShape(
             num_prompt_tokens=len(self.prompt) + len(self.token_ids),
             max_output_tokens=(params.max_tokens or 0) - len(self.token_ids),
+            digests=self._digests(),
             ttft_slo_s=None if params.ttft_slo_ms is None else params.ttft_slo_ms / 1e3,
             tpot_slo_s=None if params.tpot_slo_ms is None else params.tpot_slo_ms / 1e3,
             is_offline=params.offline,
             priority=params.priority,
         )
+
+    def _digests(self) -> tuple[bytes, ...]:
+        """Of the prompt's blocks; none where all is computed, whatever is cached: runtime/prefix_sharing.py."""
+        wants_prompt = self._message.sampling.HasField("prompt_logprobs") and not self.token_ids
+        if wants_prompt or self._params.pooling is not None:
+            return ()
+        self._chain.update(self.all_token_ids)
+        return tuple(self._chain.digests)
 
     def request(self, request_id: str) -> Any:
         """A GenerateRequest for what is left."""

@@ -14,7 +14,7 @@ from xllm_compile.scheduler.cluster.cluster import Cluster
 from xllm_compile.scheduler.cluster.cluster_client import ClusterClient
 from xllm_compile.scheduler.cluster.completion import FailoverConfig
 from xllm_compile.scheduler.cluster.instance_messages import load_message
-from xllm_compile.scheduler.cluster.state import Health, InstanceInfo, InstanceLoad, Role
+from xllm_compile.scheduler.cluster.state import Health, InstanceInfo, InstanceLoad, Role, StepProfile
 from xllm_compile.scheduler.grpc_api import InferenceServicer
 from xllm_compile.scheduler.instance_api import InstanceServicer
 from xllm_compile.scheduler.proto import xllm_pb2_grpc
@@ -25,13 +25,17 @@ _incarnations = itertools.count()
 
 class ReportingServicer(InstanceServicer):
     is_silent = False
+    profile: StepProfile | None = None
 
     async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
         while True:
             if not self.is_silent:
                 stats = self._service.engine.stats()
                 load = InstanceLoad(
-                    num_running=stats.num_running, num_waiting=stats.num_waiting, is_draining=self._service.is_draining
+                    num_running=stats.num_running,
+                    num_waiting=stats.num_waiting,
+                    is_draining=self._service.is_draining,
+                    profile=self.profile,
                 )
                 yield load_message(load, incarnation=self.info.incarnation)
             await asyncio.sleep(0.02)

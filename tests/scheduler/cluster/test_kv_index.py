@@ -29,7 +29,7 @@ def remove(holder: KVHolder, tier: KVTier, digests: list[bytes]) -> None:
 
 def test_the_longest_prefix_of_each_instance() -> None:
     index = KVIndex()
-    a, b, c = (index.add(name, 16) for name in "abc")
+    a, b, c = (index.add(name) for name in "abc")
     prompt = digests_of(*range(10))
     store(a, DEVICE, prompt)
     store(b, DEVICE, prompt[:4])
@@ -42,7 +42,7 @@ def test_the_longest_prefix_of_each_instance() -> None:
 
 def test_tiers_go_on_behind_the_device() -> None:
     index = KVIndex()
-    a, b = index.add("a", 16), index.add("b", 16)
+    a, b = index.add("a"), index.add("b")
     prompt = digests_of(*range(6))
     store(a, DEVICE, prompt[:2] + prompt[4:])
     store(a, HOST, prompt[1:3])
@@ -58,8 +58,8 @@ def test_tiers_go_on_behind_the_device() -> None:
 
 
 def test_what_one_instance_evicts_stays_with_the_others() -> None:
-    index = KVIndex()
-    a, b = index.add("a", 1), index.add("b", 1)
+    index = KVIndex(1)
+    a, b = index.add("a"), index.add("b")
     prompt = digests_of(1, 2, 3)
     store(a, DEVICE, prompt)
     store(b, DEVICE, prompt)
@@ -69,18 +69,18 @@ def test_what_one_instance_evicts_stays_with_the_others() -> None:
 
 
 def test_a_restarted_instance_begins_with_nothing_and_the_old_one_takes_only_its_own() -> None:
-    index = KVIndex()
-    old, other = index.add("a", 1), index.add("b", 1)
+    index = KVIndex(1)
+    old, other = index.add("a"), index.add("b")
     prompt = digests_of(1, 2)
     for holder in (old, other):
         store(holder, DEVICE, prompt)
-    new = index.add("a", 1)
+    new = index.add("a")
     store(new, DEVICE, prompt[:1])
     old.close()
     assert index.match(prompt) == {"a": CachedTokens(device=1), "b": CachedTokens(device=2)}
     # The place of the old one is taken by the next.
     assert index.match(prompt)["b"] == CachedTokens(device=2)
-    third = index.add("c", 1)
+    third = index.add("c")
     assert "c" not in index.match(prompt)
     for holder in (new, other, third):
         holder.close()
@@ -88,8 +88,8 @@ def test_a_restarted_instance_begins_with_nothing_and_the_old_one_takes_only_its
 
 
 def test_doing_a_change_twice_does_no_harm() -> None:
-    index = KVIndex()
-    a = index.add("a", 1)
+    index = KVIndex(1)
+    a = index.add("a")
     prompt = digests_of(1, 2)
     for _ in range(2):
         store(a, DEVICE, prompt)
@@ -125,7 +125,7 @@ ACTIONS = st.lists(
 def test_it_says_what_reading_each_instance_would_say(actions: list[tuple[Any, ...]], length: int) -> None:
     index = KVIndex()
     prompt = [xxhash.xxh3_128_digest(bytes([at])) for at in range(8)]
-    holders = [index.add(str(number), 16) for number in range(5)]
+    holders = [index.add(str(number)) for number in range(5)]
     truth: list[dict[KVTier, set[bytes]]] = [{tier: set() for tier in KVTier} for _ in holders]
     for action, number, tier, begin, count in actions:
         digests = prompt[begin : begin + count]
@@ -141,7 +141,7 @@ def test_it_says_what_reading_each_instance_would_say(actions: list[tuple[Any, .
                 holders[number].clear()
             else:
                 holders[number].close()
-                holders[number] = index.add(str(number), 16)
+                holders[number] = index.add(str(number))
     expected = {str(number): _read(tiers, prompt[:length]) for number, tiers in enumerate(truth)}
     nothing = CachedTokens()
     assert index.match(prompt[:length]) == {name: found for name, found in expected.items() if found != nothing}
