@@ -403,6 +403,20 @@ def prefix_cache_command(trace: Path, results: Path, name: str, capacities: tupl
     run_prefix_cache(trace, results, _command_line(), name=name, capacities=capacities)
 
 
+@command.command("kv-index")
+@click.option("--trace", type=click.Path(path_type=Path), required=True, help="Requests with hash_ids of their blocks.")
+@click.option("--name", default="kv_index_mooncake", help="Name of the record.")
+@click.option("--model", type=click.Choice(("qwen3-8b", "qwen3-0.6b")), default="qwen3-8b", help="What serves them.")
+@click.option("--device", default="h200", help="On what: a device spec by name.")
+@click.option("--instances", "counts", type=click.IntRange(1), multiple=True, default=(1, 4, 8, 16), help="How many.")
+@results_option
+def kv_index_command(trace: Path, results: Path, counts: tuple[int, ...], **options: Any) -> None:
+    """What routing by cached prefixes is worth on a trace; nothing is computed -> NAME.json."""
+    from xllm_compile.benchmarks.bench_kv_index import run_kv_index
+
+    run_kv_index(trace, results, _command_line(), counts=counts, **options)
+
+
 @command.command("xtensor")
 @click.option("--sequences", type=click.IntRange(1), default=64, help="Running at the same time.")
 @click.option("--steps", type=click.IntRange(1), default=2000, help="Decode steps that are played.")

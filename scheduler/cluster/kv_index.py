@@ -5,6 +5,7 @@ taken for another, and one that were would cost a wrong guess. Its holders are t
 instance, so that a prompt is looked up on all instances at once, one access for each of its blocks.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from sys import byteorder
 
@@ -17,6 +18,8 @@ _SHIFT = 4
 """64 bits of a digest to 60."""
 # Equal sets of holders are one object. The table of them starts anew when it has so many.
 _MAX_SETS = 1 << 14
+# Keys of blocks that are gone, beyond as many as there are, before they are sorted out.
+_MOST_STALE = 1 << 10
 
 
 def block_keys(digests: bytes) -> list[int]:
@@ -76,19 +79,28 @@ class KVIndex:
         found += [_Run(slot, len(digests)) for slot in _slots(on_device)] if digests else []
         return {member.name: run.tokens(self.block_tokens) for run in found if (member := self._members[run.slot])}
 
-    def _store(self, keys: Iterable[int], bit: int) -> None:
-        holders = self._holders
+    def _store(self, keys: Iterable[int], bit: int, own: int) -> list[int]:
+        """The keys that had none of the own bits."""
+        holders, new = self._holders, []
         for key in keys:
-            holders[key] = self._shared(holders.get(key, 0) | bit)
+            bits = holders.get(key, 0)
+            if not bits & own:
+                new.append(key)
+            holders[key] = self._shared(bits | bit)
+        return new
 
-    def _remove(self, keys: Iterable[int], bits: int) -> None:
-        holders = self._holders
+    def _remove(self, keys: Iterable[int], bits: int, own: int) -> int:
+        """How many keys lost the last of the own bits."""
+        holders, num_lost = self._holders, 0
         for key in keys:
-            left = holders.get(key, 0) & ~bits
+            before = holders.get(key, 0)
+            left = before & ~bits
+            num_lost += bool(before & own) and not left & own
             if left:
                 holders[key] = self._shared(left)
-            else:
-                holders.pop(key, None)
+            elif before:
+                del holders[key]
+        return num_lost
 
     def _shared(self, bits: int) -> int:
         if len(self._sets) > _MAX_SETS:
@@ -109,28 +121,29 @@ class KVHolder:
         """Number of the change that comes next; 0 where all of it has to come."""
         self._index = index
         self._slot = slot
-        self._keys: set[int] = set()
-
-    @property
-    def num_blocks(self) -> int:
+        self._own = 0b111 << _NUM_TIERS * slot
+        self._keys = array("Q")
+        """All that it has, and some that it had: 8 bytes each, where a set would take 66."""
+        self.num_blocks = 0
         """Of which it has KV in whatever tier."""
-        return len(self._keys)
 
     def store(self, tier: KVTier, keys: Sequence[int]) -> None:
         """Of block_keys."""
-        self._index._store(keys, self._bit(tier))
-        self._keys.update(keys)
+        new = self._index._store(keys, self._bit(tier), self._own)
+        self._keys.extend(new)
+        self.num_blocks += len(new)
 
     def remove(self, tier: KVTier, keys: Sequence[int]) -> None:
-        self._index._remove(keys, self._bit(tier))
-        holders, own = self._index._holders, 0b111 << _NUM_TIERS * self._slot
-        self._keys.difference_update([key for key in keys if not holders.get(key, 0) & own])
+        self.num_blocks -= self._index._remove(keys, self._bit(tier), self._own)
+        if len(self._keys) > 2 * self.num_blocks + _MOST_STALE:
+            holders = self._index._holders
+            self._keys = array("Q", {key for key in self._keys if holders.get(key, 0) & self._own})
 
     def clear(self) -> None:
         """It has nothing, as far as is known."""
-        self._index._remove(self._keys, 0b111 << _NUM_TIERS * self._slot)
-        self._keys = set()
-        self.place = 0
+        self._index._remove(self._keys, self._own, self._own)
+        self._keys = array("Q")
+        self.num_blocks = self.place = 0
 
     def close(self) -> None:
         """It is gone."""

@@ -99,6 +99,22 @@ def test_doing_a_change_twice_does_no_harm() -> None:
     assert index.match(prompt) == {"a": CachedTokens(host=2)} and a.num_blocks == 2
 
 
+def test_blocks_that_come_and_go_leave_nothing_behind(monkeypatch) -> None:
+    monkeypatch.setattr("xllm_compile.scheduler.cluster.kv_index._MOST_STALE", 10)
+    index = KVIndex(1)
+    a, b = index.add("a"), index.add("b")
+    for round_ in range(20):
+        prompt = digests_of(*range(round_, round_ + 10))
+        store(a, DEVICE, prompt)
+        store(b, HOST, prompt)
+        remove(a, DEVICE, prompt[2:])
+        remove(b, HOST, prompt)
+    assert (a.num_blocks, b.num_blocks, index.num_blocks) == (40, 0, 40)
+    assert len(a._keys) <= 2 * 40 + 10 + 10 and len(b._keys) <= 20
+    a.close()
+    assert index.num_blocks == 0
+
+
 def test_a_digest_that_ends_early_is_an_error() -> None:
     try:
         block_keys(b"x" * 17)
