@@ -33,7 +33,9 @@ class BatchFolder:
     def __init__(self, folder: Path) -> None:
         """Raises OSError when the folder cannot be used, ValueError when another server uses it."""
         self._uploads = folder / "files"
-        self._uploads.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Prompts and answers are nobody else's.
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._uploads.mkdir(exist_ok=True)
         self.database = folder / "batches.sqlite3"
         self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         try:

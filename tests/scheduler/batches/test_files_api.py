@@ -30,6 +30,7 @@ async def test_a_file_is_kept_as_it_was_sent(server):
         "status_details": None,
     }
     assert uploads(server) == [uploaded["id"]]
+    assert server.folder.stat().st_mode & 0o077 == 0, "others on the machine may read it"
     assert (await server.client.get(f"/v1/files/{uploaded['id']}")).json() == uploaded
     response = await server.client.get(f"/v1/files/{uploaded['id']}/content")
     assert response.content == content and response.headers["content-length"] == str(len(content))
