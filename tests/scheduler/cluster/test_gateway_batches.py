@@ -3,16 +3,13 @@
 from tests.scheduler.batches.batch_fixtures import BatchServer, line
 
 
-async def test_a_batch_runs_on_all_instances_and_outlives_one(make_cluster, tmp_path):
+async def test_a_batch_runs_on_all_instances(make_cluster, tmp_path):
     cluster = await make_cluster(a={}, b={})
     server = await BatchServer(cluster.client, tmp_path).start()
     created = await server.create([line(f"{number}", prompt="A", max_tokens=50) for number in range(40)])
-    await server.until(created["id"], lambda batch: batch["request_counts"]["completed"] >= 4)
-    assert all(instance.runner.num_steps for instance in cluster.instances.values())
-    await cluster.instances["a"].stop()
-    await cluster.register("b")
     ended = await server.ended(created["id"])
     assert ended["request_counts"] == {"total": 40, "completed": 40, "failed": 0}
+    assert all(instance.runner.num_steps for instance in cluster.instances.values())
     results = await server.content(ended["output_file_id"])
     texts = {result["response"]["body"]["choices"][0]["text"] for result in results}
     assert texts == {"".join(chr(ord("A") + number) for number in range(1, 51))}
