@@ -214,6 +214,20 @@ def request_soak_command(work_dir: Path, results: Path, **options: Any) -> None:
     run_request_soak(work_dir, results, _command_line(), **options)
 
 
+@command.command("chaos")
+@click.option("--work-dir", type=click.Path(path_type=Path), default=Path(".cache/bench"), help="Scratch; some GB.")
+@click.option("--seed", type=int, default=1234, help="Of requests and disturbances.")
+@results_option
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=10.0, help="Of disturbances.")
+@click.option("--in-flight", type=click.IntRange(1), default=500, help="Requests open at the same time.")
+@click.option("--instances", default="MMMM", help="What they are: M for any work, P for prefill, D for decode.")
+def chaos_command(work_dir: Path, results: Path, **options: Any) -> None:
+    """Instances, gateways and etcd killed and stopped while requests run -> chaos.json."""
+    from xllm_compile.benchmarks.bench_chaos import run_chaos
+
+    run_chaos(work_dir, results, _command_line(), **options)
+
+
 @command.command("registry")
 @click.option("--operations", type=click.IntRange(1), default=1000, help="Of each kind that count.")
 @click.option("--kills", type=click.IntRange(1), default=5, help="Times that etcd is killed and started.")

@@ -26,6 +26,7 @@ class StreamResult:
     ended: float = 0.0
     num_output_tokens: int = 0
     """What the server counted."""
+    text: str = ""
     error: str | None = None
 
     @property
@@ -116,7 +117,9 @@ async def _read_stream(reader: asyncio.StreamReader, result: StreamResult) -> No
             return
         if event.get("usage"):
             result.num_output_tokens = event["usage"]["completion_tokens"]
-        if any(choice.get("text") for choice in event["choices"]):
+        text = "".join(choice.get("text", "") for choice in event["choices"])
+        if text:
+            result.text += text
             result.token_times.append(now)
     if result.error is None:
         result.error = "the connection ended before the stream did"
