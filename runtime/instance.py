@@ -47,6 +47,8 @@ class InstanceConfig:
     """Most tokens in one step; None is what the artifact was compiled for."""
     max_model_len: int | None = None
     """Longest sequence in tokens; None is the artifact's limit, lowered to what kv_memory_bytes holds."""
+    num_colocated: int = 1
+    """Instances that share this machine's free memory, this one included."""
     kv_memory_bytes: int | None = None
     """Budget of the KV cache; None is half of the free memory, or what max_num_seqs full sequences need."""
     max_waiting: int = 1024
@@ -363,7 +365,7 @@ def _kv_config(manifest: Manifest, config: InstanceConfig, draft: Manifest | Non
     # A sequence's last page may be all but empty, and a page counts in whole tokens, which padding may make 15 of 16.
     wanted = config.max_num_seqs * (limit * model.kv_bytes_per_token * 9 // 8 + HUGE_PAGE_BYTES)
     # The ranks of an instance are taken to share one machine.
-    free = available_memory_bytes() // manifest.tensor_parallel_size
+    free = available_memory_bytes() // (manifest.tensor_parallel_size * config.num_colocated)
     budget = min(wanted, int(free * _DEFAULT_KV_SHARE * share))
     if config.max_model_len is None:
         # Nobody asked for the full length: serve what fits rather than refuse to start.

@@ -41,6 +41,12 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="HTTP port; 0 lets the system choose.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, help="gRPC port; 0 lets the system choose.")
 @click.option(
+    "--instances",
+    metavar="COUNTS",
+    help="Serve by several processes on this machine, such as 2P2D or 4M: instances that prefill (P), decode (D) or do "
+    "both (M), and a gateway. Options of instances are given to each.",
+)
+@click.option(
     "--role",
     type=click.Choice(ROLES),
     help="Part of a service of several processes: a gateway takes requests and computes nothing itself, the others are "
@@ -148,6 +154,13 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the engine.")
 @click.option(
+    "--colocated",
+    type=click.IntRange(1),
+    default=1,
+    metavar="N",
+    help="Instances on this machine: by default one has 1/N of its cores and of its free memory.",
+)
+@click.option(
     "--async-scheduling/--no-async-scheduling",
     default=True,
     show_default=True,
@@ -205,7 +218,8 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
 @click.option("--compile", "use_compile", is_flag=True, help="Compile a model directory first, into the user's cache.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.version_option(__version__, prog_name="xllm-serve")
-def command(**options: Any) -> int:
+@click.pass_context
+def command(context: click.Context, /, **options: Any) -> int:
     """Serve each ARTIFACT, built by xllm-compile, over the OpenAI HTTP API and gRPC.
 
     Prints one line "READY http=HOST:PORT grpc=HOST:PORT startup_s=SECONDS" on stdout once both answer; logs go to
@@ -218,9 +232,29 @@ def command(**options: Any) -> int:
     )
     # It announces every start and stop; the lines here say the same with the ports.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    if options["instances"] is not None:
+        from xllm_compile.scheduler.launch.launch import launch
+
+        return launch(options, given_arguments(context))
     from xllm_compile.scheduler.startup import serve
 
     return serve(options)
+
+
+def given_arguments(context: click.Context) -> dict[str, tuple[str, ...]]:
+    """By parameter name what the user wrote on the command line, as arguments of another xllm-serve."""
+    given: dict[str, tuple[str, ...]] = {}
+    for parameter in context.command.params:
+        name, value = parameter.name or "", context.params.get(parameter.name or "")
+        source = context.get_parameter_source(name)
+        if not isinstance(parameter, click.Option) or source is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        if parameter.is_flag:
+            given[name] = (parameter.opts[0] if value else parameter.secondary_opts[0],)
+        else:
+            values = value if parameter.multiple else [value]
+            given[name] = tuple(part for each in values or () for part in (parameter.opts[0], str(each)))
+    return given
 
 
 def main() -> NoReturn:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import resource
 import socket
 import sys
@@ -42,7 +43,7 @@ _RESERVED_FILES = 512
 def serve(options: Mapping[str, Any]) -> int:
     """The exit code, after the drain. Raises ValueError or OSError on the user's mistakes."""
     tls = TlsConfig.from_options(options)
-    check_ports(_ports(options, tls), allow_unauthenticated=options["allow_unauthenticated"])
+    check_ports(open_ports(options, tls), allow_unauthenticated=options["allow_unauthenticated"])
     check_registry(options)
     # The event loop shares the interpreter with the engine thread and has short bursts of work. By default it waits
     # up to 5 ms for its turn after every system call, which also delays the next step's input.
@@ -70,7 +71,7 @@ def serve(options: Mapping[str, Any]) -> int:
             return _run(dict(zip(names, instances, strict=True)), options, http_socket, max_connections)
 
 
-def _ports(options: Mapping[str, Any], tls: TlsConfig) -> Iterator[Port]:
+def open_ports(options: Mapping[str, Any], tls: TlsConfig) -> Iterator[Port]:
     """All that will listen."""
     guard = "--api-key (or XLLM_API_KEY)"
     is_guarded = bool(options["api_keys"]) or tls.client_auth
@@ -155,8 +156,11 @@ def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
     from xllm_compile.runtime.instance import InstanceConfig
     from xllm_compile.runtime.promotion import PromotionConfig
 
-    if options["threads"] is not None:
-        torch.set_num_threads(options["threads"])
+    threads = options["threads"]
+    if threads is None and options["colocated"] > 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // options["colocated"])
+    if threads is not None:
+        torch.set_num_threads(threads)
     names = {
         "max_num_seqs": "max_num_seqs",
         "max_num_batched_tokens": "max_num_batched_tokens",
@@ -184,6 +188,7 @@ def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
         enforce_eager=options["enforce_eager"],
         promotion=promotion,
         warm_up=options["warm_up"],
+        num_colocated=options["colocated"],
         speculative=_speculative(options),
         **transfer_options(options),
     )
