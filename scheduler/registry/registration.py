@@ -23,6 +23,7 @@ from xllm_compile.scheduler.tasks import cancel_all, gather_or_cancel
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_LEAVE_S = 1.0
 
 
 class _ReplacedError(Exception):
@@ -62,9 +63,12 @@ class Registration:
         self.registered.clear()
         if self._lease_id != NO_LEASE:
             try:
-                await self._registry.revoke_lease(self._lease_id)
-            except RegistryError as err:
-                logger.warning("could not unregister %s: %s; its lease of %d s will", self._key, err, self._ttl_s)
+                # The end of the process must not wait for a registry that has ended before it.
+                async with asyncio.timeout(_LEAVE_S):
+                    await self._registry.revoke_lease(self._lease_id)
+            except (RegistryError, TimeoutError) as err:
+                reason = str(err) or f"no answer within {_LEAVE_S:g} s"
+                logger.warning("could not unregister %s: %s; its lease of %d s will", self._key, reason, self._ttl_s)
 
     async def _run(self) -> None:
         # An entry that is there before the first put is of a process that had the name before.
