@@ -1,0 +1,51 @@
+"""What the benches of simulations measure, on a small device."""
+
+import pytest
+
+from tests.benchmarks.simulation.fixtures import hardware, requests
+from xllm_compile.benchmarks.bench_colocation import MODES, Setting, violations
+from xllm_compile.benchmarks.bench_simulate import Targets, role_cases
+from xllm_compile.benchmarks.simulation.cluster import attainment
+from xllm_compile.request_trace import TraceRequest
+from xllm_compile.scheduler.cluster.state import Pool
+
+TARGETS = Targets(ttft_slo_s=1.0, tpot_slo_s=0.05)
+
+
+@pytest.mark.parametrize("num_instances", [4, 5, 8])
+def test_every_case_has_all_instances_and_serves(num_instances):
+    cases = role_cases(num_instances)
+    assert [case.is_dynamic for case in cases.values()] == [False] * 4 + [True]
+    for case in cases.values():
+        assert len(case.pools) == num_instances
+        assert {Pool.PREFILL, Pool.DECODE} == set(case.pools) or set(case.pools) == {Pool.MIX}
+        arrivals = requests(20, 4.0)
+        case.cluster(hardware(), TARGETS, 0).run(arrivals)
+        assert attainment(arrivals) > 0.9
+
+
+def test_offline_requests_that_pile_up_are_violations_too():
+    arrivals = requests(10, 1.0, offline_share=0.5)
+    assert {one.is_offline for one in arrivals} == {True, False}
+    for one in arrivals:
+        one.first_token_s = one.finished_s = one.arrival_s + 0.5
+    assert violations(arrivals) == 0.0
+    late = next(one for one in arrivals if not one.is_offline)
+    late.first_token_s = late.arrival_s + 2.0
+    num_online = sum(not one.is_offline for one in arrivals)
+    assert violations(arrivals) == pytest.approx(1 / num_online)
+    next(one for one in arrivals if one.is_offline).finished_s = arrivals[-1].arrival_s + 31.0
+    assert violations(arrivals) == 1.0
+
+
+def test_modes_differ_in_who_gives_way_only():
+    trace = [TraceRequest(float(at), 300, 20) for at in range(40)]
+    setting = Setting(
+        hardware=hardware(), pools=(Pool.PREFILL, Pool.DECODE), targets=TARGETS, trace=trace, lengths=trace
+    )
+    served = {mode: setting.serve(mode, 2.0, 2.0, 0) for mode in MODES}
+    arrivals = {mode: [(one.arrival_s, one.num_prompt_tokens) for one in found] for mode, found in served.items()}
+    assert arrivals[MODES[0]] == arrivals[MODES[1]] == arrivals[MODES[2]]
+    gives_way = {mode: any(one.is_offline for one in found) for mode, found in served.items()}
+    assert gives_way == {MODES[0]: False, MODES[1]: True, MODES[2]: True}
+    assert all(violations(found) == 0.0 for found in served.values())
