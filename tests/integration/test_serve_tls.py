@@ -1,10 +1,13 @@
 """A server with TLS and two keys, as its users meet it."""
 
+from contextlib import ExitStack
+
 import grpc
 import httpx
 import pytest
 
 from tests.integration.serve_process import ServeProcess, run_refused
+from tests.integration.test_serve_http import until
 from tests.scheduler.certificates import Authority
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 
@@ -49,3 +52,38 @@ def test_refusals_before_anything_starts(demo_artifact, ca, tmp_path):
     line = run_refused(demo_artifact, *gateway, *files, "--registry-host", "0.0.0.0", "--api-key", "k")
     assert "--tls-cert without --tls-ca" in line
     assert "needs a certificate" in run_refused(demo_artifact, *gateway, "--tls-ca", str(ca.cert))
+
+
+def test_a_cluster_speaks_tls_throughout_and_knows_strangers(demo_artifact, ca, tmp_path):
+    def files(authority, name):
+        issued = authority.issue(name)
+        return ("--tls-cert", str(issued.cert), "--tls-key", str(issued.key), "--tls-ca", str(authority.cert))
+
+    common = ("--api-key", "k", "--tls-client-auth")
+    instance = (*common, "--transfer-secret", "s", "--threads", "1", "--max-model-len", "256")
+    with ExitStack() as stack:
+
+        def start(*options):
+            return stack.enter_context(ServeProcess(demo_artifact, *options))
+
+        gateway = start("--role", "gateway", "--registry-port", "0", *common, *files(ca, "gateway"))
+        client = httpx.Client(
+            base_url=gateway.http.replace("http:", "https:"),
+            verify=ca.tls(ca.issue("client")).client_context(),
+            headers={"authorization": "Bearer k"},
+            timeout=120,
+        )
+
+        def active():
+            return {each["name"] for each in client.get("/cluster").json()["instances"] if each["health"] == "active"}
+
+        for role in ("prefill", "decode"):
+            start("--role", role, "--name", role, "--registry", gateway.registry, *instance, *files(ca, role))
+        until(lambda: active() == {"prefill", "decode"})
+        answer = client.post("/v1/completions", json={"prompt": "def f(" * 20, "max_tokens": 8})
+        assert answer.status_code == 200, answer.text
+        stranger = Authority(tmp_path, "stranger")
+        lost = start("--role", "mix", "--name", "x", "--registry", gateway.registry, *instance, *files(stranger, "x"))
+        until(lambda: any("could not register" in line and gateway.registry in line for line in lost.log))
+        assert any("was not issued by the CA of --tls-ca" in line for line in lost.log)
+        assert active() == {"prefill", "decode"}
