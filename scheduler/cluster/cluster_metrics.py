@@ -47,6 +47,12 @@ class ClusterCollector(Collector):
                 if found is not None:
                     family.add_metric([instance.name], found)
             yield family
+        blocks = GaugeMetricFamily(
+            "xllm_instance_kv_blocks", "Blocks of KV that it says can be found there", labels=["instance"]
+        )
+        for name, count in self._cluster.kv.num_blocks_by_name().items():
+            blocks.add_metric([name], count)
+        yield blocks
         for name, (text, field) in _COUNTERS.items():
             yield CounterMetricFamily(name, text, getattr(self._cluster.stats, field))
 

@@ -48,6 +48,10 @@ class KVIndex:
     def num_blocks(self) -> int:
         return len(self._holders)
 
+    def num_blocks_by_name(self) -> dict[str, int]:
+        """Of which each instance has KV in whatever tier."""
+        return {member.name: member.num_blocks for member in self._members if member is not None}
+
     def add(self, name: str) -> "KVHolder":
         """One start of an instance. It has nothing yet."""
         slot = next((index for index, member in enumerate(self._members) if member is None), len(self._members))
