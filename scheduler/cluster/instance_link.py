@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -65,8 +65,7 @@ class InstanceLink:
         self._on_report = on_report
         self._is_new = True
         self._runs: dict[str, _Run] = {}
-        self._stream: Any = None
-        self._writing = asyncio.Lock()
+        self._stream: _Stream | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -127,7 +126,7 @@ class InstanceLink:
         name = request.request_id
         self._runs[name] = run
         try:
-            await self._write(xllm_pb2.RunRequest(start=request))
+            self._send(xllm_pb2.RunRequest(start=request))
             while not run.is_over:
                 response = await run.next()
                 run.is_over = response.HasField("usage")
@@ -135,7 +134,7 @@ class InstanceLink:
         finally:
             del self._runs[name]
             if not run.is_over:
-                self._spawn(self._cancel(name))
+                self._cancel(name)
 
     def abort(self, name: str) -> None:
         """End a request of `run` here: its last response says so."""
@@ -143,30 +142,34 @@ class InstanceLink:
         if run is not None:
             aborted = xllm_pb2.Choice(finish_reason=xllm_pb2.FINISH_REASON_ABORT)
             run.put(xllm_pb2.GenerateResponse(request_id=name, choices=[aborted], usage=xllm_pb2.Usage()))
-            self._spawn(self._cancel(name))
+            self._cancel(name)
 
-    async def _cancel(self, name: str) -> None:
+    def _cancel(self, name: str) -> None:
         # With its stream an instance has ended all that came on it.
         if self._stream is not None:
-            with contextlib.suppress(InstanceLostError):
-                await self._write(xllm_pb2.RunRequest(cancel=name))
+            self._send(xllm_pb2.RunRequest(cancel=name))
 
-    async def _write(self, message: Any) -> None:
-        async with self._writing:
-            if self._stream is None:
-                self._stream = self._instance.Run(metadata=self._metadata)
-                self._spawn(self._read(self._stream))
-            stream = self._stream
-            try:
-                await stream.write(message)
-            except (grpc.RpcError, asyncio.InvalidStateError) as err:
-                self._lose_stream(stream, _reason(err))
-                raise InstanceLostError(f"{self.info.name}: {_reason(err)}") from err
+    def _send(self, message: Any) -> None:
+        if self._stream is None:
+            self._stream = stream = _Stream(self._instance.Run(metadata=self._metadata))
+            stream.tasks = [self._spawn(self._write(stream)), self._spawn(self._read(stream))]
+        self._stream.outbox.put_nowait(message)
 
-    async def _read(self, stream: Any) -> None:
+    async def _write(self, stream: "_Stream") -> None:
+        """Whoever has something to send does not wait for it: an instance may stand still."""
+        reason = "it takes nothing more"
+        try:
+            while True:
+                await stream.call.write(await stream.outbox.get())
+        except (grpc.RpcError, asyncio.InvalidStateError) as err:
+            reason = _reason(err)
+        finally:
+            self._lose_stream(stream, reason)
+
+    async def _read(self, stream: "_Stream") -> None:
         reason = "it ended the stream"
         try:
-            async for message in stream:
+            async for message in stream.call:
                 for response in message.outputs:
                     run = self._runs.get(response.request_id)
                     if run is not None:
@@ -177,7 +180,8 @@ class InstanceLink:
                         run.fail(api_error(failure))
         except grpc.RpcError as err:
             reason = _reason(err)
-        self._lose_stream(stream, reason)
+        finally:
+            self._lose_stream(stream, reason)
 
     async def _watch_load(self) -> None:
         request = xllm_pb2.WatchLoadRequest(period_ms=LOAD_PERIOD_MS)
@@ -211,18 +215,30 @@ class InstanceLink:
             self._on_report(self)
         self._lose_stream(self._stream, reason)
 
-    def _lose_stream(self, stream: Any, reason: str) -> None:
+    def _lose_stream(self, stream: "_Stream | None", reason: str) -> None:
         if stream is None or stream is not self._stream:
             return
         self._stream = None
-        stream.cancel()
+        stream.call.cancel()
+        for task in stream.tasks:
+            task.cancel()
         for run in self._runs.values():
             run.fail(InstanceLostError(f"{self.info.name}: {reason}"))
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
         self._tasks.append(task)
         task.add_done_callback(self._tasks.remove)
+        return task
+
+
+class _Stream:
+    """One call of Run."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+        self.outbox: asyncio.Queue[Any] = asyncio.Queue()
+        self.tasks: list[asyncio.Task[None]] = []
 
 
 class _Run:

@@ -276,3 +276,14 @@ async def test_abort_reaches_a_request_that_waits_for_an_instance(make_cluster):
     await cluster.client.abort("r")
     outputs = await asyncio.wait_for(task, 5)
     assert outputs[-1].outputs[0].finish_reason == "abort"
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.05, 0.1])
+async def test_none_of_many_requests_is_forgotten_when_an_instance_goes(make_cluster, after_s):
+    cluster = await make_cluster(a={}, b={})
+    tasks = [asyncio.create_task(generate(cluster, str(index), max_tokens=20)) for index in range(100)]
+    await asyncio.sleep(after_s)
+    await cluster.instances["a"].stop()
+    async with asyncio.timeout(30):
+        texts = [text_of(outputs) for outputs in await asyncio.gather(*tasks)]
+    assert texts == ["cdefghijklmnopqrstuv"] * 100
