@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,21 @@ from xllm_compile.scheduler.cluster.cluster_metrics import ClusterCollector
 from xllm_compile.scheduler.cluster.gateway import Gateway, ServedRegistry
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.registry_address import RegistryAddress, registry_of
+from xllm_compile.scheduler.dashboard.dashboard import Dashboard
+from xllm_compile.scheduler.dashboard.reading import read_cluster
 from xllm_compile.scheduler.errors import no_instance
 from xllm_compile.scheduler.exposure import is_loopback
 from xllm_compile.scheduler.policies.roles import RoleRules
 from xllm_compile.scheduler.policies.routing import RoutingRules
 from xllm_compile.scheduler.server import run_server
-from xllm_compile.scheduler.startup import announce, make_service, opened_batches, registry_host, server_config
+from xllm_compile.scheduler.startup import (
+    announce,
+    dashboard_config,
+    make_service,
+    opened_batches,
+    registry_host,
+    server_config,
+)
 from xllm_compile.scheduler.tls import TlsConfig
 
 
@@ -58,9 +68,12 @@ def serve_gateway(
                 announce(host, http_port, grpc_port, registry_port)
 
             config = server_config(options, max_connections)
-            routes = ClusterApi(gateway.cluster).routes()
+            read = partial(read_cluster, service, gateway.cluster)
+            dashboard = Dashboard(read, dashboard_config(options, names[0], is_gateway=True))
+            routes = [*ClusterApi(gateway.cluster).routes(), *dashboard.routes()]
             with opened_batches(options, service) as batches:
-                return await run_server(config, http_socket, service, on_ready, routes=routes, batches=batches)
+                serving = run_server(config, http_socket, service, on_ready, routes=routes, batches=batches)
+                return await dashboard.beside(serving)
 
     return 0 if asyncio.run(run()) else 1
 

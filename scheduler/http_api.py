@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[Service, bytes, Send], Coroutine[Any, Any, None]]
 
-# A health probe has no key to send, and learns nothing but up or down.
-OPEN_PATHS = frozenset({"/health"})
+# A health probe has no key to send, and learns nothing but up or down. The page asks for the key to its data.
+OPEN_PATHS = frozenset({"/health", "/dashboard"})
 
 
 def build_app(service: Service, routes: Sequence[Route] = ()) -> ASGIApp:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from xllm_compile.runtime.outputs import EngineStats
+from xllm_compile.runtime.outputs import EngineStats, HandOverStats
 from xllm_compile.runtime.policies.chunk import StepLoad
-from xllm_compile.scheduler.cluster.state import InstanceLoad, StepProfile
+from xllm_compile.scheduler.cluster.state import InstanceCounters, InstanceLoad, StepProfile
 
 # So many of each to tell what one adds: the smallest step has a least time.
 _MANY = 1024
@@ -33,6 +33,25 @@ def instance_load(
         tpot_s=tpot_s,
         is_draining=is_draining,
         profile=profile,
+        counters=instance_counters(stats),
+    )
+
+
+def instance_counters(stats: EngineStats) -> InstanceCounters:
+    steps, hand_overs = stats.graph_cache.by_outcome(), stats.hand_overs or HandOverStats()
+    return InstanceCounters(
+        num_prompt_tokens=stats.num_prompt_tokens,
+        num_generated_tokens=stats.num_generated_tokens,
+        prefix_queried_tokens=stats.prefix_queried_tokens,
+        prefix_hit_tokens=stats.prefix_hit_tokens,
+        num_exact_steps=steps["exact"],
+        num_padded_steps=steps["padded"],
+        num_dynamic_steps=steps["dynamic"],
+        num_eager_steps=steps["eager"],
+        num_preemptions=stats.num_preemptions,
+        num_hand_overs=hand_overs.num_complete,
+        num_failed_hand_overs=hand_overs.num_failed,
+        num_sent_bytes=hand_overs.num_bytes,
     )
 
 

@@ -1,5 +1,6 @@
 """Prometheus metrics of one serving process. Names follow vLLM's, prefixed xllm_."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
 
@@ -16,6 +17,7 @@ from xllm_compile.runtime.outputs import (
     ReservationStats,
     SpeculationStats,
 )
+from xllm_compile.scheduler.finished_times import FinishedTimes
 from xllm_compile.scheduler.limits import StreamLimiter
 
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -53,6 +55,8 @@ class ServiceMetrics:
             ["target", "outcome"],
             registry=self.model,
         )
+        self.ttft_times = FinishedTimes()
+        self.tpot_times = FinishedTimes()
         # Series that exist from the start show as 0 instead of missing.
         for api in APIS:
             for outcome in OUTCOMES:
@@ -74,11 +78,13 @@ class ServiceMetrics:
         if not times.is_resumed:
             ttft_s = times.first_token_s - times.arrival_s
             self._ttft.observe(ttft_s)
+            self.ttft_times.add(times.last_token_s, ttft_s)
             self._count_slo("ttft", ttft_s, times.ttft_slo_s)
         self._e2e.observe(times.last_token_s - times.arrival_s)
         if num_tokens > 1:
             tpot_s = (times.last_token_s - times.first_token_s) / (num_tokens - 1)
             self._tpot.observe(tpot_s)
+            self.tpot_times.add(times.last_token_s, tpot_s)
             self._count_slo("tpot", tpot_s, times.tpot_slo_s)
 
     def _count_slo(self, target: str, seconds: float, slo_s: float | None) -> None:
@@ -91,9 +97,26 @@ class ServiceMetrics:
     def count_request(self, api: str, outcome: str) -> None:
         self._requests.labels(api, outcome).inc()
 
+    def num_requests(self) -> Mapping[str, float]:
+        """By outcome, of all APIs."""
+        return _totals(self._requests, "outcome")
+
+    def num_targets(self) -> Mapping[str, float]:
+        """Requests that had one, by target and outcome: ttft_met."""
+        return _totals(self._slo, "target", "outcome")
+
     def register(self, collector: Collector) -> None:
         """Show what it has as well, of the process."""
         self.process.register(collector)
+
+
+def _totals(counter: Counter, *labels: str) -> Mapping[str, float]:
+    """A counter's values by these of its labels, joined by _."""
+    totals: dict[str, float] = defaultdict(float)
+    for metric in counter.collect():
+        for sample in metric.samples:
+            totals["_".join(sample.labels[label] for label in labels)] += sample.value
+    return totals
 
 
 def render(models: Mapping[str, ServiceMetrics]) -> bytes:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from xllm_compile.runtime.speculative.config import SpeculativeConfig
     from xllm_compile.runtime.tokenizer import Tokenizer
     from xllm_compile.scheduler.batches.batches import Batches
+    from xllm_compile.scheduler.dashboard.dashboard import DashboardConfig
     from xllm_compile.scheduler.engine_client import EngineClient
     from xllm_compile.scheduler.errors import ApiError
     from xllm_compile.scheduler.model_waker import ModelWaker
@@ -221,6 +222,8 @@ def _run(
     max_connections: int,
 ) -> int:
     from xllm_compile.runtime.async_engine import AsyncEngine
+    from xllm_compile.scheduler.dashboard.dashboard import Dashboard
+    from xllm_compile.scheduler.dashboard.reading import read_server
     from xllm_compile.scheduler.model_waker import ModelWaker
     from xllm_compile.scheduler.server import run_server
 
@@ -251,9 +254,12 @@ def _run(
             (names, instance), *_ = instances.items()
             member = Member(instance, engines[names], door, options)
         on_ready = partial(announce, config.host)
+        dashboard = Dashboard(partial(read_server, door), dashboard_config(options, door.model_name))
         with opened_batches(options, door) as batches:
-            serving = run_server(config, http_socket, door, on_ready, batches=batches, member=member)
-            is_clean = asyncio.run(serving)
+            serving = run_server(
+                config, http_socket, door, on_ready, routes=dashboard.routes(), batches=batches, member=member
+            )
+            is_clean = asyncio.run(dashboard.beside(serving))
     finally:
         for engine in engines.values():
             engine.shutdown()
@@ -326,6 +332,18 @@ def server_config(options: Mapping[str, Any], max_connections: int) -> "ServerCo
         max_connections=max_connections,
         drain_timeout_s=options["drain_timeout"],
         tls=TlsConfig.from_options(options),
+    )
+
+
+def dashboard_config(options: Mapping[str, Any], title: str, *, is_gateway: bool = False) -> "DashboardConfig":
+    from xllm_compile.scheduler.dashboard.dashboard import DashboardConfig
+
+    return DashboardConfig(
+        title=title,
+        version=__version__,
+        is_gateway=is_gateway,
+        ttft_slo_ms=options["ttft_slo_ms"],
+        tpot_slo_ms=options["tpot_slo_ms"],
     )
 
 

@@ -1,9 +1,9 @@
 """Between state.py and the messages in which instances describe themselves (proto/xllm.proto)."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
-from xllm_compile.scheduler.cluster.state import InstanceInfo, InstanceLoad, Role, StepProfile
+from xllm_compile.scheduler.cluster.state import InstanceCounters, InstanceInfo, InstanceLoad, Role, StepProfile
 from xllm_compile.scheduler.proto import xllm_pb2
 
 _OPTIONAL_LOAD = ("ttft_s", "tpot_s")
@@ -27,12 +27,10 @@ def info_of(message: Any) -> InstanceInfo:
 
 def load_message(load: InstanceLoad, *, incarnation: str) -> Any:
     values = {field.name: getattr(load, field.name) for field in fields(load)}
-    profile = values.pop("profile")
-    message = xllm_pb2.InstanceLoad(**values, incarnation=incarnation)
+    profile, counters = values.pop("profile"), asdict(values.pop("counters"))
+    message = xllm_pb2.InstanceLoad(**values, incarnation=incarnation, counters=xllm_pb2.InstanceCounters(**counters))
     if profile is not None:
-        message.profile.CopyFrom(
-            xllm_pb2.StepProfile(**{field.name: getattr(profile, field.name) for field in fields(profile)})
-        )
+        message.profile.CopyFrom(xllm_pb2.StepProfile(**asdict(profile)))
     return message
 
 
@@ -40,6 +38,8 @@ def load_of(message: Any) -> InstanceLoad:
     values = {field.name: getattr(message, field.name) for field in fields(InstanceLoad)}
     values |= {name: getattr(message, name) if message.HasField(name) else None for name in _OPTIONAL_LOAD}
     values["profile"] = _profile(message.profile) if message.HasField("profile") else None
+    counters = {field.name: getattr(message.counters, field.name) for field in fields(InstanceCounters)}
+    values["counters"] = InstanceCounters(**counters)
     return InstanceLoad(**values)
 
 

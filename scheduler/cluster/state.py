@@ -109,6 +109,29 @@ class StepProfile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceCounters:
+    """What an instance has done since its start, for people to look at; no policy reads it. Numbers only grow."""
+
+    num_prompt_tokens: int = 0
+    """Computed."""
+    num_generated_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    """Of those looked up, found in the prefix cache."""
+    num_exact_steps: int = 0
+    """Steps by how the graphs of their layers were found; likewise below."""
+    num_padded_steps: int = 0
+    num_dynamic_steps: int = 0
+    num_eager_steps: int = 0
+    num_preemptions: int = 0
+    num_hand_overs: int = 0
+    """Sequences whose KV went to other instances."""
+    num_failed_hand_overs: int = 0
+    num_sent_bytes: int = 0
+    """KV that arrived there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class InstanceLoad:
     """What an instance reports a few times a second."""
 
@@ -137,6 +160,7 @@ class InstanceLoad:
     is_draining: bool = False
     profile: StepProfile | None = None
     """None as long as nothing is known."""
+    counters: InstanceCounters = InstanceCounters()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -173,7 +173,7 @@ class WatchLoadRequest(_message.Message):
     def __init__(self, period_ms: _Optional[int] = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_decoding", "num_context_tokens", "num_offline", "kv_tokens_used", "ttft_s", "tpot_s", "is_draining", "profile", "incarnation", "num_offline_waiting_tokens", "num_offline_decoding", "num_offline_context_tokens")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_decoding", "num_context_tokens", "num_offline", "kv_tokens_used", "ttft_s", "tpot_s", "is_draining", "profile", "incarnation", "num_offline_waiting_tokens", "num_offline_decoding", "num_offline_context_tokens", "counters")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -189,6 +189,7 @@ class InstanceLoad(_message.Message):
     NUM_OFFLINE_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_OFFLINE_DECODING_FIELD_NUMBER: _ClassVar[int]
     NUM_OFFLINE_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
@@ -204,7 +205,36 @@ class InstanceLoad(_message.Message):
     num_offline_waiting_tokens: int
     num_offline_decoding: int
     num_offline_context_tokens: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_decoding: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_offline: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., is_draining: _Optional[bool] = ..., profile: _Optional[_Union[StepProfile, _Mapping]] = ..., incarnation: _Optional[str] = ..., num_offline_waiting_tokens: _Optional[int] = ..., num_offline_decoding: _Optional[int] = ..., num_offline_context_tokens: _Optional[int] = ...) -> None: ...
+    counters: InstanceCounters
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_decoding: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_offline: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., is_draining: _Optional[bool] = ..., profile: _Optional[_Union[StepProfile, _Mapping]] = ..., incarnation: _Optional[str] = ..., num_offline_waiting_tokens: _Optional[int] = ..., num_offline_decoding: _Optional[int] = ..., num_offline_context_tokens: _Optional[int] = ..., counters: _Optional[_Union[InstanceCounters, _Mapping]] = ...) -> None: ...
+
+class InstanceCounters(_message.Message):
+    __slots__ = ("num_prompt_tokens", "num_generated_tokens", "prefix_queried_tokens", "prefix_hit_tokens", "num_exact_steps", "num_padded_steps", "num_dynamic_steps", "num_eager_steps", "num_preemptions", "num_hand_overs", "num_failed_hand_overs", "num_sent_bytes")
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXACT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PADDED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DYNAMIC_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EAGER_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HAND_OVERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILED_HAND_OVERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
+    num_exact_steps: int
+    num_padded_steps: int
+    num_dynamic_steps: int
+    num_eager_steps: int
+    num_preemptions: int
+    num_hand_overs: int
+    num_failed_hand_overs: int
+    num_sent_bytes: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., prefix_queried_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., num_exact_steps: _Optional[int] = ..., num_padded_steps: _Optional[int] = ..., num_dynamic_steps: _Optional[int] = ..., num_eager_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_hand_overs: _Optional[int] = ..., num_failed_hand_overs: _Optional[int] = ..., num_sent_bytes: _Optional[int] = ...) -> None: ...
 
 class StepProfile(_message.Message):
     __slots__ = ("num_tokens", "seconds", "sequence_s", "key_s", "pair_s")

@@ -210,3 +210,14 @@ def test_a_client_that_is_cut_off_stops_its_request(server, client):
     until(lambda: server.metrics()["xllm_aborted_requests_total"] == before + 2)
     until(lambda: server.metrics()["xllm_num_requests_running"] == 0)
     assert server.metrics()["xllm_kv_cache_tokens_used"] == 0
+
+
+def test_the_dashboard_has_what_happened(server, client):
+    assert "<title>" in httpx.get(f"{server.http}/dashboard").text
+    complete(client, max_tokens=8)
+
+    def has_tokens():
+        samples = httpx.get(f"{server.http}/dashboard/data").json()["samples"]
+        return any(sample["service"]["num_generated_tokens"] for sample in samples)
+
+    until(has_tokens)

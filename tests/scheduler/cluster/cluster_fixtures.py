@@ -17,6 +17,7 @@ from xllm_compile.scheduler.cluster.instance_messages import load_message
 from xllm_compile.scheduler.cluster.state import Health, InstanceInfo, InstanceLoad, Role, StepProfile
 from xllm_compile.scheduler.grpc_api import InferenceServicer
 from xllm_compile.scheduler.instance_api import InstanceServicer
+from xllm_compile.scheduler.instance_load import instance_counters
 from xllm_compile.scheduler.proto import xllm_pb2_grpc
 from xllm_compile.scheduler.service import Service
 
@@ -36,6 +37,7 @@ class ReportingServicer(InstanceServicer):
                     num_waiting=stats.num_waiting,
                     is_draining=self._service.is_draining,
                     profile=self.profile,
+                    counters=instance_counters(stats),
                 )
                 yield load_message(load, incarnation=self.info.incarnation)
             await asyncio.sleep(0.02)
