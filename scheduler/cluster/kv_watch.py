@@ -29,13 +29,21 @@ async def watch_kv(instance: Any, holder: KVHolder, *, incarnation: str, metadat
             if err.code() is grpc.StatusCode.UNIMPLEMENTED:
                 logger.warning("instance %s does not say what KV it has; its prefixes are not counted on", holder.name)
                 return
+        except ValueError as err:
+            # Of a later version, perhaps.
+            logger.warning("what instance %s says of its KV is no use: %s; it is not counted on", holder.name, err)
+            holder.clear()
+            return
         finally:
             messages.cancel()
         await asyncio.sleep(RETRY_S)
 
 
 def apply_events(holder: KVHolder, message: Any, *, incarnation: str) -> bool:
-    """Take one KvEvents over. False where it does not follow what came before: watch again, from holder.place."""
+    """Take one KvEvents over. False where it does not follow what came before: watch again, from holder.place.
+
+    Raises ValueError on a tier that this version does not know, and on digests that end early.
+    """
     if message.incarnation != incarnation:
         return False
     if message.is_snapshot:

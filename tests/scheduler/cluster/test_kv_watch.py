@@ -224,6 +224,27 @@ async def test_the_index_comes_to_be_right_whatever_is_lost(monkeypatch):
             assert found >> tier & 1
 
 
+class NovelServicer(xllm_pb2_grpc.InstanceServicer):
+    """Has a tier that nobody knows of."""
+
+    async def WatchKv(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        first, second = (b"".join(digests_of(token)) for token in (1, 2))
+        events = [xllm_pb2.KvEvent(digests=first), xllm_pb2.KvEvent(tier=7, digests=second)]  # type: ignore[arg-type]
+        yield xllm_pb2.KvEvents(incarnation="1", is_snapshot=True, next_sequence=5, events=events)
+
+
+async def test_an_instance_of_a_later_version(caplog):
+    server = grpc.aio.server()
+    xllm_pb2_grpc.add_InstanceServicer_to_server(NovelServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    holder = KVIndex(1).add("a")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await watch_kv(xllm_pb2_grpc.InstanceStub(channel), holder, incarnation="1", metadata=())
+    await server.stop(None)
+    assert "7 is not a valid KVTier" in caplog.text and holder.num_blocks == 0
+
+
 async def test_an_instance_that_says_nothing_of_its_kv(caplog):
     server = grpc.aio.server()
     xllm_pb2_grpc.add_InstanceServicer_to_server(xllm_pb2_grpc.InstanceServicer(), server)
