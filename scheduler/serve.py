@@ -47,6 +47,12 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     "both (M), and a gateway. Options of instances are given to each.",
 )
 @click.option(
+    "--launcher",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="Where --instances come to be: on this machine, or on those of a running Ray cluster (RAY_ADDRESS).",
+)
+@click.option(
     "--role",
     type=click.Choice(ROLES),
     help="Part of a service of several processes: a gateway takes requests and computes nothing itself, the others are "
@@ -236,6 +242,8 @@ def command(context: click.Context, /, **options: Any) -> int:
         from xllm_compile.scheduler.launch.launch import launch
 
         return launch(options, given_arguments(context))
+    if options["launcher"] != "local":
+        raise click.UsageError(f"--launcher {options['launcher']} starts --instances; add them, such as 2P2D")
     from xllm_compile.scheduler.startup import serve
 
     return serve(options)
@@ -265,7 +273,7 @@ def main() -> NoReturn:
         _fail(err.format_message())
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except (ValueError, OSError) as err:
+    except (ValueError, OSError, NotImplementedError) as err:
         logging.getLogger(__name__).debug("start-up failed", exc_info=True)
         _fail(str(err))
     # --help and --version give 0 as well.

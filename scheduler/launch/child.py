@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 from xllm_compile.scheduler.launch.plan import ProcessPlan
@@ -19,21 +20,15 @@ _READY = re.compile(r"READY http=(\S+):(\d+) grpc=(\S+):(\d+)(?: registry=(\S+:\
 logger = logging.getLogger(__name__)
 
 
-class Ready(Protocol):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
     """What a READY line says."""
 
     http_host: str
     http_port: int
     grpc_port: int
     registry: str
-
-
-class ReadyLine:
-    """See Ready."""
-
-    def __init__(self, found: re.Match[str]) -> None:
-        self.http_host, self.http_port, self.grpc_port = found[1], int(found[2]), int(found[4])
-        self.registry = found[5] or ""
+    """HOST:PORT of a gateway's own; empty without one."""
 
 
 class Child(Protocol):
@@ -96,7 +91,9 @@ class LocalChild:
             line = data.decode(errors="replace").rstrip("\n")
             found = _READY.match(line)
             if found is not None and not self._ready.done():
-                self._ready.set_result(ReadyLine(found))
+                self._ready.set_result(
+                    Ready(http_host=found[1], http_port=int(found[2]), grpc_port=int(found[4]), registry=found[5] or "")
+                )
             else:
                 self._forward(line)
         if not self._ready.done():

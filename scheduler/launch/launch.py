@@ -5,15 +5,15 @@ import http.client
 import json
 import logging
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from xllm_compile.scheduler.artifact_source import find_artifact
-from xllm_compile.scheduler.exposure import check_ports
+from xllm_compile.scheduler.exposure import check_ports, is_loopback
 from xllm_compile.scheduler.launch.child import LocalChild, Ready
-from xllm_compile.scheduler.launch.plan import make_plan, parse_instances
+from xllm_compile.scheduler.launch.plan import Plan, make_plan, parse_instances
 from xllm_compile.scheduler.launch.supervisor import LaunchError, Start, Supervisor, SupervisorConfig
 from xllm_compile.scheduler.startup import announce, open_ports
 from xllm_compile.scheduler.tls import TlsConfig
@@ -31,17 +31,42 @@ def launch(options: Mapping[str, Any], given: Mapping[str, Sequence[str]]) -> in
         raise ValueError(f"--instances serves one model, and {len(options['artifacts'])} artifacts are given; give one")
     counts = parse_instances(options["instances"])
     tls = TlsConfig.from_options(options)
-    check_ports(open_ports({**options, "role": None}, tls), allow_unauthenticated=options["allow_unauthenticated"])
+    # A gateway's registry is on the loopback where all is.
+    role = "gateway" if options["launcher"] == "ray" else None
+    check_ports(open_ports({**options, "role": role}, tls), allow_unauthenticated=options["allow_unauthenticated"])
     artifact: Path = find_artifact(options["artifacts"][0], options)
     keys, secret = options["api_keys"], options["transfer_secret"]
-    plan = make_plan(str(artifact), counts, given, api_keys=keys, transfer_secret=secret)
+    is_local = options["launcher"] == "local"
+    plan = make_plan(str(artifact), counts, given, api_keys=keys, transfer_secret=secret, is_local=is_local)
+    supervise = partial(_supervise, options=options, tls=tls)
+    if options["launcher"] == "ray":
+        return _with_ray(plan, options, supervise)
+    return supervise(plan, LocalChild.start)
+
+
+def _with_ray(plan: Plan, options: Mapping[str, Any], supervise: Callable[[Plan, Start], int]) -> int:
+    if is_loopback(options["host"]):
+        raise ValueError(f"--host {options['host']} is of this machine only; give the one that Ray's others reach")
+    if options["tls_cert"] is not None:
+        raise NotImplementedError("--tls-cert with --launcher ray: there is no TLS between its machines; leave it out")
+    if options["threads"] is None:
+        raise ValueError("--launcher ray places instances by their CPUs; give --threads")
+    try:
+        from xllm_compile.scheduler.launch.ray_child import ray_starter
+    except ImportError as err:
+        raise ValueError(f"--launcher ray needs Ray; pip install 'xllm-compile[ray]' ({err})") from err
+    names = [instance.name for instance in plan.instances]
+    with ray_starter(names, num_cpus=options["threads"]) as start:
+        return supervise(plan, start)
+
+
+def _supervise(plan: Plan, start: Start, *, options: Mapping[str, Any], tls: TlsConfig) -> int:
     config = SupervisorConfig(drain_timeout_s=options["drain_timeout"])
-    is_whole = partial(wait_whole, api_keys=keys, tls=tls)
+    is_whole = partial(wait_whole, api_keys=options["api_keys"], tls=tls)
 
     def on_ready(ready: Ready) -> None:
         announce(ready.http_host.strip("[]"), ready.http_port, ready.grpc_port)
 
-    start: Start = LocalChild.start
     try:
         return asyncio.run(Supervisor(plan, start, is_whole, config).run(on_ready))
     except LaunchError as err:

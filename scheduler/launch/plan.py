@@ -88,10 +88,12 @@ def make_plan(
     *,
     api_keys: Sequence[str] = (),
     transfer_secret: str | None = None,
+    is_local: bool = True,
 ) -> Plan:
     """given: by parameter name the arguments that the user wrote, which are passed on as they are.
 
-    Without a secret of the user's the instances get one of their own.
+    Without a secret of the user's the instances get one of their own. Unless all is on this machine, instances still
+    lack --host and --transfer-host, which are those of where they come to be.
 
     Raises ValueError for an option that does not go with this.
     """
@@ -99,7 +101,7 @@ def make_plan(
         if name in given:
             raise ValueError(f"{given[name][0]} does not go with --instances: {reason}; leave it out")
     if "transfer_host" in given:
-        raise ValueError("--transfer-host does not go with --instances: all are on this machine; leave it out")
+        raise ValueError("--transfer-host does not go with --instances: each process gets its own; leave it out")
     # All keys for whoever is asked, the first for whoever asks.
     environment = {"XLLM_API_KEY": " ".join(api_keys)} if api_keys else {}
     gateway = ProcessPlan(
@@ -107,7 +109,7 @@ def make_plan(
         arguments=(
             artifact,
             *("--role", GATEWAY),
-            *(() if "registry_host" in given else ("--registry-host", _LOOPBACK)),
+            *(("--registry-host", _LOOPBACK) if is_local and "registry_host" not in given else ()),
             *(() if "registry_port" in given else ("--registry-port", "0")),
             *_pick(given, GATEWAY_OPTIONS | SHARED_OPTIONS),
         ),
@@ -123,8 +125,9 @@ def make_plan(
             arguments=(
                 artifact,
                 *("--role", role, "--name", f"{role}-{number}"),
-                *("--host", _LOOPBACK, "--port", "0", "--grpc-port", "0"),
-                *(() if "colocated" in given else ("--colocated", str(total))),
+                *("--port", "0", "--grpc-port", "0"),
+                *(("--host", _LOOPBACK) if is_local else ()),
+                *(("--colocated", str(total)) if is_local and "colocated" not in given else ()),
                 *passed_on,
             ),
             environment={**environment, "XLLM_TRANSFER_SECRET": secret},

@@ -5,9 +5,9 @@ from xllm_compile.scheduler.launch.plan import make_plan, parse_instances
 from xllm_compile.scheduler.serve import command, given_arguments
 
 
-def plan_of(counts, *arguments, **secrets):
+def plan_of(counts, *arguments, **how):
     with command.make_context("xllm-serve", ["model.xllm", *arguments]) as context:
-        return make_plan("model.xllm", parse_instances(counts), given_arguments(context), **secrets)
+        return make_plan("model.xllm", parse_instances(counts), given_arguments(context), **how)
 
 
 def contains(arguments, *part):
@@ -50,7 +50,7 @@ def test_what_the_user_wrote_reaches_whom_it_concerns():
         arguments = instance.arguments
         role, _, _ = instance.name.partition("-")
         assert contains(arguments, "--role", role, "--name", instance.name)
-        assert contains(arguments, "--host", "127.0.0.1", "--port", "0", "--grpc-port", "0")
+        assert contains(arguments, "--port", "0", "--grpc-port", "0", "--host", "127.0.0.1")
         assert contains(arguments, "--kv-memory", str(1 << 30))
         assert contains(arguments, "--colocated", "3")
         assert contains(arguments, "--threads", "3")
@@ -62,6 +62,14 @@ def test_what_the_user_wrote_reaches_whom_it_concerns():
         # Another xllm-serve takes it.
         with command.make_context("xllm-serve", list(process.arguments)):
             pass
+
+
+def test_on_several_machines_addresses_are_left_open():
+    plan = plan_of("1P1D", "--host", "10.0.0.1", "--threads", "4", is_local=False)
+    assert contains(plan.gateway.arguments, "--host", "10.0.0.1")
+    assert "--registry-host" not in plan.gateway.arguments
+    for instance in plan.instances:
+        assert not {"--host", "--colocated"} & set(instance.arguments)
 
 
 def test_secrets_are_in_no_command_line():
