@@ -80,6 +80,9 @@ def test_refusals(demo_artifact):
     assert "--instances 2X must be" in run_refused(demo_artifact, "--instances", "2X")
     assert "--role does not go with" in run_refused(demo_artifact, "--instances", "2M", "--role", "mix")
     assert "give --api-key" in run_refused(demo_artifact, "--instances", "2M", "--host", "0.0.0.0", *ports)
+    assert "add them" in run_refused(demo_artifact, "--launcher", "ray")
+    on_ray = ("--launcher", "ray", "--instances", "2M", "--api-key", "k")
+    assert "of this machine only" in run_refused(demo_artifact, *on_ray)
     # Found by an instance.
     line = run_refused(demo_artifact, "--instances", "1M", "--max-model-len", "99999999", *ports)
     assert "mix-0: " in line
