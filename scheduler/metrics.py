@@ -173,7 +173,7 @@ class _Snapshot(Collector):
         usage = stats.kv_tokens_used / stats.kv_tokens_total if stats.kv_tokens_total else 0.0
         yield GaugeMetricFamily("xllm_kv_cache_usage_ratio", "Used part of the KV cache, 0 to 1", usage)
         yield GaugeMetricFamily("xllm_kv_cache_tokens_used", "Tokens in the KV cache", stats.kv_tokens_used)
-        yield GaugeMetricFamily("xllm_kv_cache_tokens_total", "Tokens the KV cache can hold", stats.kv_tokens_total)
+        yield GaugeMetricFamily("xllm_kv_cache_tokens_capacity", "Tokens the KV cache can hold", stats.kv_tokens_total)
         pages = GaugeMetricFamily("xllm_kv_pages", "Physical pages of the KV cache by state", labels=["state"])
         for state, count in stats.kv_pages.items():
             pages.add_metric([state], count)

@@ -17,7 +17,7 @@ _OF_INSTANCES: dict[str, tuple[str, Callable[[Instance], float | None]]] = {
     "xllm_instance_sequences_decoding": ("Sequences behind their first token", lambda each: each.load.num_decoding),
     "xllm_instance_sequences_offline": ("Sequences that are best effort", lambda each: each.load.num_offline),
     "xllm_instance_kv_tokens_used": ("Tokens in the KV cache", lambda each: each.load.kv_tokens_used),
-    "xllm_instance_kv_tokens_total": ("Tokens the KV cache can hold", lambda each: each.info.kv_tokens_total),
+    "xllm_instance_kv_tokens_capacity": ("Tokens the KV cache can hold", lambda each: each.info.kv_tokens_total),
     "xllm_instance_ttft_seconds": ("Mean time to first token, lately", lambda each: each.load.ttft_s),
     "xllm_instance_tpot_seconds": ("Mean time between tokens, lately", lambda each: each.load.tpot_s),
     "xllm_instance_report_age_seconds": ("Since the last report", lambda each: each.load_age_s),

@@ -16,7 +16,7 @@ async def test_instances_and_placements_show(make_cluster):
     samples = {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
     assert samples["xllm_instances", "active", "mix"] == 2
     assert samples["xllm_instances", "suspect", "decode"] == 0
-    assert samples["xllm_instance_kv_tokens_total", "b"] == 1024
+    assert samples["xllm_instance_kv_tokens_capacity", "b"] == 1024
     assert samples["xllm_instance_kv_blocks", "a"] == 0
     assert samples["xllm_placements_total",] == 1
     assert samples["xllm_placements_lost_total",] == 0
