@@ -228,6 +228,20 @@ def chaos_command(work_dir: Path, results: Path, **options: Any) -> None:
     run_chaos(work_dir, results, _command_line(), **options)
 
 
+@command.command("gateway")
+@click.option("--work-dir", type=click.Path(path_type=Path), default=Path(".cache/bench"), help="Scratch; some GB.")
+@results_option
+@click.option("--streams", type=click.IntRange(1), default=200, help="Open at the same time.")
+@click.option("--instances", type=click.IntRange(1), default=4)
+@click.option("--tokens-per-s", type=click.FloatRange(0, min_open=True), default=10.0, help="Of each stream.")
+@click.option("--seconds", type=click.FloatRange(1), default=20.0)
+def gateway_command(work_dir: Path, results: Path, **options: Any) -> None:
+    """What a gateway adds, before an instance that sends tokens at a steady rate -> gateway.json."""
+    from xllm_compile.benchmarks.bench_gateway import run_gateway
+
+    run_gateway(work_dir, results, _command_line(), **options)
+
+
 @command.command("registry")
 @click.option("--operations", type=click.IntRange(1), default=1000, help="Of each kind that count.")
 @click.option("--kills", type=click.IntRange(1), default=5, help="Times that etcd is killed and started.")

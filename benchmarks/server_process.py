@@ -24,6 +24,8 @@ class ServerProcess:
             [*command, "--port", "0", "--grpc-port", "0", *options], stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         self.host, self.port = "127.0.0.1", 0
+        self.registry = ""
+        """Where a gateway serves its own."""
         self.startup_s = 0.0
         """What the server says of its own start, in the ready line."""
         self.ready_s = 0.0
@@ -56,6 +58,7 @@ class ServerProcess:
         self.host, _, port = fields["http"].rpartition(":")
         self.port = int(port)
         self.startup_s = float(fields["startup_s"])
+        self.registry = fields.get("registry", "")
 
     @property
     def pid(self) -> int:
