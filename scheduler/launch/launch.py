@@ -51,10 +51,8 @@ def _with_ray(plan: Plan, options: Mapping[str, Any], supervise: Callable[[Plan,
         raise NotImplementedError("--tls-cert with --launcher ray: there is no TLS between its machines; leave it out")
     if options["threads"] is None:
         raise ValueError("--launcher ray places instances by their CPUs; give --threads")
-    try:
-        from xllm_compile.scheduler.launch.ray_child import ray_starter
-    except ImportError as err:
-        raise ValueError(f"--launcher ray needs Ray; pip install 'xllm-compile[ray]' ({err})") from err
+    from xllm_compile.scheduler.launch.ray_child import ray_starter
+
     names = [instance.name for instance in plan.instances]
     with ray_starter(names, num_cpus=options["threads"]) as start:
         return supervise(plan, start)

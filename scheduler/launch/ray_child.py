@@ -1,4 +1,7 @@
-"""Children on the machines of a Ray cluster: each an actor that runs the process where Ray has placed it."""
+"""Children on the machines of a Ray cluster: each an actor that runs the process where Ray has placed it.
+
+Ray is an extra: it is imported where it is used.
+"""
 
 import asyncio
 import logging
@@ -6,11 +9,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-import ray
-from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from xllm_compile.scheduler.launch.child import Child, LocalChild, Ready
 from xllm_compile.scheduler.launch.plan import ProcessPlan
@@ -25,6 +23,8 @@ class _Runner:
     """The actor: one process, which ends with it."""
 
     async def start(self, plan: ProcessPlan) -> None:
+        import ray
+
         host = ray.util.get_node_ip_address()
         self._child = await LocalChild.start(plan.with_arguments("--host", host, "--transfer-host", host))
 
@@ -48,6 +48,8 @@ class RayChild:
         self.last_line = ""
 
     async def ready(self) -> Ready | None:
+        from ray.exceptions import RayError
+
         try:
             ready: Ready | None = await self._actor.ready.remote()
         except RayError:
@@ -62,6 +64,9 @@ class RayChild:
             self._actor.send.remote(int(number))
 
     async def _wait(self) -> int:
+        import ray
+        from ray.exceptions import RayError
+
         try:
             code, self.last_line = await self._actor.wait.remote()
         except RayError as err:
@@ -78,6 +83,13 @@ def ray_starter(names: Sequence[str], *, num_cpus: int) -> Iterator[Start]:
     num_cpus: of each. Ray finds new room for what a lost machine had. Raises ValueError where there is no cluster,
     or no such room.
     """
+    try:
+        import ray
+        from ray.exceptions import RayError
+        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    except ImportError as err:
+        raise ValueError(f"--launcher ray needs Ray; pip install 'xllm-compile[ray]' ({err})") from err
     try:
         ray.init(address="auto", logging_level=logging.WARNING)
     except ConnectionError as err:
