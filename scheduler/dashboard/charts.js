@@ -1,7 +1,7 @@
 // Line and stacked charts over one shared time axis, drawn as SVG.
 
 const SVG = "http://www.w3.org/2000/svg";
-const AXIS_PX = 46, FOOT_PX = 16, TOP_PX = 6, GAP_S = 4;
+const AXIS_PX = 54, FOOT_PX = 16, TOP_PX = 6, GAP_S = 4;
 
 function svg(tag, attributes, ...children) {
   const made = document.createElementNS(SVG, tag);
@@ -142,7 +142,7 @@ function* axes(width, height, x, y, top, range, format) {
   }
   for (const share of [0, 0.5, 1]) {
     const at = range.begin + share * (range.end - range.begin);
-    yield svg("text", { x: x(at), y: height - 3, "text-anchor": ["start", "middle", "end"][2 * share] }, clock(at));
+    yield svg("text", { x: x(at), y: height - 3, "text-anchor": ["start", "middle", "end"][2 * share] }, clock(at, range.end - range.begin < 120));
   }
 }
 

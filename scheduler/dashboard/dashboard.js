@@ -4,7 +4,8 @@ const KEY = "xllm-api-key", THEME = "xllm-theme", RANGE = "xllm-range-s";
 const RANGES_S = { "1 min": 60, "5 min": 300, "15 min": 900 };
 const byId = (id) => document.getElementById(id);
 
-const sum = (sample, field) => Object.values(sample.instances).reduce((total, each) => total + (each[field] ?? 0), 0);
+// What a suspect instance last said of itself is no longer so.
+const sum = (sample, field) => Object.values(sample.instances).filter((each) => each.health !== "suspect").reduce((total, each) => total + (each[field] ?? 0), 0);
 const ofService = (name) => (sample) => sample.service[name] ?? null;
 const kvShare = (sample) => share(sum(sample, "kv_used"), sum(sample, "kv_total"));
 const hitShare = (sample) => sample.service.prefix_queried_tokens ? sample.service.prefix_hit_tokens / sample.service.prefix_queried_tokens : null;

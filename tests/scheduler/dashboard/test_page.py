@@ -101,6 +101,8 @@ async def test_a_lost_instance_is_marked(make_cluster, serve, page):
         await page.wait_for_selector(".strip[data-instance=b] rect[data-health=suspect]", state="attached")
         assert await page.locator("[data-tile=Instances] .note").inner_text() == "1 suspect"
         assert "suspect" in await page.inner_text("#strip-legend")
+        # Of the two only one still has room: 1024 tokens each.
+        assert await page.locator("[data-tile='KV in use'] .note").inner_text() == "0 of 1.02k"
 
 
 async def test_no_instance(make_cluster, serve, page):
