@@ -242,6 +242,19 @@ def gateway_command(work_dir: Path, results: Path, **options: Any) -> None:
     run_gateway(work_dir, results, _command_line(), **options)
 
 
+@command.command("hand-over")
+@model_options
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512)
+@click.option("--rounds", type=click.IntRange(1), default=11, help="Requests to each service, in turns.")
+def hand_over_command(shape: str, work_dir: Path, seed: int, results: Path, prompt_tokens: int, rounds: int) -> None:
+    """TTFT with prefill and decode on two instances of this host, beside one instance -> hand_over.json."""
+    from xllm_compile.benchmarks.bench_hand_over import run_hand_over
+
+    run_hand_over(
+        _shape(shape), work_dir, results, _command_line(), seed=seed, prompt_tokens=prompt_tokens, rounds=rounds
+    )
+
+
 @command.command("registry")
 @click.option("--operations", type=click.IntRange(1), default=1000, help="Of each kind that count.")
 @click.option("--kills", type=click.IntRange(1), default=5, help="Times that etcd is killed and started.")
