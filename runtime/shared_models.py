@@ -129,7 +129,7 @@ def _default_bytes(manifests: Mapping[str, Manifest], config: InstanceConfig, we
     wanted = 0
     for manifest in manifests.values():
         limit = config.max_model_len or manifest.model.max_model_len
-        wanted += config.max_num_seqs * (limit * manifest.model.kv_bytes_per_token * 17 // 16 + HUGE_PAGE_BYTES)
+        wanted += config.max_num_seqs * (limit * manifest.model.kv_bytes_per_token * 9 // 8 + HUGE_PAGE_BYTES)
     free = available_memory_bytes()
     if weights_bytes > free:
         return int(free * _DEFAULT_KV_SHARE)
@@ -141,17 +141,16 @@ def _kv_config(
 ) -> KVCacheConfig:
     """``spare`` pages are for one sequence of full length, where nobody asked for a length."""
     limit = check_model_len(manifest, config)
-    if config.max_model_len is None:
-        limit = min(limit, max(spare, 1) * (HUGE_PAGE_BYTES // manifest.model.kv_bytes_per_token))
     if num_pages <= num_weight_pages:
         raise ValueError(
             f"model {name!r} needs {_mib(num_weight_pages)} MiB for its weights and some for KV; memory is"
             f" {_mib(num_pages)} MiB: raise it"
         )
     shape: dict[str, Any] = kv_shape(manifest, config)
-    kv = KVCacheConfig(
-        **shape, max_model_len=limit, kv_memory_bytes=num_pages * HUGE_PAGE_BYTES, page_bytes=HUGE_PAGE_BYTES
-    )
+    shape |= {"kv_memory_bytes": num_pages * HUGE_PAGE_BYTES, "page_bytes": HUGE_PAGE_BYTES}
+    if config.max_model_len is None:
+        limit = min(limit, max(spare, 1) * KVCacheConfig(**shape, max_model_len=1).page_tokens)
+    kv = KVCacheConfig(**shape, max_model_len=limit)
     if num_weight_pages + kv.pages_per_slot > num_pages:
         raise ValueError(
             f"model {name!r} needs {_mib(num_weight_pages)} MiB for its weights and {_mib(kv.pages_per_slot)} MiB for"

@@ -25,7 +25,7 @@ class Model:
 
 
 def manifest_of(weights_mib: int, *, ranks: int = 1) -> Any:
-    """As far as the plan reads it. 64 tokens to a page of 2 MiB."""
+    """As far as the plan reads it. 63 tokens, which are padded, to a page of 2 MiB."""
     return SimpleNamespace(
         model=Model(),
         weights=[SimpleNamespace(num_bytes=weights_mib * MIB - 1)],
@@ -51,8 +51,8 @@ def plan(memory_mib: int | None, config: InstanceConfig | None = None, *, may_sl
 def test_what_weights_leave_is_for_a_sequence_of_each() -> None:
     plans = plan(500)
     assert [plan.num_weight_pages for plan in plans.values()] == [50, 150]
-    # 100 MiB are left, 25 pages of 64 tokens for each.
-    assert [plan.kv.max_model_len for plan in plans.values()] == [1600, 1600]
+    # 100 MiB are left, 25 pages of 63 tokens for each.
+    assert [plan.kv.max_model_len for plan in plans.values()] == [1575, 1575]
     assert all(plan.kv.num_pages == 250 and plan.kv.page_size == 2 * MIB for plan in plans.values())
     # The artifact's own limit is enough where there is more.
     assert [plan.kv.max_model_len for plan in plan(10_000).values()] == [4096, 4096]
@@ -61,7 +61,7 @@ def test_what_weights_leave_is_for_a_sequence_of_each() -> None:
 @pytest.mark.usefixtures("manifests")
 def test_models_that_take_turns_may_have_all_that_their_weights_leave() -> None:
     plans = plan(320, may_sleep=True)
-    assert [plan.kv.max_model_len for plan in plans.values()] == [4096, 640]
+    assert [plan.kv.max_model_len for plan in plans.values()] == [4096, 630]
 
 
 @pytest.mark.usefixtures("manifests")
@@ -72,11 +72,11 @@ def test_models_that_take_turns_may_have_all_that_their_weights_leave() -> None:
             500,
             InstanceConfig(max_model_len=4096),
             False,
-            "the models need 656 MiB to be served together, memory is 500",
+            "the models need 664 MiB to be served together, memory is 500",
         ),
         (320, InstanceConfig(), False, "the models need 404 MiB .* memory is 320 MiB: 'a' 102 MiB"),
         (300, InstanceConfig(), True, "model 'b' needs 300 MiB for its weights and some for KV; memory is 300 MiB"),
-        (310, InstanceConfig(max_model_len=4096), True, "model 'b' needs 300 MiB .* 128 MiB for one sequence"),
+        (310, InstanceConfig(max_model_len=4096), True, "model 'b' needs 300 MiB .* 132 MiB for one sequence"),
         (500, InstanceConfig(max_model_len=5000), False, "max_model_len=5000 is above the 4096"),
         (500, InstanceConfig(kv_memory_bytes=1 << 30), False, "kv_memory_bytes=.* models share their memory"),
         (500, InstanceConfig(kv_pretouch=True), False, "kv_pretouch=True cannot be combined"),

@@ -37,7 +37,8 @@ def client(*endpoints, **options):
 async def served(port=0, **options):
     """A served registry, as (endpoint, the registry)."""
     async with served_registry() as memory:
-        server = RegistryServer(memory, **options)
+        passwords = [options.pop("password")] if "password" in options else []
+        server = RegistryServer(memory, passwords=passwords, **options)
         port = await server.start("127.0.0.1", port)
         yield f"127.0.0.1:{port}", memory
         await server.stop()
