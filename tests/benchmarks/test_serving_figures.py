@@ -39,7 +39,8 @@ def test_a_run_without_success_says_why():
         summarise_run([stream(error="refused")], 1.0, OPTIONS)
 
 
-def test_only_plain_endpoints_are_taken():
+def test_endpoints():
     assert _endpoint("http://localhost:8000/v1") == ("localhost", 8000)
+    assert _endpoint("https://localhost") == ("localhost", 443)
     with pytest.raises(ValueError, match="http://HOST:PORT"):
-        _endpoint("https://localhost:8000")
+        _endpoint("http://localhost:8000/v2")
