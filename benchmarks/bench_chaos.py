@@ -4,6 +4,7 @@ answer must come, and be the one that an undisturbed server gives."""
 import asyncio
 import random
 import signal
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from xllm_compile.benchmarks.server_process import ServerProcess
 from xllm_compile.benchmarks.timing import percentile
 from xllm_compile.scheduler.tasks import cancel_all
 
+_ROLES = {"M": "mix", "P": "prefill", "D": "decode"}
 _NUM_PROMPTS = 48
 _PROMPT_TOKENS = (8, 160)
 _OUTPUT_TOKENS = (16, 160)
@@ -63,7 +65,9 @@ class Tally:
 def run_chaos(
     work_dir: Path, results: Path, command: Sequence[str], *, seed: int, minutes: float, in_flight: int, instances: str
 ) -> None:
-    """instances: roles by name's first letter, such as MMMM or PPDD. Writes chaos.json."""
+    """instances: roles by their first letter, such as MMMM or PPDD. Writes chaos.json. Raises ValueError on others."""
+    if not instances or any(letter not in _ROLES for letter in instances):
+        raise ValueError(f"--instances {instances} must be letters of {', '.join(_ROLES)}, such as MMMM or PPDD")
     artifact = work_dir / "artifacts" / "demo-code-chaos.xllm"
     say("compiling demo-code")
     # In float32 tokens are the same however a step is put together.
@@ -73,17 +77,19 @@ def run_chaos(
     with ServerProcess(artifact, ["--no-graph-promotion"]) as server:
         server.wait_ready()
         prompts = asyncio.run(_right_answers(server, rng))
-    with EtcdProcess(work_dir / f"chaos-etcd-{time.time_ns()}") as etcd:
-        etcd.start()
-        with ClusterProcesses(artifact, f"etcd://{etcd.endpoint}") as cluster:
-            for index, letter in enumerate(instances):
-                role = {"M": "mix", "P": "prefill", "D": "decode"}[letter]
-                cluster.add(f"{role}-{index}", role, _OPTIONS)
-            for index in range(2):
-                cluster.add(f"gateway-{index}", "gateway", ["--max-streams", "4096", "--routing", "load"])
-            say(f"{minutes:g} minutes of disturbances")
-            tally = asyncio.run(_run(cluster, etcd, prompts, rng, minutes * 60, in_flight))
-            at_rest = asyncio.run(_at_rest(cluster))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        EtcdProcess(Path(folder)) as etcd,
+        ClusterProcesses(artifact, f"etcd://{etcd.endpoint}") as cluster,
+    ):
+        for index, letter in enumerate(instances):
+            role = _ROLES[letter]
+            cluster.add(f"{role}-{index}", role, _OPTIONS)
+        for index in range(2):
+            cluster.add(f"gateway-{index}", "gateway", ["--max-streams", "4096", "--routing", "load"])
+        say(f"{minutes:g} minutes of disturbances")
+        tally = asyncio.run(_run(cluster, etcd, prompts, rng, minutes * 60, in_flight))
+        at_rest = asyncio.run(_at_rest(cluster))
     _report(results, command, seed, tally, at_rest, minutes, in_flight, instances)
 
 

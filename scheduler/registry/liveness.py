@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 
-from xllm_compile.scheduler.cluster.state import Health, InstanceInfo, Role
+from xllm_compile.scheduler.cluster.state import Health, InstanceInfo
 
 View = tuple[tuple[InstanceInfo, Health], ...]
 """The instances by name."""
@@ -151,15 +151,6 @@ def due_probes(table: Table, now_s: float, config: LivenessConfig) -> tuple[Inst
         for member in table.members.values()
         if member.health is not Health.ACTIVE or now_s - member.heard_s >= config.heartbeat_timeout_s
     )
-
-
-def can_serve(view: View) -> bool:
-    """Whether some instance takes whole requests, or a prefill and a decode instance of equal weights share them."""
-    weights: dict[Role, set[str]] = {role: set() for role in Role}
-    for info, health in view:
-        if health is not Health.SUSPECT:
-            weights[info.role].add(info.weights_key)
-    return bool(weights[Role.MIX] or weights[Role.PREFILL] & weights[Role.DECODE])
 
 
 def _changed(table: Table, changes: Iterable[tuple[int, Registered | Unregistered]], now_s: float) -> Table:

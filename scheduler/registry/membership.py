@@ -24,7 +24,6 @@ from xllm_compile.scheduler.registry.liveness import (
     TimePassed,
     Unregistered,
     View,
-    can_serve,
     due_probes,
     reduce,
 )
@@ -75,11 +74,6 @@ class Membership:
     def view(self) -> View:
         """The instances by name, each with its health. Another object after every change, and the same without one."""
         return self._view
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the instances there are can serve a request."""
-        return can_serve(self._view)
 
     async def wait_for_change(self, seen: View) -> View:
         """The view as soon as it is another one than `seen`."""

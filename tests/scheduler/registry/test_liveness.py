@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.scheduler.registry.instances import instance
-from xllm_compile.scheduler.cluster.state import Health, InstanceInfo, Role
+from xllm_compile.scheduler.cluster.state import Health, InstanceInfo
 from xllm_compile.scheduler.registry.liveness import (
     Answer,
     Heard,
@@ -19,7 +19,6 @@ from xllm_compile.scheduler.registry.liveness import (
     Table,
     TimePassed,
     Unregistered,
-    can_serve,
     due_probes,
     reduce,
 )
@@ -138,30 +137,6 @@ def test_who_is_probed():
     assert due_probes(run(put(A1, 1), 2, HEARD), 3.0, CONFIG) == ()
     assert due_probes(run(put(A1, 1), deleted("a", 2)), 0.0, CONFIG) == (A1,)
     assert due_probes(run(put(A1, 1), NONE), 0.0, CONFIG) == (A1,)
-
-
-P, D, MIX = Role.PREFILL, Role.DECODE, Role.MIX
-
-
-@pytest.mark.parametrize(
-    ("members", "expected"),
-    [
-        ([], False),
-        ([(MIX, "w", "active")], True),
-        ([(MIX, "w", "lease_lost")], True),
-        ([(MIX, "w", "suspect")], False),
-        ([(P, "w", "active")], False),
-        ([(D, "w", "active")], False),
-        ([(Role.ENCODE, "w", "active")], False),
-        ([(P, "w", "active"), (D, "w", "active")], True),
-        ([(P, "w", "active"), (D, "w", "suspect")], False),
-        ([(P, "w", "active"), (D, "other", "active")], False),
-    ],
-)
-def test_ready_when_some_instances_can_serve(members, expected):
-    infos = [instance(str(at), role=role, weights_key=key) for at, (role, key, _) in enumerate(members)]
-    healths = [Health(health) for _, _, health in members]
-    assert can_serve(tuple(zip(infos, healths, strict=True))) is expected
 
 
 @pytest.mark.parametrize("name", ["heartbeat_timeout_s", "probe_period_s", "removal_s"])
