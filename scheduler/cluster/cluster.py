@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Protocol
 
@@ -44,6 +44,8 @@ class Cluster:
         self._health: dict[str, Health] = {}
         self._pools: dict[str, Pool] = {}
         self._changed = asyncio.Event()
+        self.on_gone: Callable[[InstanceInfo], None] = lambda info: None
+        """Called when an instance is no member any more."""
 
     def listen(self, listener: Listener) -> None:
         """Have it told what the links notice."""
@@ -56,6 +58,7 @@ class Cluster:
             if name not in known or known[name][0].incarnation != link.info.incarnation:
                 del self._links[name]
                 await link.close()
+                self.on_gone(link.info)
         for name, (info, health) in known.items():
             self._health[name] = health
             if name not in self._links:

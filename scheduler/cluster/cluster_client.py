@@ -50,6 +50,7 @@ class ClusterClient:
     ) -> None:
         self._cluster = cluster
         self._placer = placer or Placer()
+        cluster.on_gone = self._placer.gone
         self._config = config or FailoverConfig()
         self._slo = slo or SloDefaults()
         self._open: dict[str, list[Completion]] = {}

@@ -1,7 +1,7 @@
 """Applies the routing policy to live instances, and tells it what became of what it placed."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from xllm_compile.scheduler import errors
@@ -76,7 +76,7 @@ class Placer:
         self._placements.finished(key)
         self._expected.pop(key, None)
 
-    def gone(self, instances: Iterable[InstanceInfo]) -> None:
-        for info in instances:
-            self._placements.gone(info.name)
-            self._ttft.gone(info)
+    def gone(self, info: InstanceInfo) -> None:
+        """Forget the instance."""
+        self._placements.gone(info.name)
+        self._ttft.gone(info)

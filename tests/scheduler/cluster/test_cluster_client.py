@@ -8,6 +8,7 @@ import pytest
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams, embedding_params
 from xllm_compile.scheduler.cluster.completion import FailoverConfig
+from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.state import Health
 from xllm_compile.scheduler.errors import ApiError
 
@@ -287,3 +288,15 @@ async def test_none_of_many_requests_is_forgotten_when_an_instance_goes(make_clu
     async with asyncio.timeout(30):
         texts = [text_of(outputs) for outputs in await asyncio.gather(*tasks)]
     assert texts == ["cdefghijklmnopqrstuv"] * 100
+
+
+async def test_what_was_learnt_of_an_instance_goes_with_it(make_cluster):
+    cluster = await make_cluster(a={}, b={})
+    gone = []
+    cluster.cluster.on_gone = gone.append
+    info = cluster.instances["a"].info
+    await cluster.register("b")
+    assert gone == [info]
+    # One that was never chosen is forgotten as well.
+    Placer().gone(info)
+    assert text_of(await generate(cluster)) == "cdef"
