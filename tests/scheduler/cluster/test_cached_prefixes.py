@@ -97,7 +97,8 @@ async def test_a_restarted_instance_has_nothing(make_cluster):
     await cluster.instances[home].start()
     await cluster.register()
     await known(cluster, PREFIX, other)
-    assert cluster.cluster.kv.num_blocks == 3
+    # Its blocks may still be on their way when the first of them is known.
+    await cluster.until(lambda: cluster.cluster.kv.num_blocks == 3)
 
 
 async def test_a_gateway_that_starts_later_knows_all(make_cluster):

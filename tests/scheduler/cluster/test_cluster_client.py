@@ -178,7 +178,7 @@ async def test_an_instance_that_is_gone_before_its_first_token(make_cluster):
 
 
 async def test_a_silent_instance_is_no_place(make_cluster, monkeypatch):
-    monkeypatch.setattr("xllm_compile.scheduler.cluster.instance_link.SILENCE_S", 0.2)
+    monkeypatch.setattr("xllm_compile.scheduler.cluster.instance_link.SILENCE_S", 1.0)
     cluster = await make_cluster(a={}, b={})
     cluster.instances["a"].servicer.is_silent = True
     await cluster.until(lambda: next(each.health for each in cluster.cluster.instances()) is Health.SUSPECT)
@@ -292,7 +292,7 @@ async def test_none_of_many_requests_is_forgotten_when_an_instance_goes(make_clu
 
 async def test_what_was_learnt_of_an_instance_goes_with_it(make_cluster):
     cluster = await make_cluster(a={}, b={})
-    gone = []
+    gone: list[Any] = []
     cluster.cluster.on_gone = gone.append
     info = cluster.instances["a"].info
     await cluster.register("b")
