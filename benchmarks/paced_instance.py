@@ -27,8 +27,10 @@ _SERVERS: list[grpc.aio.Server] = []
 
 
 class PacedServicer(xllm_pb2_grpc.InstanceServicer):
-    def __init__(self, tokens_per_s: float) -> None:
+    def __init__(self, tokens_per_s: float, phase: float) -> None:
+        """phase: share of its period by which its steps come after those of phase 0."""
         self._period_s = 1 / tokens_per_s
+        self._phase = phase
 
     async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
         while True:
@@ -46,7 +48,7 @@ class PacedServicer(xllm_pb2_grpc.InstanceServicer):
                     left.pop(request.cancel, None)
 
         reading = asyncio.create_task(read())
-        due_s = time.monotonic()
+        due_s = (time.monotonic() // self._period_s + self._phase) * self._period_s
         try:
             while True:
                 due_s += self._period_s
@@ -74,17 +76,16 @@ async def serve(registry: str, tokens_per_s: float, count: int) -> None:
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(EtcdRegistry(EtcdConfig(endpoints=(registry,))))
         for index in range(count):
-            info = await _start(f"paced-{index}", tokens_per_s)
+            info = await _start(f"paced-{index}", PacedServicer(tokens_per_s, index / count))
             registration = await stack.enter_async_context(Registration(client, info))
             await registration.registered.wait()
-            await asyncio.sleep(1 / tokens_per_s / count)
         print("READY", flush=True)
         await asyncio.Event().wait()
 
 
-async def _start(name: str, tokens_per_s: float) -> InstanceInfo:
+async def _start(name: str, servicer: PacedServicer) -> InstanceInfo:
     server = grpc.aio.server()
-    xllm_pb2_grpc.add_InstanceServicer_to_server(PacedServicer(tokens_per_s), server)
+    xllm_pb2_grpc.add_InstanceServicer_to_server(servicer, server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
