@@ -3,8 +3,8 @@
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +95,10 @@ class Completion:
             while True:
                 link = self._link((await self._place()).prefill)
                 try:
-                    return list((await link.embed(embed_message(self._log.prompt, pooling))).embedding)
-                except InstanceLostError as err:
-                    self._lose(link, err)
-                except errors.ApiError as err:
-                    self._note_refusal(link, err)
+                    with self._noted(link):
+                        return list((await link.embed(embed_message(self._log.prompt, pooling))).embedding)
+                except _TryElsewhereError:
+                    continue
         except _AbortedError:
             raise errors.ApiError(errors.UNAVAILABLE, "The server ended this request early.", code="aborted") from None
         finally:
@@ -141,18 +140,13 @@ class Completion:
         """Responses of the instance. Raises _TryElsewhereError where it is lost, refuses or ends the request early."""
         self._running = link, request.request_id
         try:
-            async with aclosing(link.run(request)) as responses:
-                async for response in responses:
-                    if _is_aborted(response) and not self._is_aborted:
-                        # What it brings is left out of the log: its text may be cut where the next token changes it.
-                        raise InstanceLostError(f"{link.info.name}: it ended the request early")
-                    yield response
-        except InstanceLostError as err:
-            self._lose(link, err)
-            raise _TryElsewhereError from err
-        except errors.ApiError as err:
-            self._note_refusal(link, err)
-            raise _TryElsewhereError from err
+            with self._noted(link):
+                async with aclosing(link.run(request)) as responses:
+                    async for response in responses:
+                        if _is_aborted(response) and not self._is_aborted:
+                            # It is left out of the log: its text may be cut where the next token changes it.
+                            raise InstanceLostError(f"{link.info.name}: it ended the request early")
+                        yield response
         finally:
             self._running = None
 
@@ -164,8 +158,14 @@ class Completion:
             weights_key=sender.weights_key,
             kv_layout=sender.kv_layout,
         )
-        try:
+        with self._noted(link):
             return await link.reserve(request)
+
+    @contextmanager
+    def _noted(self, link: InstanceLink) -> Iterator[None]:
+        """Raises _TryElsewhereError where the instance is lost, or refuses what another may take."""
+        try:
+            yield
         except InstanceLostError as err:
             self._lose(link, err)
             raise _TryElsewhereError from err
