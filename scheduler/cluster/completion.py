@@ -53,6 +53,8 @@ class Completion:
         self._config = config
         self._is_aborted = False
         self._key = uuid.uuid4().hex
+        self._awaits_token = True
+        """No token has come since it was placed."""
         self._running: tuple[InstanceLink, str] | None = None
         self._num_losses = 0
         self._avoided: set[str] = set()
@@ -179,7 +181,9 @@ class Completion:
             now = time.monotonic()
             if self._metrics.first_token_s is None:
                 self._metrics.first_token_s = now
-            self._placer.first_token(self._key)
+            if self._awaits_token:
+                self._awaits_token = False
+                self._placer.first_token(self._key)
             self._metrics.last_token_s = now
             self._num_losses = 0
         if response.prompt_logprobs:
@@ -227,6 +231,7 @@ class Completion:
                 fresh = [each for each in willing if each.info.incarnation not in self._avoided]
                 shape = self._log.shape()
                 cached = self._cluster.kv.match(shape.digests)
+                self._awaits_token = True
                 return self._placer.place(self._key, shape, fresh or willing, cached)
             if usable:
                 raise self._soonest_refusal(usable)

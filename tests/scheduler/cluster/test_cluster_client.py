@@ -300,3 +300,18 @@ async def test_what_was_learnt_of_an_instance_goes_with_it(make_cluster):
     # One that was never chosen is forgotten as well.
     Placer().gone(info)
     assert text_of(await generate(cluster)) == "cdef"
+
+
+async def test_the_placer_hears_of_a_first_token_once(make_cluster):
+    cluster = await make_cluster(a={})
+    placer = cluster.client._placer
+    heard = []
+    tell = placer.first_token
+
+    def noted(key):
+        heard.append(key)
+        tell(key)
+
+    placer.first_token = noted
+    await generate(cluster, max_tokens=10)
+    assert len(heard) == 1
