@@ -6,16 +6,14 @@ import grpc.aio
 import pytest
 
 from tests.runtime.fakes import HistoryRunner, make_kv_cache
-from tests.scheduler.service_fixtures import byte_tokenizer, instance_info
+from tests.scheduler.service_fixtures import byte_tokenizer
 from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.transfer.endpoint import open_endpoint
 from xllm_compile.runtime.transfer.transfer import TransferConfig
-from xllm_compile.scheduler.grpc_api import GrpcServer
-from xllm_compile.scheduler.instance_api import InstanceServicer
-from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
+from xllm_compile.scheduler.proto import xllm_pb2
 from xllm_compile.scheduler.service import Service
 
 PROMPT = list(range(40, 60))
@@ -47,17 +45,6 @@ def service(engine):
         version="1",
         api_keys=("key",),
     )
-
-
-@pytest.fixture
-async def stub(service, engine):
-    server = GrpcServer(service)
-    port = server.bind("127.0.0.1", 0)
-    server.add_instance(InstanceServicer(service, engine, instance_info(port)))
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield xllm_pb2_grpc.InstanceStub(channel)
-    await server.stop(0)
 
 
 KEY = (("authorization", "Bearer key"),)

@@ -4,23 +4,10 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from tests.scheduler.service_fixtures import MAX_MODEL_LEN, instance_info
+from tests.scheduler.service_fixtures import MAX_MODEL_LEN
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler.cluster.generate_messages import generate_message
-from xllm_compile.scheduler.grpc_api import GrpcServer
-from xllm_compile.scheduler.instance_api import InstanceServicer
-from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
-
-
-@pytest.fixture
-async def stub(service, engine):
-    server = GrpcServer(service)
-    port = server.bind("127.0.0.1", 0)
-    server.add_instance(InstanceServicer(service, engine, instance_info(port)))
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield xllm_pb2_grpc.InstanceStub(channel)
-    await server.stop(0)
+from xllm_compile.scheduler.proto import xllm_pb2
 
 
 def start(name, prompt, **params):
