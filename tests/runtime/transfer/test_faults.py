@@ -46,6 +46,15 @@ def peer() -> Iterator[Callable[..., Peer]]:
         one.kill()
 
 
+def ready_receiver(peer, scheme):
+    """A process that takes KV, its addresses, and a token for all of its memory."""
+    receiver = peer()
+    addresses = receiver.ask("receive", scheme)
+    token = secrets.token_bytes(16)
+    receiver.ask("permit", token.hex(), (0, SIZE))
+    return receiver, addresses, token
+
+
 @pytest.fixture
 def target():
     with memory(SIZE) as region:
@@ -211,10 +220,7 @@ def test_a_request_that_is_sent_again_or_changed_proves_nothing(target):
 
 @BOTH
 def test_a_killed_receiver_is_an_error_at_once_that_names_it(peer, source, scheme):
-    receiver = peer()
-    addresses = receiver.ask("receive", scheme)
-    token = secrets.token_bytes(16)
-    receiver.ask("permit", token.hex(), (0, SIZE))
+    receiver, addresses, token = ready_receiver(peer, scheme)
     sender = connect(addresses, source, CONFIG)
     write_whole(sender, token)
     assert receiver.ask("digest", 0, SIZE) == digest(content(SIZE, 1))
@@ -231,10 +237,7 @@ def test_a_killed_receiver_is_an_error_at_once_that_names_it(peer, source, schem
 
 @BOTH
 def test_a_receiver_that_hangs_is_an_error_after_the_timeout(peer, source, scheme):
-    receiver = peer()
-    addresses = receiver.ask("receive", scheme)
-    token = secrets.token_bytes(16)
-    receiver.ask("permit", token.hex(), (0, SIZE))
+    receiver, addresses, token = ready_receiver(peer, scheme)
     sender = connect(addresses, source, TransferConfig(timeout_s=0.2))
     os.kill(receiver.process.pid, signal.SIGSTOP)
     with pytest.raises(TransferError, match=rf"{scheme}:.* made no progress for 0.2 s"):
@@ -252,10 +255,7 @@ def test_a_sender_that_hangs_is_dropped_after_the_timeout(target):
 
 @BOTH
 def test_a_receiver_restarted_at_the_same_address_refuses_old_tokens_and_takes_new_ones(peer, source, scheme):
-    receiver = peer()
-    addresses = receiver.ask("receive", scheme)
-    token = secrets.token_bytes(16)
-    receiver.ask("permit", token.hex(), (0, SIZE))
+    receiver, addresses, token = ready_receiver(peer, scheme)
     sender = connect(addresses, source, CONFIG)
     write_whole(sender, token)
     receiver.kill()
