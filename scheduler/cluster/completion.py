@@ -112,12 +112,13 @@ class Completion:
         request = self._log.request(uuid.uuid4().hex)
         self._stats.num_placed += 1
         self._stats.num_resumed_tokens += len(self._log.token_ids)
-        if prefill is not decode:
-            self._stats.num_split += 1
-            reservation = await self._reserve(decode, prefill.info)
-            is_handed_over, num_kv_tokens = False, 0
-            try:
+        reservation: Any = None
+        try:
+            if prefill is not decode:
+                self._stats.num_split += 1
+                reservation = await self._reserve(decode, prefill.info)
                 request.hand_over.reservation.CopyFrom(reservation)
+                is_handed_over, num_kv_tokens = False, 0
                 async with aclosing(self._run(prefill, request)) as responses:
                     async for response in responses:
                         is_handed_over, num_kv_tokens = _is_handed_over(response), response.num_kv_tokens
@@ -125,18 +126,21 @@ class Completion:
                             yield output
                 if not is_handed_over:
                     return
-            finally:
-                if not is_handed_over:
-                    decode.release(reservation.reservation_id)
-            self._stats.num_handed_over += 1
-            request = self._log.request(uuid.uuid4().hex)
-            request.resume.reservation_id = reservation.reservation_id
-            # What a receiver cannot know: bytes that were never sent look like any others.
-            request.resume.num_kv_tokens = num_kv_tokens
-        async with aclosing(self._run(decode, request)) as responses:
-            async for response in responses:
-                for output in self._take(response):
-                    yield output
+                self._stats.num_handed_over += 1
+                request = self._log.request(uuid.uuid4().hex)
+                request.resume.reservation_id = reservation.reservation_id
+                # What a receiver cannot know: bytes that were never sent look like any others.
+                request.resume.num_kv_tokens = num_kv_tokens
+            async with aclosing(self._run(decode, request)) as responses:
+                async for response in responses:
+                    if not _is_aborted(response):
+                        # The sequence has the slot, or found none.
+                        reservation = None
+                    for output in self._take(response):
+                        yield output
+        finally:
+            if reservation is not None:
+                decode.release(reservation.reservation_id)
 
     async def _run(self, link: InstanceLink, request: Any) -> AsyncGenerator[Any, None]:
         """Responses of the instance. Raises _TryElsewhereError where it is lost, refuses or ends the request early."""

@@ -29,6 +29,8 @@ LOAD_PERIOD_MS = 250
 SILENCE_S = 3.0
 _RETRY_S = 0.2
 _CALL_TIMEOUT_S = 5.0
+# As long as an instance holds a reservation that nobody comes for.
+_RELEASE_TIMEOUT_S = 60.0
 _MAX_MESSAGE_BYTES = 64 << 20
 
 
@@ -64,6 +66,7 @@ class InstanceLink:
         self._credentials = credentials
         self._on_report = on_report
         self._is_new = True
+        self._is_closed = False
         self._runs: dict[str, _Run] = {}
         self._stream: _Stream | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -85,6 +88,7 @@ class InstanceLink:
 
     async def close(self) -> None:
         """Its open requests end with InstanceLostError."""
+        self._is_closed = True
         self._lose("it left")
         await cancel_all(self._tasks)
         if self.holder is not None:
@@ -97,20 +101,27 @@ class InstanceLink:
 
     async def reserve(self, request: Any) -> Any:
         """The Reservation for a ReserveRequest. Raises ApiError where the instance refuses, InstanceLostError."""
-        return await self._call(self._instance.Reserve, request, _CALL_TIMEOUT_S)
+        try:
+            return await self._call(self._instance.Reserve, request, timeout=_CALL_TIMEOUT_S)
+        except (InstanceLostError, asyncio.CancelledError):
+            # It may have been made all the same, and nobody will come for it.
+            self.release(request.reservation_id)
+            raise
 
     def release(self, reservation_id: str) -> None:
-        """Give the reservation up, in the background: where that fails it times out."""
-        self._spawn(self._release(reservation_id))
+        """Give the reservation up, in the background. One that a request has taken over stays that request's."""
+        if not self._is_closed:
+            self._spawn(self._release(reservation_id))
 
     async def _release(self, reservation_id: str) -> None:
+        request = xllm_pb2.ReleaseRequest(reservation_id=reservation_id)
+        # An instance that does not answer now may do so before the reservation has timed out.
         with contextlib.suppress(InstanceLostError, errors.ApiError):
-            request = xllm_pb2.ReleaseRequest(reservation_id=reservation_id)
-            await self._call(self._instance.Release, request, _CALL_TIMEOUT_S)
+            await self._call(self._instance.Release, request, timeout=_RELEASE_TIMEOUT_S, wait_for_ready=True)
 
-    async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+    async def _call(self, method: Any, request: Any, **options: Any) -> Any:
         try:
-            return await method(request, timeout=timeout_s, metadata=self._metadata)
+            return await method(request, metadata=self._metadata, **options)
         except grpc.aio.AioRpcError as err:
             error = api_error_of(err)
             if error is None:

@@ -9,11 +9,13 @@ import grpc.aio
 
 from tests.scheduler.service_fixtures import MAX_MODEL_LEN, CountingRunner, counting_engine
 from xllm_compile.runtime.async_engine import AsyncEngine
+from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.scheduler.cluster.cluster import Cluster
 from xllm_compile.scheduler.cluster.cluster_client import ClusterClient
 from xllm_compile.scheduler.cluster.completion import FailoverConfig
 from xllm_compile.scheduler.cluster.instance_messages import load_message
+from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.state import Health, InstanceInfo, InstanceLoad, Role, StepProfile
 from xllm_compile.scheduler.grpc_api import InferenceServicer
 from xllm_compile.scheduler.instance_api import InstanceServicer
@@ -46,11 +48,13 @@ class ReportingServicer(InstanceServicer):
 class FakeInstance:
     """An instance but for its model, in this process."""
 
+    servicer_class: type[ReportingServicer] = ReportingServicer
+
     def __init__(self, name: str, role: Role = Role.MIX, **config: Any) -> None:
         self.name = name
         self.role = role
-        self.runner = CountingRunner()
-        self.engine = AsyncEngine(counting_engine(self.runner, EngineConfig(**config)))
+        self.runner, engine = self._make_engine(EngineConfig(**config))
+        self.engine = AsyncEngine(engine)
         self.service = Service(
             engine=self.engine,
             tokenizer=self.engine.engine.tokenizer,
@@ -59,11 +63,16 @@ class FakeInstance:
             version="0",
         )
 
+    def _make_engine(self, config: EngineConfig) -> tuple[Any, Engine]:
+        """And its model."""
+        runner = CountingRunner()
+        return runner, counting_engine(runner, config)
+
     async def start(self, port: int = 0) -> None:
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         self.info = self._describe(str(next(_incarnations)))
-        self.servicer = ReportingServicer(self.service, self.engine, self.info)
+        self.servicer = self.servicer_class(self.service, self.engine, self.info)
         xllm_pb2_grpc.add_InstanceServicer_to_server(self.servicer, self._server)
         xllm_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self.service), self._server)
         await self._server.start()
@@ -94,10 +103,12 @@ class FakeInstance:
 class FakeCluster:
     """Instances, and a client of them."""
 
-    def __init__(self, instances: dict[str, FakeInstance], config: FailoverConfig) -> None:
+    def __init__(
+        self, instances: dict[str, FakeInstance], config: FailoverConfig, placer: Placer | None = None
+    ) -> None:
         self.instances = instances
         self.cluster = Cluster()
-        self.client = ClusterClient(self.cluster, config=config)
+        self.client = ClusterClient(self.cluster, placer=placer, config=config)
 
     async def start(self) -> None:
         for instance in self.instances.values():
