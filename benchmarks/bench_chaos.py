@@ -1,65 +1,72 @@
-"""A service whose processes are killed, stopped and started again while hundreds of requests are under way: every
-answer must come, and be the one that an undisturbed server gives."""
+"""A service whose processes are killed, stopped, drained and cut off from each other while hundreds of requests run:
+every answer must come, and be the one that an undisturbed server gives."""
 
 import asyncio
 import random
 import signal
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from xllm_compile.benchmarks.artifacts import compile_model
+from xllm_compile.benchmarks.chaos_faults import Fault, Parts, plan_faults
+from xllm_compile.benchmarks.chaos_report import Answer, Disturbance, Prompt, Tally, bars_of, raw_of
 from xllm_compile.benchmarks.cluster_processes import ClusterProcesses, Part
 from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.etcd_process import EtcdProcess
-from xllm_compile.benchmarks.openai_client import StreamResult, stream_completion
+from xllm_compile.benchmarks.host_network import Host, HostNetwork, missing_for_network
+from xllm_compile.benchmarks.openai_client import stream_completion
 from xllm_compile.benchmarks.parity import DEMO_MODEL
-from xllm_compile.benchmarks.record import Bar, make_record
+from xllm_compile.benchmarks.record import make_record
 from xllm_compile.benchmarks.server_process import ServerProcess
-from xllm_compile.benchmarks.timing import percentile
 from xllm_compile.scheduler.tasks import cancel_all
 
 _ROLES = {"M": "mix", "P": "prefill", "D": "decode"}
+_NUM_GATEWAYS = 2
+_NUM_ETCD = 3
 _NUM_PROMPTS = 48
 _PROMPT_TOKENS = (8, 160)
 _OUTPUT_TOKENS = (16, 160)
 _MAX_MODEL_LEN = 512
-_OPTIONS = ("--threads", "1", "--max-num-seqs", "64", "--kv-memory", "96MiB", "--no-graph-promotion")
-_PAUSE_S = (2.0, 6.0)
-"""Between two disturbances."""
-_STOPPED_S = 5.0
-_ETCD_AWAY_S = 2.0
+_OPTIONS = (
+    *("--threads", "1", "--max-num-seqs", "64", "--kv-memory", "96MiB", "--no-graph-promotion"),
+    # Shorter than what is under way takes: a drained instance hands over what it does not finish.
+    *("--drain-timeout", "2"),
+)
+_GATEWAY_OPTIONS = ("--max-streams", "4096", "--routing", "load")
+_GIVES_UP_S = 120.0
+"""How long a client goes on trying after the last fault."""
+_REST_S = 90.0
+"""Reservations that nobody comes for end by themselves within a minute."""
+_HELD = (
+    "xllm_kv_cache_tokens_used",
+    'xllm_kv_pages{state="mapped"}',
+    "xllm_kv_reservations_open",
+    "xllm_kv_hand_overs_open",
+    "xllm_num_requests_running",
+    "xllm_num_requests_waiting",
+    "xllm_open_streams",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    token_ids: list[int]
-    num_tokens: int
-    text: str
-    """The right answer."""
+class Service:
+    cluster: ClusterProcesses
+    etcd: dict[str, EtcdProcess]
+    network: HostNetwork | None
+    hosts: dict[str, Host]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    prompt: Prompt
-    gateway: str
-    result: StreamResult
-
-
-@dataclass(kw_only=True, slots=True)
-class Disturbance:
-    kind: str
-    part: str
-    at_s: float
-
-
-@dataclass(slots=True)
-class Tally:
-    answers: list[Answer] = field(default_factory=list)
-    disturbances: list[Disturbance] = field(default_factory=list)
+    @property
+    def parts(self) -> Parts:
+        names = {name: part.role == "gateway" for name, part in self.cluster.parts.items()}
+        return Parts(
+            instances=[name for name, is_gateway in names.items() if not is_gateway],
+            gateways=[name for name, is_gateway in names.items() if is_gateway],
+            etcd=list(self.etcd),
+        )
 
 
 def run_chaos(
@@ -69,28 +76,42 @@ def run_chaos(
     if not instances or any(letter not in _ROLES for letter in instances):
         raise ValueError(f"--instances {instances} must be letters of {', '.join(_ROLES)}, such as MMMM or PPDD")
     artifact = work_dir / "artifacts" / "demo-code-chaos.xllm"
+    logs = work_dir / "chaos-logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("*.log"):
+        old.unlink()
     say("compiling demo-code")
     # In float32 tokens are the same however a step is put together.
     compile_model(DEMO_MODEL, artifact, ["--dtype", "float32", "--max-model-len", str(_MAX_MODEL_LEN)])
-    rng = random.Random(seed)
     say("what an undisturbed server answers")
+    prompts = right_answers(artifact, seed)
+    if missing := missing_for_network():
+        say(f"nothing is cut off: {missing}")
+    with ExitStack() as stack:
+        service = start_service(stack, artifact, logs, instances, with_network=not missing)
+        plan = plan_faults(random.Random(seed), minutes * 60, service.parts, with_network=not missing)
+        say(f"{len(plan)} faults in {minutes:g} minutes, {in_flight} requests in flight; logs in {logs}")
+        tally, at_rest = asyncio.run(disturb(service, prompts, plan, seed=seed, in_flight=in_flight))
+    raw = {
+        "minutes": minutes,
+        "in_flight": in_flight,
+        "instances": instances,
+        "instance_options": list(_OPTIONS),
+        "num_gateways": _NUM_GATEWAYS,
+        "num_etcd_members": _NUM_ETCD,
+        "has_network": not missing,
+        **raw_of(tally, at_rest),
+    }
+    show_table("faults", ("what", "times"), [(kind, str(count)) for kind, count in raw["num_faults"].items()])
+    finish(make_record("chaos", command, seed=seed, raw=raw, bars=bars_of(tally, at_rest)), results)
+
+
+def right_answers(artifact: Path, seed: int) -> list[Prompt]:
+    """Prompts, and what a server of its own makes of each."""
+    rng = random.Random(f"{seed} prompts")
     with ServerProcess(artifact, ["--no-graph-promotion"]) as server:
         server.wait_ready()
-        prompts = asyncio.run(_right_answers(server, rng))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        EtcdProcess(Path(folder)) as etcd,
-        ClusterProcesses(artifact, f"etcd://{etcd.endpoint}") as cluster,
-    ):
-        for index, letter in enumerate(instances):
-            role = _ROLES[letter]
-            cluster.add(f"{role}-{index}", role, _OPTIONS)
-        for index in range(2):
-            cluster.add(f"gateway-{index}", "gateway", ["--max-streams", "4096", "--routing", "load"])
-        say(f"{minutes:g} minutes of disturbances")
-        tally = asyncio.run(_run(cluster, etcd, prompts, rng, minutes * 60, in_flight))
-        at_rest = asyncio.run(_at_rest(cluster))
-    _report(results, command, seed, tally, at_rest, minutes, in_flight, instances)
+        return asyncio.run(_right_answers(server, rng))
 
 
 async def _right_answers(server: ServerProcess, rng: random.Random) -> list[Prompt]:
@@ -105,88 +126,139 @@ async def _right_answers(server: ServerProcess, rng: random.Random) -> list[Prom
     return prompts
 
 
-async def _run(
-    cluster: ClusterProcesses,
-    etcd: EtcdProcess,
-    prompts: Sequence[Prompt],
-    rng: random.Random,
-    seconds: float,
-    in_flight: int,
-) -> Tally:
+def start_service(stack: ExitStack, artifact: Path, logs: Path, instances: str, *, with_network: bool) -> Service:
+    """Each process on a host of its own where there is a network. It ends with the stack.
+
+    instances: roles by their first letter.
+    """
+    network = stack.enter_context(HostNetwork()) if with_network else None
+    hosts: dict[str, Host] = {}
+
+    def host(name: str) -> Host | None:
+        if network is None:
+            return None
+        hosts[name] = network.add(name)
+        return hosts[name]
+
+    names = [f"etcd-{index}" for index in range(_NUM_ETCD)]
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    members = EtcdProcess.cluster(folder, _NUM_ETCD, [found for name in names if (found := host(name)) is not None])
+    for member in members:
+        member.heartbeat_ms = 100
+        stack.callback(member.kill)
+        member.launch()
+    for member in members:
+        member.wait_ready()
+    registry = f"etcd://{','.join(member.endpoint for member in members)}"
+    cluster = stack.enter_context(ClusterProcesses(artifact, registry, logs=logs))
+    for index in range(_NUM_GATEWAYS):
+        name = f"gateway-{index}"
+        cluster.add(name, "gateway", _GATEWAY_OPTIONS, host=host(name))
+    for index, letter in enumerate(instances):
+        role = _ROLES[letter]
+        place = host(name := f"{role}-{index}")
+        options = list(_OPTIONS)
+        if place is not None:
+            # Over the network, which can be cut, and on the ports it had when it comes back.
+            options += ["--port", "8000", "--grpc-port", "8001"]
+            options += ["--transfer", "tcp", "--transfer-host", place.address, "--transfer-secret", "chaos"]
+        cluster.add(name, role, options, host=place)
+    return Service(cluster=cluster, etcd=dict(zip(names, members, strict=True)), network=network, hosts=hosts)
+
+
+async def disturb(
+    service: Service, prompts: Sequence[Prompt], plan: Sequence[Fault], *, seed: int, in_flight: int
+) -> tuple[Tally, dict[str, dict[str, float]]]:
+    """Carry the plan out with so many requests open. Also returns what each part holds once all are answered."""
     tally = Tally()
-    end_s = time.monotonic() + seconds
-    clients = [asyncio.create_task(_client(cluster, prompts, rng, end_s, tally)) for _ in range(in_flight)]
-    trouble = asyncio.create_task(_disturb(cluster, etcd, rng, end_s, tally))
+    is_over = asyncio.Event()
+    clients = [
+        asyncio.create_task(_client(service, prompts, random.Random(f"{seed} client {index}"), is_over, tally))
+        for index in range(in_flight)
+    ]
+    faults = asyncio.create_task(_carry_out(service, plan, tally))
     try:
-        await trouble
-        await asyncio.gather(*clients)
+        await faults
+        is_over.set()
+        say("the last requests")
+        done, pending = await asyncio.wait(clients, timeout=_GIVES_UP_S)
+        tally.num_unanswered = len(pending)
+        for client in done:
+            client.result()
     finally:
-        await cancel_all([trouble, *clients])
-    return tally
+        await cancel_all([faults, *clients])
+    return tally, await _at_rest(service)
 
 
 async def _client(
-    cluster: ClusterProcesses, prompts: Sequence[Prompt], rng: random.Random, end_s: float, tally: Tally
+    service: Service, prompts: Sequence[Prompt], rng: random.Random, is_over: asyncio.Event, tally: Tally
 ) -> None:
-    """One request after the other, each until it has its answer."""
-    while time.monotonic() < end_s:
+    """One request after the other, each until it has its answer: at another gateway where one fails."""
+    while not is_over.is_set():
         prompt = rng.choice(prompts)
-        gateway = rng.choice([part for name, part in cluster.parts.items() if name.startswith("gateway")])
-        server = gateway.process
-        result = await stream_completion(server.host, server.port, prompt.token_ids, prompt.num_tokens)
-        tally.answers.append(Answer(prompt=prompt, gateway=gateway.name, result=result))
-        if result.error is not None:
-            await asyncio.sleep(0.2)
+        gateways = [service.cluster.parts[name] for name in service.parts.gateways]
+        rng.shuffle(gateways)
+        while not await _try(gateways[0], prompt, tally):
+            gateways.append(gateways.pop(0))
 
 
-async def _disturb(
-    cluster: ClusterProcesses, etcd: EtcdProcess, rng: random.Random, end_s: float, tally: Tally
-) -> None:
-    """One thing after the other, each over before the next begins: somebody always can serve."""
-    kinds: Mapping[str, Callable[[Part], Awaitable[None]]] = {
-        "instance killed": lambda part: _kill(cluster, part),
-        "instance stopped": _stop,
-        "gateway killed": lambda part: _kill(cluster, part),
-        "etcd killed": lambda part: _kill_etcd(etcd),
-    }
-    while time.monotonic() + 15 < end_s:
-        await asyncio.sleep(rng.uniform(*_PAUSE_S))
-        kind = rng.choices(list(kinds), weights=(4, 3, 1, 1))[0]
-        parts = [
-            part for name, part in cluster.parts.items() if name.startswith("gateway") == (kind == "gateway killed")
-        ]
-        part = rng.choice(parts)
-        name = "etcd" if kind == "etcd killed" else part.name
-        tally.disturbances.append(Disturbance(kind=kind, part=name, at_s=time.monotonic()))
-        await kinds[kind](part)
+async def _try(gateway: Part, prompt: Prompt, tally: Tally) -> bool:
+    server = gateway.process
+    result = await stream_completion(server.host, server.port, prompt.token_ids, prompt.num_tokens)
+    tally.answers.append(Answer(prompt=prompt, gateway=gateway.name, result=result))
+    if result.error is not None:
+        await asyncio.sleep(result.retry_after_s or 0.2)
+    return result.error is None
 
 
-async def _kill(cluster: ClusterProcesses, part: Part) -> None:
-    part.send(signal.SIGKILL)
-    await asyncio.to_thread(cluster.restart, part)
+async def _carry_out(service: Service, plan: Sequence[Fault], tally: Tally) -> None:
+    for number, fault in enumerate(plan, 1):
+        await asyncio.sleep(fault.pause_s)
+        say(f"{number}/{len(plan)} {fault.kind}: {', '.join(fault.targets)}, {fault.lasts_s:.1f} s")
+        tally.disturbances.append(Disturbance(fault=fault, at_s=time.monotonic()))
+        await _apply(service, fault)
 
 
-async def _stop(part: Part) -> None:
-    part.send(signal.SIGSTOP)
-    await asyncio.sleep(_STOPPED_S)
-    part.send(signal.SIGCONT)
+async def _apply(service: Service, fault: Fault) -> None:
+    """Until it is over and everybody is back."""
+    parts = [service.cluster.parts[name] for name in fault.targets if name in service.cluster.parts]
+    members = [service.etcd[name] for name in fault.targets if name in service.etcd]
+    match fault.action:
+        case "cut":
+            assert service.network is not None, "only planned where there is one"
+            for source, target in fault.cuts:
+                service.network.cut(service.hosts[source], service.hosts[target])
+            await asyncio.sleep(fault.lasts_s)
+            service.network.heal()
+        case "stop":
+            for part in parts:
+                part.send(signal.SIGSTOP)
+            await asyncio.sleep(fault.lasts_s)
+            for part in parts:
+                part.send(signal.SIGCONT)
+        case "kill" | "drain":
+            for member in members:
+                member.kill()
+            for part in parts:
+                part.send(signal.SIGKILL if fault.action == "kill" else signal.SIGTERM)
+                await asyncio.to_thread(part.process.wait)
+            await asyncio.sleep(fault.lasts_s)
+            # Here and not in a thread: processes on hosts end with the thread that started them.
+            for member in members:
+                member.launch()
+            for part in parts:
+                service.cluster.restart(part)
+            for member in members:
+                await asyncio.to_thread(member.wait_ready)
+            for part in parts:
+                await asyncio.to_thread(part.process.wait_ready)
 
 
-async def _kill_etcd(etcd: EtcdProcess) -> None:
-    etcd.kill()
-    await asyncio.sleep(_ETCD_AWAY_S)
-    await asyncio.to_thread(etcd.start)
-
-
-async def _at_rest(cluster: ClusterProcesses) -> dict[str, dict[str, float]]:
-    """Metrics of every instance once nothing runs: what is held then is held for nobody."""
-    # Reservations that nobody came for end by themselves within a minute.
-    deadline = time.monotonic() + 90
+async def _at_rest(service: Service) -> dict[str, dict[str, float]]:
+    """Metrics of every part once nothing runs: what is held then is held for nobody."""
+    deadline = time.monotonic() + _REST_S
     while True:
-        found = {}
-        for name, part in cluster.parts.items():
-            if not name.startswith("gateway"):
-                found[name] = await _metrics(part.process)
+        found = {name: await _metrics(part.process) for name, part in service.cluster.parts.items()}
         held = [value for metrics in found.values() for value in metrics.values()]
         if not any(held) or time.monotonic() > deadline:
             return found
@@ -198,86 +270,5 @@ async def _metrics(server: ServerProcess) -> dict[str, float]:
     writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     text = (await reader.read()).decode()
     writer.close()
-    names = ("xllm_kv_cache_tokens_used", "xllm_open_streams", "xllm_num_requests_running", "xllm_kv_reservations_open")
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(names))
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(_HELD))
     return {name: float(value) for name, value in values.items()}
-
-
-def recoveries_s(tally: Tally, kind: str) -> list[float]:
-    """Of each stream that an instance may have served when it was killed, or stopped: from there to its next token.
-
-    A stream whose instance was another one goes on at once; only gaps far above those are counted.
-    """
-    found = []
-    for disturbance in tally.disturbances:
-        if disturbance.kind != kind:
-            continue
-        for answer in tally.answers:
-            times = answer.result.token_times
-            if times and times[0] < disturbance.at_s < times[-1]:
-                after = next(time_s for time_s in times if time_s > disturbance.at_s)
-                before = max(time_s for time_s in times if time_s <= disturbance.at_s)
-                usual = sorted(answer.result.itl_s)[len(times) // 2] if len(times) > 2 else 0.0
-                if after - before > 5 * usual:
-                    found.append(after - disturbance.at_s)
-    return found
-
-
-def _report(
-    results: Path,
-    command: Sequence[str],
-    seed: int,
-    tally: Tally,
-    at_rest: Mapping[str, Mapping[str, float]],
-    minutes: float,
-    in_flight: int,
-    instances: str,
-) -> None:
-    killed_gateways = {each.part: each.at_s for each in tally.disturbances if each.kind == "gateway killed"}
-    failed = [each for each in tally.answers if each.result.error is not None]
-    # The connection of a client ends with its gateway's process, whatever others do.
-    cut = [each for each in failed if _is_cut(each, tally)]
-    refused = [each for each in failed if each not in cut and "HTTP/1.1 429" in (each.result.error or "")]
-    lost = [each for each in failed if each not in cut and each not in refused]
-    good = [each for each in tally.answers if each.result.error is None]
-    wrong = [each for each in good if each.result.text != each.prompt.text]
-    gaps = {kind: sorted(recoveries_s(tally, kind)) for kind in ("instance killed", "instance stopped")}
-    held = sum(value for metrics in at_rest.values() for value in metrics.values())
-    kinds: dict[str, int] = {}
-    for each in tally.disturbances:
-        kinds[each.kind] = kinds.get(each.kind, 0) + 1
-    show_table("disturbances", ("what", "times"), [(kind, str(count)) for kind, count in sorted(kinds.items())])
-    bars = [
-        Bar(what="requests answered", value=len(good), unit=""),
-        Bar(what="requests that failed", value=len(lost), unit="", bar="<= 0"),
-        Bar(what="requests refused with Retry-After", value=len(refused), unit=""),
-        Bar(what="connections cut with their gateway", value=len(cut), unit=""),
-        Bar(what="answers with a wrong token", value=len(wrong), unit="", bar="<= 0"),
-        Bar(what="tokens, streams and reservations held at rest", value=held, unit="", bar="<= 0"),
-    ]
-    for kind, seconds in gaps.items():
-        if seconds:
-            bars.append(Bar(what=f"{kind}: pause of its streams, median", value=percentile(seconds, 50), unit="s"))
-            bars.append(Bar(what=f"{kind}: pause of its streams, p99", value=percentile(seconds, 99), unit="s"))
-    raw: dict[str, Any] = {
-        "minutes": minutes,
-        "in_flight": in_flight,
-        "instances": instances,
-        "instance_options": list(_OPTIONS),
-        "disturbances": [[each.kind, each.part] for each in tally.disturbances],
-        "gateways_killed": len(killed_gateways),
-        "errors": [each.result.error for each in lost[:10]],
-        "recoveries_s": gaps,
-        "at_rest": {name: dict(metrics) for name, metrics in at_rest.items()},
-    }
-    finish(make_record("chaos", command, seed=seed, raw=raw, bars=bars), results)
-
-
-def _is_cut(answer: Answer, tally: Tally) -> bool:
-    return any(
-        each.kind == "gateway killed"
-        and each.part == answer.gateway
-        and answer.result.sent <= each.at_s + 10
-        and each.at_s <= answer.result.ended
-        for each in tally.disturbances
-    )

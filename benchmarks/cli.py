@@ -220,9 +220,9 @@ def request_soak_command(work_dir: Path, results: Path, **options: Any) -> None:
 @results_option
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=10.0, help="Of disturbances.")
 @click.option("--in-flight", type=click.IntRange(1), default=500, help="Requests open at the same time.")
-@click.option("--instances", default="MMMM", help="What they are: M for any work, P for prefill, D for decode.")
+@click.option("--instances", default="MMPPDD", help="What they are: M for any work, P for prefill, D for decode.")
 def chaos_command(work_dir: Path, results: Path, **options: Any) -> None:
-    """Instances, gateways and etcd killed and stopped while requests run -> chaos.json."""
+    """Instances, gateways and etcd killed, stopped, drained and cut off while requests run -> chaos.json."""
     from xllm_compile.benchmarks.bench_chaos import run_chaos
 
     run_chaos(work_dir, results, _command_line(), **options)

@@ -6,6 +6,7 @@ stream arrived and looks inside only where it has to.
 
 import asyncio
 import json
+import re
 import ssl
 import time
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class StreamResult:
     """What the server counted."""
     text: str = ""
     error: str | None = None
+    retry_after_s: float | None = None
+    """Where the server refused, and said when to come back."""
 
     @property
     def ttft_s(self) -> float:
@@ -103,6 +106,8 @@ async def _read_stream(reader: asyncio.StreamReader, result: StreamResult) -> No
     if status.split(" ")[1:2] != ["200"]:
         rest = await reader.read()
         result.error = f"{status}: {rest.decode(errors='replace')[-500:]}"
+        if found := re.search(rb"^retry-after: *(\d+)", rest, re.IGNORECASE | re.MULTILINE):
+            result.retry_after_s = float(found[1])
         return
     # Lines of the chunked encoding fall between the events and start with no "data:".
     while line := await reader.readline():

@@ -15,10 +15,13 @@ from xllm_compile.benchmarks.load import process_tree
 class ServerProcess:
     """Context manager: starts the server on free ports, ends it on leaving. ``wait_ready`` comes first."""
 
-    def __init__(self, artifact: Path, options: Sequence[str] = ()) -> None:
-        command = [sys.executable, "-m", "xllm_compile.scheduler.serve", str(artifact)]
+    def __init__(
+        self, artifact: Path, options: Sequence[str] = (), *, prefix: Sequence[str] = (), log: Path | None = None
+    ) -> None:
+        """prefix: a command that runs the server's in its own process. log: what it says is appended there."""
+        command = [*prefix, sys.executable, "-m", "xllm_compile.scheduler.serve", str(artifact)]
         # A file, not a pipe: nobody reads it until something goes wrong.
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
+        self._log = tempfile.TemporaryFile("w+") if log is None else open(log, "a+")  # noqa: SIM115  (see __exit__)
         self.started = time.monotonic()
         self._process = subprocess.Popen(
             [*command, "--port", "0", "--grpc-port", "0", *options], stdout=subprocess.PIPE, stderr=self._log, text=True
@@ -63,6 +66,10 @@ class ServerProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._process.wait()
 
     def memory(self) -> dict[str, int]:
         """Bytes of the server and its children: rss, pss, and of rss the parts rss_anon, rss_file and rss_shmem."""
