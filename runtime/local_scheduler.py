@@ -6,18 +6,24 @@ fits beside what runs (`policies/admission.py`), or takes the place of running s
 (`policies/order.py`). When live tokens still outgrow the KV cache, the running sequence last in seniority is preempted:
 its KV is dropped, and prompt and generated tokens are computed again once there is room.
 
+Offline sequences take what all of this leaves of the step's time, decodes first: as many as keep it, as predicted,
+within the tightest TPOT target, and next to online prompts within a tenth more. The others, those that came last,
+keep their KV and wait. A step that prefills offline prompts is short, whatever else it could take: an online one that
+comes meanwhile is in the next step that is planned.
+
 The most senior running sequence may preempt all others, so it always moves on, finishes, and makes room.
 """
 
 import heapq
-from bisect import insort
+from bisect import bisect_right, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Generic
 
 from xllm_compile.runtime.policies.admission import HORIZON, fits, growth_of
-from xllm_compile.runtime.policies.chunk import StepLoad, StepSeconds, largest_chunk, step_budget_s
+from xllm_compile.runtime.policies.chunk import StepLoad, StepSeconds, largest_chunk, load_of, step_budget_s
 from xllm_compile.runtime.policies.order import Key, Order
 from xllm_compile.runtime.policies.state import Capacity, Limits, S, Schedule
 
@@ -31,12 +37,23 @@ class SchedulingRules:
     """Decode steps that a newcomer must fit beside what runs; 0 asks for its prompt's room only."""
     min_prefill_tokens: int = 32
     """Prompt tokens that a step takes whatever TPOT targets say, so that prefill always moves on."""
+    offline_tpot_share: float = 0.98
+    """Share of online sequences' TPOT targets that a step may take with offline ones."""
+    offline_prefill_share: float = 0.1
+    """Share by which offline sequences may lengthen a step that computes online prompts."""
+    offline_step_s: float = 0.1
+    """Longest step that offline prompts fill up: so long an online one waits for them, as the next step is planned."""
 
     def __post_init__(self) -> None:
         if self.admission_horizon < 0 or self.min_prefill_tokens < 1:
             raise ValueError(
                 f"admission_horizon={self.admission_horizon} must be at least 0 and min_prefill_tokens="
                 f"{self.min_prefill_tokens} at least 1"
+            )
+        if not 0 < self.offline_tpot_share <= 1 or self.offline_prefill_share < 0 or self.offline_step_s <= 0:
+            raise ValueError(
+                f"offline_tpot_share={self.offline_tpot_share} must be above 0 and at most 1, offline_prefill_share="
+                f"{self.offline_prefill_share} at least 0 and offline_step_s={self.offline_step_s} positive"
             )
 
 
@@ -91,6 +108,9 @@ class _Planner(Generic[S]):
         self.load = StepLoad()
         self.budget_s = float("inf")
         self.has_prefill = False
+        self.least_prefill_tokens = rules.min_prefill_tokens
+        self.offline_decodes: list[S] | None = []
+        """Those to be planned when all that is online is; None from then on."""
         self.is_short = False
         """Running sequences had to be preempted for memory: no time for newcomers."""
 
@@ -100,8 +120,13 @@ class _Planner(Generic[S]):
         return sorted(self.running, key=self._seniority)
 
     def plan_decodes(self) -> None:
-        decodes = [sequence for sequence in self.running if sequence.num_uncomputed_tokens == 1]
-        if len(decodes) <= self.blocks_left:
+        decodes: list[S] = []
+        offline: list[S] = []
+        self.offline_decodes = offline
+        for sequence in self.running:
+            if sequence.num_uncomputed_tokens == 1:
+                (offline if self._gives_way(sequence) else decodes).append(sequence)
+        if len(decodes) + len(offline) <= self.blocks_left:
             # Nobody can be short of anything: the usual step, planned without sorting.
             for sequence in decodes:
                 self.chunks[id(sequence)] = (sequence, 1)
@@ -111,11 +136,9 @@ class _Planner(Generic[S]):
             for sequence in sorted(decodes, key=self._seniority):
                 if id(sequence) in self.alive_ids:
                     self._plan_running(sequence)
-        decodes = [sequence for sequence, _ in self.chunks.values()]
-        self.budget_s = step_budget_s(decodes, self.now)
+        self.budget_s = step_budget_s((one for one, _ in self.chunks.values() if not one.is_offline), self.now)
         if self.budget_s < float("inf"):
-            for sequence in decodes:
-                self.load = self.load.plus(sequence.num_computed_tokens, 1)
+            self.load = load_of(self.chunks.values())
 
     def plan_prefills(self, waiting: Iterable[S]) -> None:
         prefills = sorted(
@@ -123,17 +146,55 @@ class _Planner(Generic[S]):
         )
         left = {id(sequence): sequence for sequence in prefills}
         for sequence in heapq.merge(prefills, self._ordered(waiting), key=self._rank):
+            if self._gives_way(sequence):
+                self._plan_offline_decodes()
             if left.pop(id(sequence), None) is not None:
                 self._plan_prefill(sequence)
             elif not self._admit(sequence):
                 # Nobody passes the first that does not fit: it would wait for ever.
                 break
         for sequence in left.values():
+            if self._gives_way(sequence):
+                self._plan_offline_decodes()
             self._plan_prefill(sequence)
+        self._plan_offline_decodes()
+
+    def _plan_offline_decodes(self) -> None:
+        """All that is online is planned: from here on the step's time is for offline sequences."""
+        if self.offline_decodes is None:
+            return
+        decodes = [sequence for sequence in self.offline_decodes if id(sequence) in self.alive_ids]
+        self.offline_decodes = None
+        self.load = load_of(self.chunks.values())
+        if self.has_prefill or self.budget_s < float("inf"):
+            self.least_prefill_tokens = 0
+        self.budget_s *= self.rules.offline_tpot_share
+        if self.has_prefill:
+            self.budget_s = min(self.budget_s, (1 + self.rules.offline_prefill_share) * self.model.seconds(self.load))
+        for sequence in self._in_time(sorted(decodes, key=self._seniority)):
+            if self.tokens_left > 0 and id(sequence) in self.alive_ids:
+                self._plan_running(sequence)
+        self.load = load_of(self.chunks.values())
+        self.budget_s = min(self.budget_s, self.rules.offline_step_s)
+
+    def _in_time(self, decodes: Sequence[S]) -> Sequence[S]:
+        """The first of them, as many as the step's budget leaves time for."""
+        if self.budget_s == float("inf"):
+            return decodes
+        loads = accumulate(decodes, lambda load, one: load.plus(one.num_computed_tokens, 1), initial=self.load)
+        return decodes[: max(0, bisect_right(list(loads), self.budget_s, key=self.model.seconds) - 1)]
+
+    def _gives_way(self, sequence: S) -> bool:
+        return sequence.is_offline and sequence is not self.elder
 
     def result(self) -> Schedule[S]:
         self.preempted.sort(key=lambda sequence: sequence.number)
         plan = Schedule(chunks=list(self.chunks.values()), too_large=self.too_large)
+        plan.num_held_back = sum(
+            self._gives_way(one) and one.num_uncomputed_tokens > 0 and id(one) not in self.chunks
+            for one in self.running
+            if id(one) in self.alive_ids
+        )
         pays = self.capacity.swap_pays
         for sequence in self.preempted:
             swaps = pays is not None and pays(sequence.num_computed_tokens)
@@ -219,7 +280,7 @@ class _Planner(Generic[S]):
         """How many of ``most`` tokens the step's time budget leaves to a prefill."""
         if self.budget_s == float("inf"):
             return most
-        least = 0 if self.has_prefill else min(most, self.rules.min_prefill_tokens)
+        least = 0 if self.has_prefill else min(most, self.least_prefill_tokens)
         return max(least, largest_chunk(self.load, sequence.num_computed_tokens, most, self.budget_s, self.model))
 
     def _add(self, sequence: S) -> None:

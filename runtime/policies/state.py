@@ -112,3 +112,5 @@ class Schedule(Generic[S]):
     """Running sequences whose KV is to be copied out and which wait to have it back."""
     too_large: list[S] = field(default_factory=list)
     """Sequences that do not fit the KV cache even alone; they must be finished."""
+    num_held_back: int = 0
+    """Running offline sequences that keep their KV and are not in the step, for want of time or memory."""

@@ -163,9 +163,50 @@ def test_blocks_are_filled_before_new_ones_are_taken() -> None:
 def test_offline_gives_way_to_online() -> None:
     offline = [decoding("x", 5, is_offline=True), decoding("y", 5, is_offline=True)]
     plan = schedule([Item("a", 3), Item("z", 3, is_offline=True)], offline, limits(seqs=2))
-    # One place is needed and the younger one gives it.
-    assert names(plan) == [("x", 1), ("a", 3)]
+    # One place is needed and the younger one gives it; the other one is no tenth of the step.
+    assert names(plan) == [("a", 3)]
     assert plan.preempted == [offline[1]]
+
+
+def paced(name: str, computed: int, target_ms: float) -> Item:
+    """An online one that decodes."""
+    return decoding(name, computed, tpot_slo_s=target_ms / 1e3, next_due_s=target_ms / 1e3)
+
+
+def test_as_many_offline_sequences_decode_as_the_target_of_online_ones_leaves_time_for() -> None:
+    offline = [decoding(name, 5, is_offline=True) for name in "uvwxyz"]
+    plan = schedule([], [*offline[:3], paced("a", 5, 5.2), *offline[3:]], limits())
+    # 0.98 of 5.2 ms; those that came last wait, with their KV.
+    assert names(plan) == [("a", 1), ("u", 1), ("v", 1), ("w", 1), ("x", 1)]
+    assert (plan.num_held_back, plan.preempted) == (2, [])
+    # Nobody else's target counts, and an elder rides in any case.
+    assert len(names(schedule([], [*offline, decoding("a", 5)], limits()))) == 7
+    offline[0].tpot_slo_s, offline[0].next_due_s = 1e-3, 0.0
+    assert len(names(schedule([], offline, limits()))) == 6
+    plan = schedule([], [*offline, paced("a", 5, 2.1)], limits(), elder=offline[5])
+    assert names(plan) == [("z", 1), ("a", 1)]
+
+
+def test_online_prompts_take_the_time_of_offline_decodes() -> None:
+    offline = [decoding(name, 5, is_offline=True) for name in "xyz"]
+    plan = schedule([Item("b", 40)], [*offline, paced("a", 5, 12.0)], limits(tokens=64))
+    assert names(plan) == [("a", 1), ("b", 11)]
+    # Without a target they may lengthen the step by a tenth.
+    plan = schedule([Item("b", 20)], [*offline, decoding("a", 5)], limits(tokens=64))
+    assert names(plan) == [("a", 1), ("b", 20), ("x", 1), ("y", 1)]
+
+
+def test_an_offline_prompt_is_interrupted_between_two_chunks() -> None:
+    rest, online = Item("x", 400, 100, is_offline=True), Item("a", 30)
+    # Alone it gets short steps, so that whoever comes is soon in one.
+    assert names(schedule([], [rest], limits(tokens=256))) == [("x", 100)]
+    plan = schedule([online], [rest], limits(tokens=256))
+    assert (names(plan), plan.num_held_back, plan.preempted) == ([("a", 30), ("x", 3)], 0, [])
+    assert names(schedule([online], [rest], limits(tokens=30))) == [("a", 30)]
+    # What waits is not taken in where no time is left, and no least chunk is forced upon online targets.
+    waiting = [Item("y", 9, is_offline=True)]
+    assert names(schedule(waiting, [rest, paced("a", 5, 1.0)], limits())) == [("a", 1)]
+    assert names(schedule(waiting, [paced("a", 5, 6.2)], limits())) == [("a", 1), ("y", 5)]
 
 
 def test_offline_loses_its_memory_first() -> None:
