@@ -267,6 +267,10 @@ class AsyncEngine:
                 self._inbox.append(request_id)
                 self._wake.notify()
 
+    async def hand_over(self, request_id: str, target: HandOver) -> None:
+        """See Engine.hand_over. Raises EngineDeadError, NoTransferError."""
+        await self._call(partial(self.engine.hand_over, request_id, target))
+
     async def reserve(self, reservation_id: str, token_ids: Sequence[int], timeout_s: float) -> Reservation:
         """See Engine.reserve. Raises what `submit` raises, too. Cancelled, nothing stays reserved."""
         with self._wake:

@@ -302,6 +302,30 @@ class Engine:
         if self._exchange is not None:
             self._exchange.watch(on_event)
 
+    def hand_over(self, request_id: str, target: HandOver) -> None:
+        """Send the KV of a request that is under way to where it goes on, and end it with the tokens it has.
+
+        Unknown ids, and requests that are being handed over already, are ignored. Raises NoTransferError.
+        """
+        exchange, request = self._transferring(), self._requests.get(request_id)
+        if request is None or request.hand_over is not None or len(request.sequences) != 1:
+            return
+        # What is on its way to it must be there first; it may end by that.
+        self._complete(self._ended, num_left=0)
+        (sequence,) = request.sequences
+        if sequence.is_finished:
+            return
+        request.hand_over = target
+        if sequence.status is SequenceStatus.WAITING:
+            # It has nothing to send.
+            self._leave(sequence)
+            sequence.finish("handed_over")
+            self._close(request)
+            return
+        exchange.push([(sequence, sequence.num_computed_tokens)])
+        exchange.hand_over(sequence)
+        self._forget_finished()
+
     def tend(self) -> float | None:
         """Take note of what came of KV that other threads and instances read and write, between two steps.
 
@@ -423,6 +447,8 @@ class Engine:
             num_offline_running=sum(each.is_offline for each in running),
             num_offline_waiting=self._waiting.num_offline,
             num_offline_preemptions=self._stats.num_offline_preemptions,
+            num_offline_held_back=self._stats.num_offline_held_back,
+            num_offline_generated_tokens=self._stats.num_offline_generated_tokens,
             step_error_ratio=self._predictor.error_ratio,
             num_aborted=self._stats.num_aborted,
             graph_cache=self._runner.graph_cache_stats(),
@@ -442,6 +468,7 @@ class Engine:
             # Whoever loses its place must have its token first, and memory may come free by itself.
             self._complete(changed, num_left=0)
             plan = self._plan()
+        self._stats.num_offline_held_back += plan.num_held_back
         for sequence in plan.swapped:
             self._swap_out(sequence)
         for sequence in sorted((*plan.preempted, *plan.swapped), key=lambda sequence: sequence.number):
@@ -701,6 +728,7 @@ class Engine:
             return
         append_token(sequence, sampled, self.tokenizer)
         self._stats.num_generated_tokens += 1
+        self._stats.num_offline_generated_tokens += sequence.is_offline
         if sequence.num_output_tokens == 1:
             # Once per sequence, however often a preemption has it computed again.
             self._stats.num_prompt_tokens += sequence.num_prompt_tokens

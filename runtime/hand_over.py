@@ -1,7 +1,8 @@
-"""Sends the KV of prompts to the instances that go on with them, chunk by chunk while the rest is being computed.
+"""Sends the KV of sequences to the instances that go on with them, chunk by chunk while the rest is being computed.
 
-A sequence with a hand-over ends with its first token. What a completed step computed of it is sent from there on by
-another thread; its slot stays until that thread has nothing more to read. A receiver that is gone ends the sending and
+A sequence with a hand-over ends with its first token, and one that gets its hand-over later ends with the tokens it has
+then. What a completed step computed of it is sent from there on by another thread; its slot stays until that thread has
+nothing more to read. A receiver that is gone ends the sending and
 not the request: the last output says how much has arrived, and whoever goes on computes the rest.
 """
 
@@ -33,6 +34,8 @@ class HandOver:
     page_offsets: Items[int]
     """Of its pages, by position; page_bytes each."""
     page_bytes: int
+    num_tokens: int | None = None
+    """Tokens from the start that it has room for; None for all there will be."""
 
     def __post_init__(self) -> None:
         if self.page_bytes < 1 or not self.page_offsets:
@@ -73,6 +76,11 @@ class Push:
         """Tokens from the start whose KV the receiver has."""
         return self._num_sent
 
+    def num_wanted_tokens(self, num_tokens: int) -> int:
+        """Of so many from the start, those that the receiver has room for."""
+        room = self._target.num_tokens
+        return num_tokens if room is None else min(num_tokens, room)
+
     @property
     def error(self) -> TransferError | None:
         return self._error
@@ -84,6 +92,7 @@ class Push:
 
     def advance(self, num_tokens: int, page_offsets: Items[int], page_bytes: int) -> None:
         """The KV of the first num_tokens is there, on this side's pages: send what was not. Returns at once."""
+        num_tokens = self.num_wanted_tokens(num_tokens)
         with self._lock:
             if num_tokens <= self._num_queued or self._error is not None or self._sender is None:
                 return
@@ -151,6 +160,7 @@ class HandOvers:
     def count(self, request_id: str, push: Push, num_tokens: int) -> None:
         """A sequence of num_tokens was handed over."""
         self._num_bytes += push.num_bytes
+        num_tokens = push.num_wanted_tokens(num_tokens)
         if push.num_sent_tokens == num_tokens:
             self._num_complete += 1
             return

@@ -180,6 +180,10 @@ class EngineStats:
     num_offline_decoding: int = 0
     num_offline_context_tokens: int = 0
     num_offline_preemptions: int = 0
+    num_offline_held_back: int = 0
+    """Times that a running offline sequence was left out of a step for online ones."""
+    num_offline_generated_tokens: int = 0
+    """Of num_generated_tokens."""
     step_error_ratio: float = 0.0
     """How far off the predicted times of the last steps were, on average, as a share."""
     num_aborted: int = 0

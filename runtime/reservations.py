@@ -40,6 +40,8 @@ class Reservation:
     page_offsets: tuple[int, ...]
     """Of the pages that hold the sequence, by position."""
     page_bytes: int
+    num_tokens: int
+    """From the start, that it has room for."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -132,6 +134,7 @@ class Reservations:
             num_cached_tokens=num_cached,
             page_offsets=tuple(kv_cache.page_offsets(slot)),
             page_bytes=kv_cache.config.page_size,
+            num_tokens=len(token_ids),
         )
         self._receiver.permit(answer.token, list(_open_ranges(answer, kv_cache.config.bytes_per_token, len(token_ids))))
         self._held[reservation_id] = _Held(

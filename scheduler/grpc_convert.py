@@ -86,7 +86,7 @@ def resume_of(request: Any) -> Resume | None:
 
 
 def hand_over_of(request: Any) -> HandOver | None:
-    """Of a GenerateRequest. Raises ApiError where it says nothing of where to send."""
+    """Of a GenerateRequest or a RunHandOver. Raises ApiError where it says nothing of where to send."""
     if not request.HasField("hand_over"):
         return None
     reservation = request.hand_over.reservation
@@ -97,6 +97,7 @@ def hand_over_of(request: Any) -> HandOver | None:
             num_cached_tokens=reservation.num_cached_tokens,
             page_offsets=tuple(reservation.page_offsets),
             page_bytes=reservation.page_bytes,
+            num_tokens=reservation.num_tokens or None,
         )
     except ValueError as err:
         raise errors.invalid(str(err), param="hand_over") from None

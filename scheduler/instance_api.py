@@ -34,7 +34,7 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
         return info_message(self.info, is_ready=self._service.is_ready)
 
     async def Run(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        async with aclosing(InstanceRuns(self._service).messages(request_iterator)) as messages:
+        async with aclosing(InstanceRuns(self._service, self._engine).messages(request_iterator)) as messages:
             async for message in messages:
                 yield message
 
@@ -90,6 +90,7 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
             num_cached_tokens=found.num_cached_tokens,
             page_offsets=found.page_offsets,
             page_bytes=found.page_bytes,
+            num_tokens=found.num_tokens,
             host=self.info.host,
         )
 

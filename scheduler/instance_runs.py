@@ -1,10 +1,12 @@
 """The requests of one gateway on this instance: many on one stream, what a step brings in one message."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import errors
@@ -23,16 +25,21 @@ from xllm_compile.scheduler.response_metrics import response_metrics
 from xllm_compile.scheduler.service import Service
 from xllm_compile.scheduler.tasks import cancel_all
 
+logger = logging.getLogger(__name__)
+
 
 class InstanceRuns:
     """Lives as long as the stream; leaving `messages` ends all that it started."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, engine: AsyncEngine) -> None:
+        """engine is the service's."""
         self._service = service
+        self._engine = engine
         self._outbox = xllm_pb2.RunResponse()
         self._has_items = asyncio.Event()
         self._is_over = False
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._hand_overs: set[asyncio.Task[None]] = set()
 
     async def messages(self, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
         """RunResponses to the RunRequests, until those end."""
@@ -46,7 +53,7 @@ class InstanceRuns:
                 if message.outputs or message.failures:
                     yield message
         finally:
-            await cancel_all([reader, *self._tasks.values()])
+            await cancel_all([reader, *self._tasks.values(), *self._hand_overs])
 
     async def _read(self, requests: AsyncIterator[Any]) -> None:
         try:
@@ -56,6 +63,10 @@ class InstanceRuns:
                     self._start(request.start)
                 elif kind == "cancel" and request.cancel in self._tasks:
                     self._tasks[request.cancel].cancel()
+                elif kind == "hand_over" and request.hand_over.request_id in self._tasks:
+                    task = asyncio.create_task(self._hand_over(request.hand_over))
+                    self._hand_overs.add(task)
+                    task.add_done_callback(self._hand_overs.discard)
         finally:
             self._is_over = True
             self._has_items.set()
@@ -68,6 +79,16 @@ class InstanceRuns:
             return
         task = self._tasks[name] = asyncio.create_task(self._run(request))
         task.add_done_callback(lambda _: self._tasks.pop(name, None))
+
+    async def _hand_over(self, message: Any) -> None:
+        """Where that is not possible the request goes on here."""
+        try:
+            target = hand_over_of(message)
+            if target is None:
+                raise errors.invalid("hand_over must say where to.", param="hand_over")
+            await self._engine.hand_over(message.request_id, target)
+        except Exception as err:
+            logger.warning("request %s stays: %s", message.request_id, to_api_error(err).message)
 
     async def _run(self, request: Any) -> None:
         try:

@@ -262,6 +262,15 @@ def _by_class(stats: EngineStats) -> Iterator[Metric]:
     preempted.add_metric(["online"], stats.num_preemptions - stats.num_offline_preemptions)
     preempted.add_metric(["offline"], stats.num_offline_preemptions)
     yield preempted
+    tokens = CounterMetricFamily("xllm_class_generation_tokens", "Tokens generated, by class", labels=["class"])
+    tokens.add_metric(["online"], stats.num_generated_tokens - stats.num_offline_generated_tokens)
+    tokens.add_metric(["offline"], stats.num_offline_generated_tokens)
+    yield tokens
+    yield CounterMetricFamily(
+        "xllm_offline_held_back",
+        "Times that a running offline sequence was left out of a step for online ones",
+        stats.num_offline_held_back,
+    )
 
 
 def _of_tiers(tiers: TierStats) -> Iterator[Metric]:

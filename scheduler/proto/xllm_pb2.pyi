@@ -95,12 +95,22 @@ class Scheduling(_message.Message):
     def __init__(self, priority: _Optional[int] = ..., offline: _Optional[bool] = ..., ttft_slo_ms: _Optional[float] = ..., tpot_slo_ms: _Optional[float] = ...) -> None: ...
 
 class RunRequest(_message.Message):
-    __slots__ = ("start", "cancel")
+    __slots__ = ("start", "cancel", "hand_over")
     START_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
     start: GenerateRequest
     cancel: str
-    def __init__(self, start: _Optional[_Union[GenerateRequest, _Mapping]] = ..., cancel: _Optional[str] = ...) -> None: ...
+    hand_over: RunHandOver
+    def __init__(self, start: _Optional[_Union[GenerateRequest, _Mapping]] = ..., cancel: _Optional[str] = ..., hand_over: _Optional[_Union[RunHandOver, _Mapping]] = ...) -> None: ...
+
+class RunHandOver(_message.Message):
+    __slots__ = ("request_id", "hand_over")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    hand_over: HandOver
+    def __init__(self, request_id: _Optional[str] = ..., hand_over: _Optional[_Union[HandOver, _Mapping]] = ...) -> None: ...
 
 class RunResponse(_message.Message):
     __slots__ = ("outputs", "failures")
@@ -297,7 +307,7 @@ class ReserveRequest(_message.Message):
     def __init__(self, reservation_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
 
 class Reservation(_message.Message):
-    __slots__ = ("reservation_id", "incarnation", "transfers", "token", "num_cached_tokens", "page_offsets", "page_bytes", "host")
+    __slots__ = ("reservation_id", "incarnation", "transfers", "token", "num_cached_tokens", "page_offsets", "page_bytes", "host", "num_tokens")
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
@@ -306,6 +316,7 @@ class Reservation(_message.Message):
     PAGE_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     reservation_id: str
     incarnation: str
     transfers: _containers.RepeatedScalarFieldContainer[str]
@@ -314,7 +325,8 @@ class Reservation(_message.Message):
     page_offsets: _containers.RepeatedScalarFieldContainer[int]
     page_bytes: int
     host: str
-    def __init__(self, reservation_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., transfers: _Optional[_Iterable[str]] = ..., token: _Optional[bytes] = ..., num_cached_tokens: _Optional[int] = ..., page_offsets: _Optional[_Iterable[int]] = ..., page_bytes: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
+    num_tokens: int
+    def __init__(self, reservation_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., transfers: _Optional[_Iterable[str]] = ..., token: _Optional[bytes] = ..., num_cached_tokens: _Optional[int] = ..., page_offsets: _Optional[_Iterable[int]] = ..., page_bytes: _Optional[int] = ..., host: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("reservation_id",)

@@ -101,6 +101,7 @@ def target_of(reservation: Reservation) -> HandOver:
         num_cached_tokens=reservation.num_cached_tokens,
         page_offsets=reservation.page_offsets,
         page_bytes=reservation.page_bytes,
+        num_tokens=reservation.num_tokens,
     )
 
 
@@ -196,6 +197,68 @@ def test_a_request_that_its_first_token_ends_is_not_handed_over(make_side: MakeS
     p.rest()
     d.rest()
     assert d.engine.release("r") is None
+
+
+def steps_to(side: Side, name: str, num_tokens: int) -> list[int]:
+    """Steps until a request has so many tokens, which are returned."""
+    while len(tokens_of(side.outputs.get(name, []))) < num_tokens:
+        side.step()
+    return tokens_of(side.outputs[name])
+
+
+@pytest.mark.parametrize("num_more", [0, 3])
+def test_a_sequence_that_decodes_goes_on_elsewhere(make_side: MakeSide, num_more: int) -> None:
+    p, d = make_side(), make_side(page_tokens=5)
+    p.engine.add_request("long", PROMPT, SamplingParams(max_tokens=12, **GREEDY))
+    p.engine.add_request("other", [7, 8, 9], SamplingParams(max_tokens=12, **GREEDY))
+    known = steps_to(p, "long", 3)
+    reservation = d.engine.reserve("r", [*PROMPT, *known], 10.0)
+    steps_to(p, "long", 3 + num_more)
+    p.engine.hand_over("long", target_of(reservation))
+    p.engine.hand_over("long", target_of(reservation))
+    p.engine.hand_over("unknown", target_of(reservation))
+    outputs = p.run("long")
+    tokens, last, expected = tokens_of(outputs), outputs[-1], p.runner.greedy(PROMPT, 12)
+    assert last.outputs[0].finish_reason == "handed_over" and tokens == expected[: len(tokens)]
+    # What there was no room for, and the newest token, are computed there.
+    assert last.num_kv_tokens == min(len(PROMPT) + len(known), len(PROMPT) + len(tokens) - 1)
+    before = d.num_computed
+    assert tokens + d.decode("r", tokens, last.num_kv_tokens, max_tokens=12) == expected
+    assert d.num_computed - before == len(PROMPT) + 11 - last.num_kv_tokens
+    assert tokens_of(p.run("other")) == p.runner.greedy([7, 8, 9], 12)
+    p.rest()
+    d.rest()
+    stats = p.engine.stats().hand_overs
+    assert stats is not None and (stats.num_failed, stats.num_complete) == (0, 1)
+
+
+def test_what_waits_goes_on_elsewhere_without_kv(make_side: MakeSide) -> None:
+    p, d = make_side(num_slots=1), make_side()
+    p.engine.add_request("first", [5, 6], SamplingParams(max_tokens=8, **GREEDY))
+    p.engine.add_request("second", PROMPT, SamplingParams(max_tokens=10, **GREEDY))
+    p.step()
+    p.engine.hand_over("second", target_of(d.engine.reserve("r", PROMPT, 10.0)))
+    last = p.run("second")[-1]
+    assert (last.outputs[0].finish_reason, last.num_kv_tokens) == ("handed_over", 0)
+    assert d.decode("r", [], 0) == p.runner.greedy(PROMPT, 10)
+    assert tokens_of(p.run("first")) == p.runner.greedy([5, 6], 8)
+    p.rest()
+    d.rest()
+
+
+def test_one_that_ends_meanwhile_is_not_handed_over(make_side: MakeSide) -> None:
+    p, d = make_side(), make_side()
+    p.engine.add_request("short", PROMPT, SamplingParams(max_tokens=3, **GREEDY))
+    known = steps_to(p, "short", 1)
+    reservation = d.engine.reserve("r", [*PROMPT, *known], 10.0)
+    steps_to(p, "short", 2)
+    p.engine.hand_over("short", target_of(reservation))
+    outputs = p.run("short")
+    # Its last token may have been on the way.
+    num_tokens = 3 if p.engine.config.async_scheduling else 2
+    assert tokens_of(outputs) == p.runner.greedy(PROMPT, num_tokens)
+    assert outputs[-1].outputs[0].finish_reason == ("length" if num_tokens == 3 else "handed_over")
+    p.rest()
 
 
 def test_a_receiver_that_is_gone_costs_no_request(make_side: MakeSide) -> None:
