@@ -7,6 +7,9 @@ Rewrites: the halves' parts between two collectives alternate: 0 up to its first
     ``delta_1`` while they may still be on their way, and every region waits for what it takes before it reads it.
     ``meta["stream"]`` is 1 on collectives, 0 on everything else.
 Skips: a region that was not split.
+Lowering: on the CPU collectives run beside the graph by themselves, and the place of their waits is all there is to it;
+    on the NPU streams become scopes (lower_npu.py). There is none to CUDA streams and events: that target has no
+    kernels that they could order.
 Numerics: bitwise: only the order changes, and no operator passes one it depends on.
 """
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.models.config import DTYPES
-from xllm_compile.targets import TARGETS
+from xllm_compile.targets import TARGETS, unknown_target
 
 GRAPH_MODES = ("full", "partial", "eager")
 MAX_BUCKETS_BY_DEFAULT = 6
@@ -42,7 +42,7 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
-            raise ValueError(f"target {self.target!r} is not built yet; available: {', '.join(TARGETS)}")
+            raise unknown_target(self.target)
         if self.graph_mode not in GRAPH_MODES:
             raise ValueError(f"graph_mode={self.graph_mode!r} is not one of {', '.join(GRAPH_MODES)}")
         if self.target == "npu" and self.graph_mode != "full":

@@ -82,6 +82,8 @@ def _reason(name: str, config: BuildConfig) -> str:
         return _reason_without_halves(config)
     if name == "partition":
         return "not asked for: --graph-mode partial" if config.target == "cpu" else "only for --target cpu"
+    if name == "cube_vector_balance" and config.target == "cpu":
+        return "only for --target npu: a CPU's cores do both, and its graphs run one operator after the other on all"
     if config.target not in targets:
         return f"only for --target {' or '.join(targets)}"
     return "not asked for: --quantize"

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from tests.graph_passes.regions import apply, assert_same_outputs, family_config, layer_graph, region_graph
 from xllm_compile.benchmarks.planned_models import deepseek_v3_layer, two_micro_batches
 from xllm_compile.graph_passes.cost_model import CostModel
-from xllm_compile.graph_passes.cube_vector_balance import cube_vector_balance
+from xllm_compile.graph_passes.cube_vector_balance import concurrent_branches, cube_vector_balance
 from xllm_compile.graph_passes.device_spec import DeviceSpec, Efficiency, device_spec
+from xllm_compile.graph_passes.node_cost import region_costs
 from xllm_compile.graph_passes.pipeline import cpu_pipeline, run_passes
 from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.graph_passes.timeline import chrome_trace, idle_share, makespan, plan_timeline
@@ -196,3 +197,11 @@ def test_the_deepseek_shaped_layer_is_balanced():
 def test_tiles_have_two_sides(tile):
     with pytest.raises(ValueError, match="tile_rows"):
         Efficiency(**tile)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_a_layer_lowered_for_the_cpu_is_a_chain(family):
+    """Why there is no lowering of balanced branches to threads: nothing in it could run beside its longest path."""
+    region, model = layer_graph(family_config(family)), CostModel(spec=device_spec("cpu-avx512"))
+    run_passes(region, cpu_pipeline())
+    assert concurrent_branches(dict(region_costs(region, StepShape.of(8))), model) == []

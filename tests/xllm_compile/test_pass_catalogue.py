@@ -50,7 +50,9 @@ def test_every_pass_is_there_with_its_counts_or_a_reason(rows_for):
         "partition": "not asked for: --graph-mode partial",
         "micro_batch_split": "needs --tensor-parallel-size 2 or more: there is no sum to hide",
         "dual_stream": "needs --tensor-parallel-size 2 or more: there is no sum to hide",
-        "cube_vector_balance": "only for --target npu",
+        "cube_vector_balance": (
+            "only for --target npu: a CPU's cores do both, and its graphs run one operator after the other on all"
+        ),
         "all_reduce_rms_norm": "only for --target npu",
     }
 

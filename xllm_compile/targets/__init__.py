@@ -11,6 +11,8 @@ from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.runtime.program import RegionProgram
 
 TARGETS = ("cpu", "npu")
+# Of targets that plans and memory code know already.
+_MISSING = {"cuda": ": it has device specs to plan with, but neither kernels nor a lowering"}
 
 
 class UnsupportedOperatorError(ValueError):
@@ -99,4 +101,9 @@ def lowering_for(target: str) -> Lowering:
         from xllm_compile.targets.npu.lowering import NpuLowering
 
         return NpuLowering()
-    raise ValueError(f"target {target!r} is not built yet; available: {', '.join(TARGETS)}")
+    raise unknown_target(target)
+
+
+def unknown_target(target: str) -> ValueError:
+    """The error for a target that is not in TARGETS."""
+    return ValueError(f"target {target!r} is not built yet{_MISSING.get(target, '')}; available: {', '.join(TARGETS)}")
