@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.integration.helpers import until
 from tests.integration.serve_process import ServeProcess, run_refused
-from tests.integration.test_serve_http import until
 from tests.scheduler.certificates import Authority
 
 pytestmark = pytest.mark.integration

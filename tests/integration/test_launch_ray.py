@@ -5,8 +5,8 @@ import signal
 import httpx
 import pytest
 
+from tests.integration.helpers import until
 from tests.integration.serve_process import ServeProcess, run_refused
-from tests.integration.test_serve_http import until
 
 ray = pytest.importorskip("ray", reason="needs the ray extra: pip install -e '.[ray]'")
 

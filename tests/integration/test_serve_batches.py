@@ -8,8 +8,8 @@ import httpx
 import openai
 import pytest
 
+from tests.integration.helpers import PROMPT, until
 from tests.integration.serve_process import ServeProcess, run_refused
-from tests.integration.test_serve_http import PROMPT, until
 
 pytestmark = pytest.mark.integration
 

@@ -10,8 +10,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tests.integration.helpers import PROMPT, until
 from tests.integration.serve_process import ServeProcess
-from tests.integration.test_serve_http import PROMPT, until
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 
 pytestmark = pytest.mark.integration

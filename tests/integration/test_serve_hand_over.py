@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.integration.helpers import until
 from tests.integration.serve_process import ServeProcess, run_refused
-from tests.integration.test_serve_http import until
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 
 pytestmark = pytest.mark.integration

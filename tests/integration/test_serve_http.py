@@ -4,21 +4,16 @@ import http.client
 import json
 import socket
 import threading
-import time
 
 import httpx
 import numpy as np
 import openai
 import pytest
 
+from tests.integration.helpers import LONG, MESSAGES, PROMPT, until
 from tests.integration.serve_process import ServeProcess
 
 pytestmark = pytest.mark.integration
-
-PROMPT = "def add(a, b):\n"
-# Thousands of tokens: still running when a test looks, whatever the machine.
-LONG = {"prompt": PROMPT, "max_tokens": 450, "n": 8, "ignore_eos": True}
-MESSAGES = [{"role": "user", "content": "Write a function that adds two numbers."}]
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +32,6 @@ def complete(client, **options):
     return client.completions.create(
         **{"model": "demo", "prompt": PROMPT, "max_tokens": 16, "temperature": 0} | options
     )
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never held"
-        time.sleep(0.05)
 
 
 def test_embeddings(client):

@@ -9,8 +9,8 @@ import grpc
 import httpx
 import pytest
 
+from tests.integration.helpers import until
 from tests.integration.serve_process import ServeProcess
-from tests.integration.test_serve_http import until
 from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.scheduler.cluster.cluster import Cluster

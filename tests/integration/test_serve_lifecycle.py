@@ -8,8 +8,8 @@ import subprocess
 import httpx
 import pytest
 
+from tests.integration.helpers import LONG, PROMPT, until
 from tests.integration.serve_process import ServeProcess, run_refused, serve_command
-from tests.integration.test_serve_http import LONG, PROMPT, until
 
 pytestmark = pytest.mark.integration
 

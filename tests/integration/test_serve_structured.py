@@ -8,8 +8,8 @@ import jsonschema
 import openai
 import pytest
 
+from tests.integration.helpers import MESSAGES
 from tests.integration.serve_process import ServeProcess
-from tests.integration.test_serve_http import MESSAGES
 from xllm_compile.benchmarks.random_schemas import random_schema
 
 pytestmark = pytest.mark.integration

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from tests.helpers import compile_model
+from tests.integration.helpers import until
 from tests.integration.serve_process import ServeProcess, run_refused
-from tests.integration.test_serve_http import until
 
 pytestmark = pytest.mark.integration
 

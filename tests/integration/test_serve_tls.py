@@ -6,8 +6,8 @@ import grpc
 import httpx
 import pytest
 
+from tests.integration.helpers import until
 from tests.integration.serve_process import ServeProcess, run_refused
-from tests.integration.test_serve_http import until
 from tests.scheduler.certificates import Authority
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 
