@@ -7,6 +7,7 @@ not the request: the last output says how much has arrived, and whoever goes on 
 """
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 
-from xllm_compile.runtime.outputs import HandOverStats
+from xllm_compile.runtime.outputs import HandOverStats, KVSent
 from xllm_compile.runtime.transfer.transfer import ByteRange, Sender, TransferError
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class Push:
         self._lock = Lock()
         # Guarded by _lock:
         self._num_sent = self._num_queued = target.num_cached_tokens
+        self._begin_s = self._end_s = 0.0
+        """Of the writes so far."""
         self._parts: list[tuple[int, list[ByteRange]]] = []
         """Tokens from the start that are there once the ranges are; in order."""
         self._is_busy = False
@@ -80,6 +83,13 @@ class Push:
         """Of so many from the start, those that the receiver has room for."""
         room = self._target.num_tokens
         return num_tokens if room is None else min(num_tokens, room)
+
+    @property
+    def sent(self) -> KVSent | None:
+        """What was written when; None where nothing arrived."""
+        if self.num_bytes == 0:
+            return None
+        return KVSent(begin_s=self._begin_s, end_s=self._end_s, num_bytes=self.num_bytes)
 
     @property
     def error(self) -> TransferError | None:
@@ -121,6 +131,7 @@ class Push:
                     break
                 parts, self._parts = self._parts, []
             ranges = [part for _, ranges in parts for part in ranges]
+            self._begin_s = self._begin_s or time.monotonic()
             try:
                 self._sender.write(self._target.token, ranges)
             except (TransferError, ValueError) as err:
@@ -131,6 +142,7 @@ class Push:
                     self._num_sent = max(self._num_sent, parts[-1][0])
                     self._num_queued = max(self._num_queued, self._num_sent)
                     self.num_bytes += sum(part.num_bytes for part in ranges)
+                    self._end_s = time.monotonic()
         self._on_rest()
 
 

@@ -115,7 +115,7 @@ class KVExchange:
     def _finish(self, sequence: Sequence) -> None:
         assert sequence.push is not None
         request = sequence.request
-        request.num_kv_tokens = sequence.push.num_sent_tokens
+        request.num_kv_tokens, request.metrics.kv_sent = sequence.push.num_sent_tokens, sequence.push.sent
         # Of the newest token nothing is computed.
         self._hand_overs.count(request.request_id, sequence.push, sequence.num_tokens - 1)
         sequence.finish("handed_over")

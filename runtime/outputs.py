@@ -35,6 +35,15 @@ class CompletionOutput:
     """The stop token id or stop string that ended it; None for end-of-sequence and length."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVSent:
+    """KV of one request that went to another instance, first to last byte; monotonic clock."""
+
+    begin_s: float
+    end_s: float
+    num_bytes: int
+
+
 @dataclass(kw_only=True, slots=True)
 class RequestMetrics:
     """Of one request: times on the monotonic clock in seconds, None until it happened, and counts."""
@@ -55,6 +64,8 @@ class RequestMetrics:
     """Tokens guessed by speculative decoding,"""
     num_accepted_tokens: int = 0
     """and how many of them became part of the output."""
+    kv_sent: KVSent | None = None
+    """Of one that was handed over."""
 
 
 @dataclass(kw_only=True, slots=True)

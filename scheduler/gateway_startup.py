@@ -32,6 +32,7 @@ from xllm_compile.scheduler.startup import (
     server_config,
 )
 from xllm_compile.scheduler.tls import TlsConfig
+from xllm_compile.scheduler.tracing import Tracing
 
 
 def serve_gateway(
@@ -40,6 +41,7 @@ def serve_gateway(
     options: Mapping[str, Any],
     http_socket: socket.socket,
     max_connections: int,
+    tracing: Tracing,
 ) -> int:
     """The exit code. Of the artifact only the manifest and the tokenizer are read. Raises ValueError on bad options."""
     manifest = read_manifest(artifact)
@@ -60,6 +62,7 @@ def serve_gateway(
                 model_names=names,
                 max_model_len=options["max_model_len"] or manifest.model.max_model_len,
                 unhealthy=no_instance,
+                tracing=tracing,
             )
             service.metrics.register(ClusterCollector(gateway.cluster))
             registry_port = gateway.registry_port

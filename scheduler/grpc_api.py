@@ -22,14 +22,16 @@ from xllm_compile.scheduler.grpc_convert import (
     usage_message,
 )
 from xllm_compile.scheduler.grpc_errors import abort_call
-from xllm_compile.scheduler.instance_api import InstanceServicer
+from xllm_compile.scheduler.instance_api import InstanceServicer, metadata_of
 from xllm_compile.scheduler.output_stream import OutputStream
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
+from xllm_compile.scheduler.request_trace import COMPLETION, EMBEDDINGS
 from xllm_compile.scheduler.service import Service
 
 SERVICE_NAME: str = xllm_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 INSTANCE_SERVICE_NAME: str = xllm_pb2.DESCRIPTOR.services_by_name["Instance"].full_name
 MAX_SEND_BYTES = 64 << 20
+_GENERATE, _EMBED = f"{SERVICE_NAME}/Generate", f"{SERVICE_NAME}/Embed"
 
 # A health probe has no key to send, and learns nothing but up or down.
 _OPEN_METHODS = f"/{health.SERVICE_NAME}/"
@@ -43,7 +45,7 @@ class InferenceServicer:
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            with self._service.admit("grpc"):
+            with self._service.admit("grpc", _GENERATE, COMPLETION, metadata_of(context)):
                 async for response in self._generate(request):
                     yield response
         except Exception as err:
@@ -69,7 +71,7 @@ class InferenceServicer:
 
     async def Embed(self, request: Any, context: Any) -> Any:
         try:
-            with self._service.admit("grpc"):
+            with self._service.admit("grpc", _EMBED, EMBEDDINGS, metadata_of(context)):
                 return await self._embed(request)
         except Exception as err:
             return await abort_call(context, err)

@@ -11,11 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.control_api import ControlApi
 from xllm_compile.scheduler.engine_errors import to_api_error
-from xllm_compile.scheduler.http_io import read_body, run_while_connected, send_error
+from xllm_compile.scheduler.http_io import read_body, run_while_connected, send_error, text_headers
 from xllm_compile.scheduler.info_api import InfoApi
 from xllm_compile.scheduler.openai_chat import handle_chat
 from xllm_compile.scheduler.openai_completions import handle_completion
 from xllm_compile.scheduler.openai_embeddings import handle_embeddings
+from xllm_compile.scheduler.request_trace import CHAT, COMPLETION, EMBEDDINGS
 from xllm_compile.scheduler.service import ClientGoneError, Service
 from xllm_compile.scheduler.tokenize_api import handle_detokenize, handle_tokenize
 
@@ -33,9 +34,9 @@ def build_app(service: Service, routes: Sequence[Route] = ()) -> ASGIApp:
     control = ControlApi(service)
     router = Router(
         [
-            Route("/v1/completions", _Generation(service, handle_completion), methods=["POST"]),
-            Route("/v1/chat/completions", _Generation(service, handle_chat), methods=["POST"]),
-            Route("/v1/embeddings", _Generation(service, handle_embeddings), methods=["POST"]),
+            Route("/v1/completions", _Generation(service, handle_completion, COMPLETION), methods=["POST"]),
+            Route("/v1/chat/completions", _Generation(service, handle_chat, CHAT), methods=["POST"]),
+            Route("/v1/embeddings", _Generation(service, handle_embeddings, EMBEDDINGS), methods=["POST"]),
             Route("/v1/models", info.models),
             Route("/v1/models/{name:path}", info.model),
             Route("/tokenize", _Call(service, handle_tokenize), methods=["POST"]),
@@ -117,12 +118,13 @@ def _raw_headers(err: HTTPException) -> Iterator[tuple[bytes, bytes]]:
 class _Generation:
     """A generation request: takes a stream before it reads the body, and stops when the client goes away."""
 
-    def __init__(self, service: Service, handler: Handler) -> None:
+    def __init__(self, service: Service, handler: Handler, does: str) -> None:
         self._service = service
         self._handler = handler
+        self._does = does
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.admit("http"):
+        with self._service.admit("http", f"POST {scope['path']}", self._does, text_headers(scope)):
             body = await read_body(scope, receive, self._service.max_body_bytes)
             await run_while_connected(receive, self._handler(self._service, body, send))
 

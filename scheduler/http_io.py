@@ -53,6 +53,11 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         raise errors.invalid(f"The body took longer than {BODY_TIMEOUT_S:g} s.", code="body_timeout") from None
 
 
+def text_headers(scope: Scope) -> dict[str, str]:
+    """By name in lower case, as ASGI has them."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
 async def send_json(send: Send, content: Any, status: int = 200, headers: Headers = ()) -> None:
     await send_json_text(send, json.dumps(content, ensure_ascii=False, separators=(",", ":")), status, headers)
 

@@ -23,6 +23,11 @@ _PERIODS_S = (0.02, 10.0)
 RESERVATION_TIMEOUT_S = 60.0
 
 
+def metadata_of(context: Any) -> dict[str, str]:
+    """What came with a call, as text; names are in lower case."""
+    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
 class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
     def __init__(self, service: Service, engine: AsyncEngine, info: InstanceInfo) -> None:
         """engine is the service's."""
@@ -65,7 +70,12 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
 
     async def Reserve(self, request: Any, context: Any) -> Any:
         try:
-            return await self._reserve(request)
+            with self._service.tracing.request("xllm.v1.Instance/Reserve", metadata_of(context)) as span:
+                found = await self._reserve(request)
+                span.set(
+                    {"xllm.kv.num_tokens": len(request.token_ids), "xllm.kv.num_cached_tokens": found.num_cached_tokens}
+                )
+                return found
         except Exception as err:
             return await abort_call(context, err)
 

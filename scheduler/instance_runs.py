@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -21,6 +21,7 @@ from xllm_compile.scheduler.grpc_convert import (
     sampling_params_of,
 )
 from xllm_compile.scheduler.proto import xllm_pb2
+from xllm_compile.scheduler.request_trace import COMPLETION
 from xllm_compile.scheduler.response_metrics import response_metrics
 from xllm_compile.scheduler.service import Service
 from xllm_compile.scheduler.tasks import cancel_all
@@ -60,7 +61,7 @@ class InstanceRuns:
             async for request in requests:
                 kind = request.WhichOneof("action")
                 if kind == "start":
-                    self._start(request.start)
+                    self._start(request.start, {"traceparent": request.traceparent, "tracestate": request.tracestate})
                 elif kind == "cancel" and request.cancel in self._tasks:
                     self._tasks[request.cancel].cancel()
                 elif kind == "hand_over" and request.hand_over.request_id in self._tasks:
@@ -71,13 +72,13 @@ class InstanceRuns:
             self._is_over = True
             self._has_items.set()
 
-    def _start(self, request: Any) -> None:
+    def _start(self, request: Any, trace: Mapping[str, str]) -> None:
         name = request.request_id
         if not name or name in self._tasks:
             message = f"request_id='{name}' must be set, and to one that is not open on this stream."
             self._fail(name, errors.ApiError(errors.ALREADY_EXISTS, message, param="request_id"))
             return
-        task = self._tasks[name] = asyncio.create_task(self._run(request))
+        task = self._tasks[name] = asyncio.create_task(self._run(request, trace))
         task.add_done_callback(lambda _: self._tasks.pop(name, None))
 
     async def _hand_over(self, message: Any) -> None:
@@ -90,9 +91,9 @@ class InstanceRuns:
         except Exception as err:
             logger.warning("request %s stays: %s", message.request_id, to_api_error(err).message)
 
-    async def _run(self, request: Any) -> None:
+    async def _run(self, request: Any, trace: Mapping[str, str]) -> None:
         try:
-            with self._service.admit("grpc"):
+            with self._service.admit("grpc", "xllm.v1.Instance/Run", COMPLETION, trace):
                 service = self._service.for_model(request.model)
                 prompt = await prompt_of(request, service.tokenizer)
                 params = sampling_params_of(request, service, num_prompt=len(prompt))

@@ -222,6 +222,11 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     help="What instances prove to each other that they have.",
 )
 @click.option("--compile", "use_compile", is_flag=True, help="Compile a model directory first, into the user's cache.")
+@click.option(
+    "--otlp-traces-endpoint",
+    metavar="URL",
+    help="Send OpenTelemetry traces of requests to this OTLP receiver over gRPC, such as grpc://127.0.0.1:4317.",
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.version_option(__version__, prog_name="xllm-serve")
 @click.pass_context

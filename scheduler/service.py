@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 
 from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.outputs import RequestOutput
@@ -18,6 +18,8 @@ from xllm_compile.scheduler.limits import StreamLimiter
 from xllm_compile.scheduler.metrics import ServiceMetrics, render
 from xllm_compile.scheduler.model_waker import ModelWaker
 from xllm_compile.scheduler.recent_latency import RecentLatency
+from xllm_compile.scheduler.request_trace import operation, trace_generation
+from xllm_compile.scheduler.tracing import NO_TRACING, Tracing, current_span
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Service:
         unhealthy: Callable[[], errors.ApiError] = errors.engine_stopped,
         door: "Service | None" = None,
         waker: ModelWaker | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """unhealthy says what is the matter while the engine is not healthy.
 
@@ -71,6 +74,7 @@ class Service:
         self.limiter: StreamLimiter = door.limiter if door else StreamLimiter(max_streams)
         self.metrics = ServiceMetrics(engine.stats, self.limiter)
         self.latency = RecentLatency()
+        self.tracing = tracing
         self.is_draining = False
         self._waker = waker
         self._open_ids: set[str] = set()
@@ -116,25 +120,33 @@ class Service:
         return render({service.model_name: service.metrics for service in self.services})
 
     @contextlib.contextmanager
-    def admit(self, api: str) -> Iterator[None]:
-        """Hold a stream for one request and count how it ends. Raises ApiError (429, 503) when there is none."""
-        outcome = "ok"
-        try:
-            if self.is_draining:
-                raise errors.draining()
-            with self.limiter.slot():
-                yield
-        except errors.ApiError as err:
-            outcome = "error" if err.kind is errors.INTERNAL else "refused"
-            raise
-        except (ClientGoneError, asyncio.CancelledError, GeneratorExit):
-            outcome = "abort"
-            raise
-        except BaseException:
-            outcome = "error"
-            raise
-        finally:
-            self.metrics.count_request(api, outcome)
+    def admit(self, api: str, name: str, does: str, headers: Mapping[str, str]) -> Iterator[None]:
+        """Hold a stream for one request and count how it ends. Raises ApiError (429, 503) when there is none.
+
+        Where requests are traced, name is its span's, does what it asks for (request_trace.py) and headers what it
+        came with.
+        """
+        with self.tracing.request(name, headers, operation(does)) as span:
+            outcome = "ok"
+            try:
+                if self.is_draining:
+                    raise errors.draining()
+                with self.limiter.slot():
+                    yield
+            except errors.ApiError as err:
+                outcome = "error" if err.kind is errors.INTERNAL else "refused"
+                raise
+            except (ClientGoneError, asyncio.CancelledError, GeneratorExit):
+                outcome = "abort"
+                raise
+            except BaseException:
+                outcome = "error"
+                raise
+            finally:
+                self.metrics.count_request(api, outcome)
+                span.set({"xllm.outcome": outcome})
+                if outcome == "error":
+                    span.fail("the server failed")
 
     async def generate(
         self,
@@ -155,13 +167,16 @@ class Service:
             message = f"A request of id '{request_id}' is open; choose another."
             raise errors.ApiError(errors.ALREADY_EXISTS, message, param="request_id", code="request_id_in_use")
         self._open_ids.add(request_id)
-        num_tokens, last_s = 0, None
+        num_tokens, last_s, num_generated = 0, None, 0
+        span = current_span()
+        output: RequestOutput | None = None
         outputs = self.engine.generate(request_id, token_ids, params, resume=resume, hand_over=hand_over)
         try:
             async with self._waker.awake(self.model_name) if self._waker else contextlib.nullcontext():
                 async for output in outputs:
                     num_new = sum(len(choice.token_ids) for choice in output.outputs)
                     last_s = self.latency.observe(output, last_s, num_new)
+                    num_generated += num_new
                     if is_measured:
                         num_tokens += self._count(output, num_tokens, params.n)
                     yield output
@@ -175,6 +190,9 @@ class Service:
             close = getattr(outputs, "aclose", None)
             if close is not None:
                 await close()
+            if output is not None and span.is_recording:
+                has_engine = self.tracing.has_engine
+                trace_generation(span, self.model_name, params, output, num_generated, has_engine=has_engine)
             self._open_ids.discard(request_id)
 
     def _count(self, output: RequestOutput, num_tokens_before: int, n: int) -> int:

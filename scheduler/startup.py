@@ -20,6 +20,7 @@ from xllm_compile.scheduler.artifact_source import find_artifact
 from xllm_compile.scheduler.exposure import Port, check_ports
 from xllm_compile.scheduler.member import Member, check_registry, is_member, transfer_options
 from xllm_compile.scheduler.tls import TlsConfig
+from xllm_compile.scheduler.tracing import NO_TRACING, Tracing, open_tracing
 
 if TYPE_CHECKING:
     from xllm_compile.runtime.instance import Instance, InstanceConfig
@@ -59,17 +60,17 @@ def serve(options: Mapping[str, Any]) -> int:
     # Before the long part: a port that is taken should not cost a model load.
     http_socket = bind_socket(options["host"], options["port"])
     if options["role"] == "gateway":
-        with http_socket:
+        with http_socket, opened_tracing(options) as tracing:
             from xllm_compile.scheduler.gateway_startup import serve_gateway
 
-            return serve_gateway(artifacts[0], names[0], options, http_socket, max_connections)
-    with http_socket:
+            return serve_gateway(artifacts[0], names[0], options, http_socket, max_connections, tracing)
+    with http_socket, opened_tracing(options) as tracing:
         # The servers' imports run beside the loading of the artifact, which mostly waits for disk and memory.
         imports = threading.Thread(target=_import_servers, name="xllm-imports", daemon=True)
         imports.start()
         with opened_instances(artifacts, names, options) as instances:
             imports.join()
-            return _run(dict(zip(names, instances, strict=True)), options, http_socket, max_connections)
+            return _run(dict(zip(names, instances, strict=True)), options, http_socket, max_connections, tracing)
 
 
 def open_ports(options: Mapping[str, Any], tls: TlsConfig) -> Iterator[Port]:
@@ -91,6 +92,19 @@ def open_ports(options: Mapping[str, Any], tls: TlsConfig) -> Iterator[Port]:
             is_guarded=bool(options["transfer_secret"]),
             guard="--transfer-secret (or XLLM_TRANSFER_SECRET)",
         )
+
+
+def opened_tracing(options: Mapping[str, Any]) -> AbstractContextManager[Tracing]:
+    """Leaving it sends what is left. Raises ValueError for a bad endpoint, or where OpenTelemetry is missing."""
+    role = options["role"]
+    return closing(
+        open_tracing(
+            options["otlp_traces_endpoint"],
+            service_name=f"xllm-{role or 'server'}",
+            instance_name=options["name"] or f"{role or 'server'}-{socket.gethostname()}-{os.getpid()}",
+            has_engine=role != "gateway",
+        )
+    )
 
 
 def registry_host(options: Mapping[str, Any]) -> str:
@@ -220,6 +234,7 @@ def _run(
     options: Mapping[str, Any],
     http_socket: socket.socket,
     max_connections: int,
+    tracing: Tracing,
 ) -> int:
     from xllm_compile.runtime.async_engine import AsyncEngine
     from xllm_compile.scheduler.dashboard.dashboard import Dashboard
@@ -245,6 +260,7 @@ def _run(
                 max_model_len=instance.max_model_len,
                 door=door,
                 waker=waker,
+                tracing=tracing,
             )
             door = door or service
         assert door is not None
@@ -295,6 +311,7 @@ def make_service(
     unhealthy: "Callable[[], ApiError] | None" = None,
     door: "Service | None" = None,
     waker: "ModelWaker | None" = None,
+    tracing: Tracing = NO_TRACING,
 ) -> "Service":
     import prometheus_client
 
@@ -315,6 +332,7 @@ def make_service(
         unhealthy=unhealthy or engine_stopped,
         door=door,
         waker=waker,
+        tracing=tracing,
         chat_formats=ChatFormats.choose(
             tokenizer.chat_template_text,
             tool_call_parser=options["tool_call_parser"],

@@ -65,7 +65,8 @@ async def ask(service: Service, endpoint: str, body: bytes) -> Answer:
             parts.append(message["body"])
 
     try:
-        await _HANDLERS[endpoint](service, body, send)
+        with service.tracing.request(f"batch {endpoint}", {}):
+            await _HANDLERS[endpoint](service, body, send)
     except Exception as err:
         error = to_api_error(err)
         if error.kind in (errors.OVERLOADED, errors.UNAVAILABLE) or error.code == "engine_dead":

@@ -20,6 +20,7 @@ from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.request_outputs import RequestOutputs
 from xllm_compile.scheduler.cluster.token_log import TokenLog
 from xllm_compile.scheduler.tasks import cancel_all
+from xllm_compile.scheduler.tracing import current_span
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +85,10 @@ class ClusterClient:
         if params.pooling is None:
             chain.update(prompt)
         logs = [TokenLog(prompt, params, chain.copy(), index, resume) for index in range(params.n)]
-        completions = [Completion(self._cluster, self._placer, log, request.metrics, self._config) for log in logs]
+        span = current_span()
+        completions = [
+            Completion(self._cluster, self._placer, log, request.metrics, self._config, span) for log in logs
+        ]
         if params.pooling is not None:
             yield request.embedded(await completions[0].embedding(params.pooling))
             return

@@ -18,6 +18,7 @@ from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.state import Instance, InstanceInfo, Placement
 from xllm_compile.scheduler.cluster.token_log import TokenLog
 from xllm_compile.scheduler.proto import xllm_pb2
+from xllm_compile.scheduler.tracing import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +43,22 @@ class Completion:
     """Iterate `outputs` once, or await `embedding`."""
 
     def __init__(
-        self, cluster: Cluster, placer: Placer, log: TokenLog, metrics: RequestMetrics, config: FailoverConfig
+        self,
+        cluster: Cluster,
+        placer: Placer,
+        log: TokenLog,
+        metrics: RequestMetrics,
+        config: FailoverConfig,
+        span: Span = NO_SPAN,
     ) -> None:
-        """metrics are the request's; this adds what the completion does."""
+        """metrics and span are the request's; this adds what the completion does."""
         self._cluster = cluster
         self._stats = cluster.stats
         self._placer = placer
         self._log = log
         self._metrics = metrics
         self._config = config
+        self._span = span
         self._is_aborted = False
         self._key = uuid.uuid4().hex
         self._awaits_token = True
@@ -77,15 +85,16 @@ class Completion:
     async def outputs(self) -> AsyncGenerator[CompletionOutput, None]:
         """What is new, until its end. Raises ApiError where no instance takes it."""
         try:
+            name = "placement"
             while True:
-                placement = await self._place()
                 try:
-                    async with aclosing(self._attempt(placement)) as outputs:
-                        async for output in outputs:
-                            yield output
+                    with self._span.child(name) as span:
+                        async with aclosing(self._attempt(span)) as outputs:
+                            async for output in outputs:
+                                yield output
                     return
-                except _TryElsewhereError:
-                    continue
+                except _TryElsewhereError as err:
+                    name = "resume" if isinstance(err.__cause__, InstanceLostError) else "placement"
         except _AbortedError:
             yield CompletionOutput(index=self.index, text="", token_ids=[], finish_reason="abort")
         finally:
@@ -97,8 +106,9 @@ class Completion:
             while True:
                 link = self._link((await self._place()).prefill)
                 try:
-                    with self._noted(link):
-                        return list((await link.embed(embed_message(self._log.prompt, pooling))).embedding)
+                    with self._client_span(self._span, "embed", link) as span, self._noted(link):
+                        answer = await link.embed(embed_message(self._log.prompt, pooling), span.carrier)
+                        return list(answer.embedding)
                 except _TryElsewhereError:
                     continue
         except _AbortedError:
@@ -106,7 +116,9 @@ class Completion:
         finally:
             self._placer.finished(self._key)
 
-    async def _attempt(self, placement: Placement) -> AsyncGenerator[CompletionOutput, None]:
+    async def _attempt(self, span: Span) -> AsyncGenerator[CompletionOutput, None]:
+        placement = await self._place()
+        span.set({"xllm.choice": self.index, "xllm.num_resumed_tokens": len(self._log.token_ids)})
         prefill, decode = self._link(placement.prefill), self._link(placement.decode)
         # Of this attempt: an instance may still hold an earlier one.
         request = self._log.request(uuid.uuid4().hex)
@@ -116,10 +128,10 @@ class Completion:
         try:
             if prefill is not decode:
                 self._stats.num_split += 1
-                reservation = await self._reserve(decode, prefill.info)
+                reservation = await self._reserve(decode, prefill.info, span)
                 request.hand_over.reservation.CopyFrom(reservation)
                 is_handed_over, num_kv_tokens = False, 0
-                async with aclosing(self._run(prefill, request)) as responses:
+                async with aclosing(self._run(prefill, request, span, "prefill")) as responses:
                     async for response in responses:
                         is_handed_over, num_kv_tokens = _is_handed_over(response), response.num_kv_tokens
                         for output in self._take(response):
@@ -131,7 +143,8 @@ class Completion:
                 request.resume.reservation_id = reservation.reservation_id
                 # What a receiver cannot know: bytes that were never sent look like any others.
                 request.resume.num_kv_tokens = num_kv_tokens
-            async with aclosing(self._run(decode, request)) as responses:
+            name = "generate" if prefill is decode else "decode"
+            async with aclosing(self._run(decode, request, span, name)) as responses:
                 async for response in responses:
                     if not _is_aborted(response):
                         # The sequence has the slot, or found none.
@@ -142,12 +155,12 @@ class Completion:
             if reservation is not None:
                 decode.release(reservation.reservation_id)
 
-    async def _run(self, link: InstanceLink, request: Any) -> AsyncGenerator[Any, None]:
+    async def _run(self, link: InstanceLink, request: Any, parent: Span, name: str) -> AsyncGenerator[Any, None]:
         """Responses of the instance. Raises _TryElsewhereError where it is lost, refuses or ends the request early."""
         self._running = link, request.request_id
         try:
-            with self._noted(link):
-                async with aclosing(link.run(request)) as responses:
+            with self._client_span(parent, name, link) as span, self._noted(link):
+                async with aclosing(link.run(request, span.carrier)) as responses:
                     async for response in responses:
                         if _is_aborted(response) and not self._is_aborted:
                             # It is left out of the log: its text may be cut where the next token changes it.
@@ -156,7 +169,7 @@ class Completion:
         finally:
             self._running = None
 
-    async def _reserve(self, link: InstanceLink, sender: InstanceInfo) -> Any:
+    async def _reserve(self, link: InstanceLink, sender: InstanceInfo, parent: Span) -> Any:
         """Room there for the prompt's KV as the sender computes it. Raises _TryElsewhereError."""
         request = xllm_pb2.ReserveRequest(
             reservation_id=uuid.uuid4().hex,
@@ -164,8 +177,13 @@ class Completion:
             weights_key=sender.weights_key,
             kv_layout=sender.kv_layout,
         )
-        with self._noted(link):
-            return await link.reserve(request)
+        with self._client_span(parent, "reserve", link) as span, self._noted(link):
+            return await link.reserve(request, span.carrier)
+
+    @staticmethod
+    def _client_span(parent: Span, name: str, link: InstanceLink) -> Span:
+        info = link.info
+        return parent.child(name, {"xllm.instance": info.name, "server.address": info.address}, kind="CLIENT")
 
     @contextmanager
     def _noted(self, link: InstanceLink) -> Iterator[None]:

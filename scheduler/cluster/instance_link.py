@@ -5,7 +5,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -32,6 +33,7 @@ _CALL_TIMEOUT_S = 5.0
 # As long as an instance holds a reservation that nobody comes for.
 _RELEASE_TIMEOUT_S = 60.0
 _MAX_MESSAGE_BYTES = 64 << 20
+_NO_TRACE: Mapping[str, str] = MappingProxyType({})
 
 
 class InstanceLostError(Exception):
@@ -95,14 +97,15 @@ class InstanceLink:
             self.holder.close()
         await self._channel.close()
 
-    async def embed(self, request: Any) -> Any:
+    # `trace` is the carrier of a span (tracing.py).
+    async def embed(self, request: Any, trace: Mapping[str, str] = _NO_TRACE) -> Any:
         """The answer to an EmbedRequest. Raises ApiError where the instance refuses, InstanceLostError."""
-        return await self._call(self._inference.Embed, request)
+        return await self._call(self._inference.Embed, request, trace)
 
-    async def reserve(self, request: Any) -> Any:
+    async def reserve(self, request: Any, trace: Mapping[str, str] = _NO_TRACE) -> Any:
         """The Reservation for a ReserveRequest. Raises ApiError where the instance refuses, InstanceLostError."""
         try:
-            return await self._call(self._instance.Reserve, request, timeout=_CALL_TIMEOUT_S)
+            return await self._call(self._instance.Reserve, request, trace, timeout=_CALL_TIMEOUT_S)
         except (InstanceLostError, asyncio.CancelledError):
             # It may have been made all the same, and nobody will come for it.
             self.release(request.reservation_id)
@@ -119,16 +122,16 @@ class InstanceLink:
         with contextlib.suppress(InstanceLostError, errors.ApiError):
             await self._call(self._instance.Release, request, timeout=_RELEASE_TIMEOUT_S, wait_for_ready=True)
 
-    async def _call(self, method: Any, request: Any, **options: Any) -> Any:
+    async def _call(self, method: Any, request: Any, trace: Mapping[str, str] = _NO_TRACE, **options: Any) -> Any:
         try:
-            return await method(request, metadata=self._metadata, **options)
+            return await method(request, metadata=(*self._metadata, *trace.items()), **options)
         except grpc.aio.AioRpcError as err:
             error = api_error_of(err)
             if error is None:
                 raise InstanceLostError(f"{self.info.name}: {_reason(err)}") from err
             raise error from err
 
-    async def run(self, request: Any) -> AsyncGenerator[Any, None]:
+    async def run(self, request: Any, trace: Mapping[str, str] = _NO_TRACE) -> AsyncGenerator[Any, None]:
         """GenerateResponses of a GenerateRequest until its last one; leaving early cancels it.
 
         Raises ApiError where the instance refuses, InstanceLostError.
@@ -137,7 +140,11 @@ class InstanceLink:
         name = request.request_id
         self._runs[name] = run
         try:
-            self._send(xllm_pb2.RunRequest(start=request))
+            self._send(
+                xllm_pb2.RunRequest(
+                    start=request, traceparent=trace.get("traceparent", ""), tracestate=trace.get("tracestate", "")
+                )
+            )
             while not run.is_over:
                 response = await run.next()
                 run.is_over = response.HasField("usage")

@@ -23,6 +23,7 @@ SHARED_OPTIONS = frozenset(
     {
         *("served_model_name", "max_model_len", "max_streams", "max_connections", "drain_timeout"),
         *("ttft_slo_ms", "tpot_slo_ms", "tool_call_parser", "reasoning_parser", "log_level"),
+        "otlp_traces_endpoint",
     }
 )
 # In the environment of all, where other users do not see them.

@@ -22,6 +22,7 @@ FORBIDDEN = (
     "torch._dynamo",
     "torch._inductor",
     "transformers",
+    "opentelemetry",
     "sympy",
     "torch._functorch.aot_autograd",
 )
