@@ -281,6 +281,14 @@ class AsyncEngine:
             self._post(partial(self.engine.release, reservation_id))
             raise
 
+    async def send_prefix(self, digests: Sequence[bytes], target: HandOver) -> int:
+        """See Engine.send_prefix; returns when nothing more is on its way. A draining engine sends, too.
+
+        Raises what it raises, and EngineDeadError. Cancelled, what is on its way goes on until its receiver ends it.
+        """
+        sent = await self._call(partial(self.engine.send_prefix, digests, target))
+        return await asyncio.shield(asyncio.wrap_future(sent))
+
     async def release(self, reservation_id: str) -> bool:
         """Returns when nothing writes to its pages any more; False where there is none of that id, or it was claimed.
 

@@ -282,6 +282,25 @@ class Engine:
         self._executor.prepare_memory(self._kv_cache.ops.take(), self._kv_cache.ops.take_restores())
         return reservation
 
+    def send_prefix(self, digests: Items[bytes], target: HandOver) -> "Future[int]":
+        """Send the KV that is cached here of a prompt which begins with these blocks: see KVExchange.send_prefix.
+
+        Raises QueueFullError where there is no room now, ValueError, NoTransferError.
+        """
+        exchange = self._transferring()
+        num_tokens = len(digests) * self.block_tokens
+        if num_tokens * self.kv_bytes_per_token > target.num_bytes or num_tokens >= self.max_model_len:
+            raise ValueError(
+                f"a prefix of {num_tokens} tokens is more than its target's {target.num_bytes} bytes, or"
+                f" max_model_len={self.max_model_len}, hold; send the blocks of one prompt to a reservation for it"
+            )
+        # What is found may belong to a step under way, and its slot may need copies.
+        self._complete(self._ended, num_left=0)
+        self._check_room(num_tokens)
+        slot = exchange.hold_prefix(digests)
+        self._executor.prepare_memory(self._kv_cache.ops.take(), self._kv_cache.ops.take_restores())
+        return exchange.send_prefix(slot, target)
+
     def release(self, reservation_id: str) -> "Future[None] | None":
         """See Reservations.release. Raises NoTransferError."""
         return self._transferring().reservations.release(reservation_id)

@@ -45,6 +45,11 @@ class HandOver:
                 " give it what Reserve answered"
             )
 
+    @property
+    def num_bytes(self) -> int:
+        """Room from the start of the sequence."""
+        return len(self.page_offsets) * self.page_bytes
+
 
 class Push:
     """The KV of one sequence on its way. The engine's thread says how far it may go, a thread of the pool sends."""
@@ -156,7 +161,7 @@ class HandOvers:
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="xllm-push")
         self._senders: OrderedDict[tuple[str, ...], Sender] = OrderedDict()
         """By addresses, the one used last at the end."""
-        self._num_complete = self._num_failed = self._num_bytes = 0
+        self._num_complete = self._num_failed = self._num_prefixes = self._num_failed_prefixes = self._num_bytes = 0
         self.on_rest: Callable[[], None] = lambda: None
         """Called in another thread when a push has nothing more to send."""
 
@@ -181,11 +186,21 @@ class HandOvers:
             arrived = push.num_sent_tokens
             logger.warning("request %s: %d of %d tokens of KV arrived: %s", request_id, arrived, num_tokens, push.error)
 
+    def count_prefix(self, push: Push) -> None:
+        """A prefix was sent to whom lacked it, or the way there broke."""
+        self._num_bytes += push.num_bytes
+        self._num_prefixes += push.num_bytes > 0
+        if push.error is not None:
+            self._num_failed_prefixes += 1
+            logger.warning("a prefix of KV did not arrive: %s", push.error)
+
     def stats(self, num_open: int) -> HandOverStats:
         return HandOverStats(
             num_open=num_open,
             num_complete=self._num_complete,
             num_failed=self._num_failed,
+            num_prefixes=self._num_prefixes,
+            num_failed_prefixes=self._num_failed_prefixes,
             num_bytes=self._num_bytes,
         )
 

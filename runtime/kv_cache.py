@@ -324,10 +324,13 @@ class KVCache:
         num_tokens: int = 0,
         num_cached: int = 0,
         swapped: SwappedKV | None = None,
+        *,
+        is_query: bool = True,
     ) -> int:
         """A slot for a sequence of num_tokens; its `length` is what is cached of them, num_cached at most.
 
-        ``swapped`` comes back behind what is found in pages; num_cached is its number of tokens then.
+        ``swapped`` comes back behind what is found in pages; num_cached is its number of tokens then. is_query: it
+        counts as one more sequence that was looked up.
 
         Takes `num_unheld_pages` of the free ones. Raises KVCacheFullError when no slot is idle.
         """
@@ -353,13 +356,13 @@ class KVCache:
             self._copy_boundary(slot, live, boundary)
         if restored:
             cached += self._restore(slot, live, restored)
-        self.stats.num_hit_tokens += cached
+        self.stats.num_hit_tokens += cached if is_query else 0
         if swapped is not None:
             self._swap_in(slot, live, swapped)
             cached = live.length
         self._used_tokens += cached
         self._num_counted += self._counted(cached)
-        if chain is not None and self.config.prefix_cache:
+        if chain is not None and self.config.prefix_cache and is_query:
             self.stats.num_queried_tokens += num_tokens
         self.stats.num_shared_pages += len(shared)
         return slot

@@ -1,11 +1,15 @@
 """KV that goes from one instance to another, as the engine sees it: slots that others write to, or read.
 
-``reservations`` are the receiving side, ``hand_over`` the sending one. Belongs to the engine's thread.
+``reservations`` are the receiving side, ``hand_over`` the sending one: of sequences while they are computed, and of
+cached prefixes that another instance lacks. Belongs to the engine's thread.
 """
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
+from concurrent.futures import Future
+from dataclasses import dataclass
 
-from xllm_compile.runtime.hand_over import HandOvers, Push
+from xllm_compile.runtime.hand_over import HandOver, HandOvers, Push
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.outputs import HandOverStats
 from xllm_compile.runtime.reservations import Reservations
@@ -15,6 +19,15 @@ from xllm_compile.runtime.transfer.endpoint import TransferEndpoint
 
 class NoTransferError(RuntimeError):
     """The instance has no part in moving KV."""
+
+
+@dataclass(eq=False, frozen=True, kw_only=True, slots=True)
+class _SentPrefix:
+    """Cached blocks on their way, in a slot of their own that keeps them where they are."""
+
+    slot: int
+    push: Push
+    sent: "Future[int]"
 
 
 class KVExchange:
@@ -38,11 +51,13 @@ class KVExchange:
         """Computed, with a token, and not yet sent."""
         self._being_read: list[tuple[int, Push]] = []
         """Slots without a sequence that a push still reads."""
+        self._prefixes: list[_SentPrefix] = []
 
     @property
     def num_held(self) -> int:
         """Places that are taken although nothing runs there."""
-        return self.reservations.num_held + len(self._handing_over) + len(self._being_read)
+        num_sending = len(self._handing_over) + len(self._being_read) + len(self._prefixes)
+        return self.reservations.num_held + num_sending
 
     def num_promised_blocks(self, horizon: int) -> int:
         """Free pages for what reserved sequences will generate in so many steps."""
@@ -90,6 +105,26 @@ class KVExchange:
             self._being_read.append((slot, sequence.push))
         return is_read
 
+    def hold_prefix(self, digests: Items[bytes]) -> int:
+        """A slot with what is cached here of a prompt that begins with these blocks, for `send_prefix`."""
+        kv_cache = self._kv_cache
+        chain = kv_cache.new_chain()
+        chain.digests = list(digests)
+        # As of a sequence with a token behind the blocks: else the last of them would not count as found.
+        num_tokens = len(digests) * kv_cache.config.block_tokens + 1
+        return kv_cache.allocate(chain, num_tokens, kv_cache.find(chain, num_tokens), is_query=False)
+
+    def send_prefix(self, slot: int, target: HandOver) -> "Future[int]":
+        """Send what the slot holds, and free it. Its copies have been made.
+
+        The result, set by `tend`: tokens from the start that the receiver has by then.
+        """
+        kv_cache, sent = self._kv_cache, Future[int]()
+        push = self._hand_overs.start("of a prefix", target)
+        push.advance(kv_cache.length(slot), kv_cache.page_offsets(slot), kv_cache.config.page_size)
+        self._prefixes.append(_SentPrefix(slot=slot, push=push, sent=sent))
+        return sent
+
     def tend(self) -> list[Sequence]:
         """Free what nobody reads or writes any more. Returns sequences that were handed over, now finished."""
         self.reservations.tend()
@@ -97,6 +132,11 @@ class KVExchange:
         for each in unread:
             self._being_read.remove(each)
             self._free(each[0])
+        for prefix in [prefix for prefix in self._prefixes if not prefix.push.is_busy]:
+            self._prefixes.remove(prefix)
+            self._free(prefix.slot)
+            self._hand_overs.count_prefix(prefix.push)
+            prefix.sent.set_result(prefix.push.num_sent_tokens)
         self._handing_over = [one for one in self._handing_over if one.status is SequenceStatus.HANDING_OVER]
         sent = [sequence for sequence in self._handing_over if sequence.push is None or not sequence.push.is_busy]
         for sequence in sent:
@@ -105,7 +145,8 @@ class KVExchange:
         return sent
 
     def stats(self) -> HandOverStats:
-        return self._hand_overs.stats(num_open=len(self._handing_over) + len(self._being_read))
+        num_open = len(self._handing_over) + len(self._being_read) + len(self._prefixes)
+        return self._hand_overs.stats(num_open=num_open)
 
     def close(self) -> None:
         """Ends what is being written and sent."""

@@ -146,8 +146,12 @@ class HandOverStats:
     num_complete: int = 0
     num_failed: int = 0
     """Not all of the KV arrived."""
+    num_prefixes: int = 0
+    """Cached prefixes that others asked for, and that arrived there;"""
+    num_failed_prefixes: int = 0
+    """those that did not."""
     num_bytes: int = 0
-    """Bytes that arrived."""
+    """Bytes that arrived, of both."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -144,7 +144,7 @@ class RequestFactory:
     def _check_hand_over(self, hand_over: HandOver, sequence: Sequence) -> None:
         if sequence.request.params.n != 1:
             raise ValueError(f"n={sequence.request.params.n} must be 1 with hand_over; send a request for each")
-        fitting = len(hand_over.page_offsets) * hand_over.page_bytes // self._kv_bytes_per_token
+        fitting = hand_over.num_bytes // self._kv_bytes_per_token
         if sequence.num_tokens > fitting:
             raise ValueError(
                 f"hand_over has pages for {fitting} tokens, the request has {sequence.num_tokens};"

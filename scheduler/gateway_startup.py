@@ -20,6 +20,7 @@ from xllm_compile.scheduler.dashboard.dashboard import Dashboard
 from xllm_compile.scheduler.dashboard.reading import read_cluster
 from xllm_compile.scheduler.errors import no_instance
 from xllm_compile.scheduler.exposure import is_loopback
+from xllm_compile.scheduler.policies.fetch import FetchRules
 from xllm_compile.scheduler.policies.roles import RoleRules
 from xllm_compile.scheduler.policies.routing import RoutingRules
 from xllm_compile.scheduler.server import run_server
@@ -54,7 +55,8 @@ def serve_gateway(
     async def run() -> bool:
         name = f"{socket.gethostname()}-{os.getpid()}"
         async with Gateway(registry, name=name, api_keys=options["api_keys"], tls=tls, roles=rules) as gateway:
-            placer = Placer(RoutingRules(policy=options["routing"]))
+            fetch = FetchRules() if options["kv_fetch"] else None
+            placer = Placer(RoutingRules(policy=options["routing"]), fetch=fetch)
             service = make_service(
                 options,
                 engine=ClusterClient(gateway.cluster, placer=placer, slo=slo),

@@ -87,9 +87,11 @@ def resume_of(request: Any) -> Resume | None:
 
 def hand_over_of(request: Any) -> HandOver | None:
     """Of a GenerateRequest or a RunHandOver. Raises ApiError where it says nothing of where to send."""
-    if not request.HasField("hand_over"):
-        return None
-    reservation = request.hand_over.reservation
+    return reserved(request.hand_over.reservation) if request.HasField("hand_over") else None
+
+
+def reserved(reservation: Any) -> HandOver:
+    """Of a Reservation. Raises ApiError where it says nothing of where to send."""
     try:
         return HandOver(
             transfers=tuple(reservation.transfers),
@@ -100,7 +102,7 @@ def hand_over_of(request: Any) -> HandOver | None:
             num_tokens=reservation.num_tokens or None,
         )
     except ValueError as err:
-        raise errors.invalid(str(err), param="hand_over") from None
+        raise errors.invalid(str(err), param="reservation") from None
 
 
 def _chat_message(message: Any) -> ChatMessage:

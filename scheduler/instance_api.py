@@ -7,10 +7,12 @@ from contextlib import aclosing
 from typing import Any
 
 from xllm_compile.runtime.async_engine import AsyncEngine
+from xllm_compile.runtime.memory.prefix_cache import split_digests
 from xllm_compile.runtime.reservations import MAX_TIMEOUT_S
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.instance_messages import info_message, load_message
 from xllm_compile.scheduler.cluster.state import InstanceInfo
+from xllm_compile.scheduler.grpc_convert import reserved
 from xllm_compile.scheduler.grpc_errors import abort_call
 from xllm_compile.scheduler.instance_load import instance_load, step_profile
 from xllm_compile.scheduler.instance_runs import InstanceRuns
@@ -114,6 +116,14 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
                     " between instances of one artifact."
                 )
                 raise errors.ApiError(errors.PRECONDITION, message, param=name, code="kv_mismatch")
+
+    async def SendPrefix(self, request: Any, context: Any) -> Any:
+        try:
+            target = reserved(request.reservation)
+            digests = split_digests(request.digests)
+            return xllm_pb2.SendPrefixResponse(num_kv_tokens=await self._engine.send_prefix(digests, target))
+        except Exception as err:
+            return await abort_call(context, err)
 
     async def Release(self, request: Any, context: Any) -> Any:
         try:

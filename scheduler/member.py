@@ -117,6 +117,7 @@ def instance_info(
         model_names=tuple(model_names),
         weights_key=instance.weights_key,
         kv_layout=instance.kv_layout,
+        kv_bytes_per_token=engine.kv_bytes_per_token,
         block_tokens=engine.block_tokens,
         max_model_len=instance.max_model_len,
         max_num_seqs=engine.limits.max_num_seqs,

@@ -229,6 +229,12 @@ def _transfers(reservations: ReservationStats, hand_overs: HandOverStats) -> Ite
     sent.add_metric(["complete"], hand_overs.num_complete)
     sent.add_metric(["failed"], hand_overs.num_failed)
     yield sent
+    prefixes = CounterMetricFamily(
+        "xllm_kv_prefixes_sent", "Cached prefixes sent to others, by whether they arrived", labels=["end"]
+    )
+    prefixes.add_metric(["complete"], hand_overs.num_prefixes)
+    prefixes.add_metric(["failed"], hand_overs.num_failed_prefixes)
+    yield prefixes
     yield CounterMetricFamily("xllm_kv_sent_bytes", "KV that arrived at other instances", hand_overs.num_bytes)
 
 

@@ -82,6 +82,11 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     help="How a gateway chooses instances: in turns, by load, by cached prefixes, or by the targets.",
 )
 @click.option(
+    "--kv-fetch/--no-kv-fetch",
+    default=True,
+    help="Have a gateway let instances copy cached prefixes from each other where computing them would take longer.",
+)
+@click.option(
     "--served-model-name",
     multiple=True,
     metavar="NAME",

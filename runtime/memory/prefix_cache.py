@@ -12,6 +12,15 @@ import xxhash
 
 from xllm_compile.runtime.kv_events import KVEventLog, KVTier
 
+DIGEST_BYTES = 16
+
+
+def split_digests(digests: bytes) -> list[bytes]:
+    """Of digests one after the other. Raises ValueError where they end early."""
+    if len(digests) % DIGEST_BYTES:
+        raise ValueError(f"{len(digests)} bytes of digests are no multiple of {DIGEST_BYTES}")
+    return [digests[begin : begin + DIGEST_BYTES] for begin in range(0, len(digests), DIGEST_BYTES)]
+
 
 class BlockChain:
     """Digests of the whole blocks of one growing list of tokens."""

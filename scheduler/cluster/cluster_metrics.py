@@ -29,6 +29,9 @@ _COUNTERS = {
     "xllm_hand_overs": ("Requests that went from prefill to decode", "num_handed_over"),
     "xllm_placements_lost": ("Placements ended by the loss of an instance", "num_lost"),
     "xllm_placements_refused": ("Placements that the instance refused", "num_refused"),
+    "xllm_kv_fetches": ("Prefixes that an instance was to send to another", "num_fetches"),
+    "xllm_kv_fetches_failed": ("Of these, those that did not arrive whole", "num_failed_fetches"),
+    "xllm_kv_fetched_tokens": ("Tokens of KV that arrived instead of being computed", "num_fetched_tokens"),
     "xllm_resumed_tokens": ("Tokens with which requests went on elsewhere", "num_resumed_tokens"),
 }
 

@@ -15,7 +15,8 @@ from xllm_compile.scheduler.cluster.cluster import Cluster
 from xllm_compile.scheduler.cluster.generate_messages import count_metrics, embed_message, prompt_logprobs_of
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink, InstanceLostError
 from xllm_compile.scheduler.cluster.placer import Placer
-from xllm_compile.scheduler.cluster.state import Instance, InstanceInfo, Placement
+from xllm_compile.scheduler.cluster.prefix_fetch import Fetched, fetch_prefix
+from xllm_compile.scheduler.cluster.state import Fetch, Instance, InstanceInfo, Placement
 from xllm_compile.scheduler.cluster.token_log import TokenLog
 from xllm_compile.scheduler.proto import xllm_pb2
 from xllm_compile.scheduler.tracing import NO_SPAN, Span
@@ -120,10 +121,25 @@ class Completion:
         placement = await self._place()
         span.set({"xllm.choice": self.index, "xllm.num_resumed_tokens": len(self._log.token_ids)})
         prefill, decode = self._link(placement.prefill), self._link(placement.decode)
-        # Of this attempt: an instance may still hold an earlier one.
-        request = self._log.request(uuid.uuid4().hex)
         self._stats.num_placed += 1
         self._stats.num_resumed_tokens += len(self._log.token_ids)
+        fetched = None if placement.fetch is None else await self._fetch(prefill, placement.fetch, span)
+        try:
+            async with aclosing(self._generate(prefill, decode, fetched, span)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            if fetched is not None and self._awaits_token:
+                prefill.release(fetched.reservation_id)
+
+    async def _generate(
+        self, prefill: InstanceLink, decode: InstanceLink, fetched: Fetched | None, span: Span
+    ) -> AsyncGenerator[CompletionOutput, None]:
+        # Of this attempt: an instance may still hold an earlier one.
+        request = self._log.request(uuid.uuid4().hex)
+        if fetched is not None:
+            request.resume.reservation_id = fetched.reservation_id
+            request.resume.num_kv_tokens = fetched.num_kv_tokens
         reservation: Any = None
         try:
             if prefill is not decode:
@@ -156,7 +172,11 @@ class Completion:
                 decode.release(reservation.reservation_id)
 
     async def _run(self, link: InstanceLink, request: Any, parent: Span, name: str) -> AsyncGenerator[Any, None]:
-        """Responses of the instance. Raises _TryElsewhereError where it is lost, refuses or ends the request early."""
+        """Responses of the instance. Raises _TryElsewhereError where it is lost, refuses or ends the request early,
+        _AbortedError.
+        """
+        if self._is_aborted:
+            raise _AbortedError
         self._running = link, request.request_id
         try:
             with self._client_span(parent, name, link) as span, self._noted(link):
@@ -168,6 +188,20 @@ class Completion:
                         yield response
         finally:
             self._running = None
+
+    async def _fetch(self, target: InstanceLink, fetch: Fetch, parent: Span) -> Fetched | None:
+        """See fetch_prefix. Raises _TryElsewhereError."""
+        with self._client_span(parent, "fetch", target) as span, self._noted(target):
+            return await fetch_prefix(
+                self._link(fetch.source),
+                target,
+                self._log.all_token_ids,
+                self._log.shape().digests,
+                fetch,
+                placer=self._placer,
+                stats=self._stats,
+                trace=span.carrier,
+            )
 
     async def _reserve(self, link: InstanceLink, sender: InstanceInfo, parent: Span) -> Any:
         """Room there for the prompt's KV as the sender computes it. Raises _TryElsewhereError."""
@@ -247,14 +281,15 @@ class Completion:
         """Raises _AbortedError, and ApiError where no instance takes it or none comes in time."""
         deadline = time.monotonic() + self._config.wait_s
         while not self._is_aborted:
-            usable = [instance for instance in self._cluster.instances() if instance.takes_work]
+            instances = self._cluster.instances()
+            usable = [instance for instance in instances if instance.takes_work]
             willing = [each for each in usable if each.info.incarnation not in self._refusals]
             if willing:
                 fresh = [each for each in willing if each.info.incarnation not in self._avoided]
                 shape = self._log.shape()
                 cached = self._cluster.kv.match(shape.digests)
                 self._awaits_token = True
-                return self._placer.place(self._key, shape, fresh or willing, cached)
+                return self._placer.place(self._key, shape, fresh or willing, cached, instances)
             if usable:
                 raise self._soonest_refusal(usable)
             left_s = deadline - time.monotonic()

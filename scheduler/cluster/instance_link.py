@@ -111,6 +111,10 @@ class InstanceLink:
             self.release(request.reservation_id)
             raise
 
+    async def send_prefix(self, request: Any, timeout_s: float, trace: Mapping[str, str] = _NO_TRACE) -> Any:
+        """The SendPrefixResponse. Raises ApiError where the instance refuses, InstanceLostError, also when late."""
+        return await self._call(self._instance.SendPrefix, request, trace, timeout=timeout_s)
+
     def release(self, reservation_id: str) -> None:
         """Give the reservation up, in the background. One that a request has taken over stays that request's."""
         if not self._is_closed:

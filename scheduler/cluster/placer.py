@@ -1,21 +1,26 @@
 """Applies the routing policy to live instances, and tells it what became of what it placed."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.state import (
     CachedTokens,
+    Fetch,
     Instance,
     InstanceInfo,
     Placement,
     Refusal,
     RequestShape,
 )
+from xllm_compile.scheduler.policies.copy_times import CopyTimes
 from xllm_compile.scheduler.policies.correction import Correction
+from xllm_compile.scheduler.policies.fetch import Fetching, FetchRules
 from xllm_compile.scheduler.policies.placements import Placements
 from xllm_compile.scheduler.policies.routing import RoutingRules, route
+
+_FETCH = FetchRules()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,11 +33,19 @@ class _Expected:
 class Placer:
     """Keys are the caller's, one for each time that a request is placed."""
 
-    def __init__(self, rules: RoutingRules | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        rules: RoutingRules | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        fetch: FetchRules | None = _FETCH,
+    ) -> None:
+        """fetch: None has no instance fetch KV from another."""
         self._rules = rules or RoutingRules()
+        self._fetch = fetch
         self._clock = clock
         self._placements = Placements()
         self._ttft = Correction()
+        self._copies = CopyTimes()
         self._expected: dict[str, _Expected] = {}
         """Of those without a first token yet."""
         self._turn = 0
@@ -43,8 +56,9 @@ class Placer:
         request: RequestShape,
         instances: Sequence[Instance],
         cached: Mapping[str, CachedTokens] | None = None,
+        senders: Iterable[Instance] = (),
     ) -> Placement:
-        """cached: what of the prompt each instance has, by name.
+        """cached: what of the prompt each instance has, by name. senders: who may send of that, whoever takes work.
 
         Raises ApiError where no instance can take it: 400 for ever, 429 for now.
         """
@@ -53,7 +67,10 @@ class Placer:
             replace(instance, ttft_ratio=self._ttft.ratio(instance.info))
             for instance in self._placements.added(instances, now)
         ]
-        chosen = route(request, corrected, rules=self._rules, cached=cached, turn=self._turn)
+        fetching = None
+        if self._fetch is not None and cached:
+            fetching = Fetching(request, senders, cached, self._copies, self._fetch, now)
+        chosen = route(request, corrected, rules=self._rules, cached=cached, turn=self._turn, fetching=fetching)
         if isinstance(chosen, Refusal):
             if chosen.retry_after_s is None:
                 raise errors.invalid(chosen.reason, code="context_length_exceeded")
@@ -63,6 +80,14 @@ class Placer:
         info = next(instance.info for instance in instances if instance.name == chosen.prefill)
         self._expected[key] = _Expected(info=info, ttft_s=chosen.ttft_s, placed_s=now)
         return chosen
+
+    def wait_s(self, fetch: Fetch) -> float:
+        """How long to wait for what it placed with a fetch."""
+        return (self._fetch or _FETCH).wait_s(fetch)
+
+    def copied(self, source: InstanceInfo, target: InstanceInfo, num_tokens: int, seconds: float) -> None:
+        """KV of so many tokens went there, or was given up, after so long."""
+        self._copies.observe(source, target, num_tokens, seconds, self._clock())
 
     def first_token(self, key: str) -> None:
         now = self._clock()

@@ -56,6 +56,8 @@ class InstanceInfo:
     weights_key: str = ""
     kv_layout: str = ""
     """KV moves between instances of equal weights and layout only."""
+    kv_bytes_per_token: int = 0
+    """0 says nothing."""
     block_tokens: int = 16
     max_model_len: int
     max_num_seqs: int
@@ -210,6 +212,19 @@ class RequestShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Fetch:
+    """KV of a prompt's beginning that another instance sends before the prompt is computed."""
+
+    source: str
+    num_tokens: int
+    """From the prompt's start, that are there afterwards."""
+    copy_s: float
+    """Predicted, as the next."""
+    spared_s: float
+    """That computing them would take."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
     """Where a request goes. The same instance twice: it is not handed over."""
 
@@ -218,7 +233,9 @@ class Placement:
     ttft_s: float = 0.0
     """Predicted, without the correction that the instance's ttft_ratio is."""
     num_cached_tokens: int = 0
-    """Of the prompt, that were counted on where it is prefilled."""
+    """Of the prompt, that were counted on where it is prefilled, what is fetched included."""
+    fetch: Fetch | None = None
+    """To where it is prefilled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,5 +15,11 @@ class ClusterStats:
     """Placements that ended because the instance was lost, or ended the request."""
     num_refused: int = 0
     """Placements that the instance refused."""
+    num_fetches: int = 0
+    """Prefixes that instances were asked to send to others;"""
+    num_failed_fetches: int = 0
+    """those of which less arrived than was asked for."""
+    num_fetched_tokens: int = 0
+    """Tokens of KV that arrived instead of being computed."""
     num_resumed_tokens: int = 0
     """Tokens with which requests went on elsewhere."""

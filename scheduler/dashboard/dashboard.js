@@ -58,6 +58,9 @@ const CLUSTER_CHARTS = [
     { name: "placed apart", colour: "blue", value: ofService("cluster_num_split") },
     { name: "handed over", colour: "green", value: ofService("cluster_num_handed_over") },
     { name: "not all KV arrived", colour: "red", value: ofService("num_failed_hand_overs") }] },
+  { title: "Prefixes fetched from other instances", format: "perSecond", empty: "no prefix was fetched in this time", series: [
+    { name: "asked for", colour: "blue", value: ofService("cluster_num_fetches") },
+    { name: "not whole", colour: "red", value: ofService("cluster_num_failed_fetches") }] },
   { title: "KV sent between instances", format: "bytesPerSecond", empty: "no KV was sent in this time", series: [
     { name: "arrived", colour: "blue", value: ofService("num_sent_bytes") }] },
   { title: "Failover", format: "perSecond", empty: "no instance was lost in this time", series: [

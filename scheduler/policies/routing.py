@@ -10,6 +10,7 @@ Common to all: SUSPECT and draining instances get nothing; a long request goes o
 the prompt was computed if that costs nothing; offline requests go to the instances that prefill, whose steps may take
 long, and have their decoding pulled from there by those with slack (`colocation.py`). Nobody is chosen for a cached
 prefix whose queue takes longer than the prefix spares: both are seconds of the same sum, so a popular prefix spreads.
+What another instance has of a prompt counts as cached after the time of its copy, where copying pays (`fetch.py`).
 
 Sources: the prefix by its share rather than all or nothing, xLLM's unfulfilled 3.4 (arXiv:2510.14686); spill of
 prefills to decoding instances and the choice by predicted interval, its SLO-aware policy; the best of those that keep
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from xllm_compile.runtime.policies.queue_bound import OFFLINE_SHARE
-from xllm_compile.scheduler.cluster.state import CachedTokens, Instance, Placement, Pool, Refusal, RequestShape
+from xllm_compile.scheduler.cluster.state import CachedTokens, Fetch, Instance, Placement, Pool, Refusal, RequestShape
 from xllm_compile.scheduler.policies import predict
+from xllm_compile.scheduler.policies.fetch import Fetching
 
 PolicyName = Literal["round_robin", "load", "prefix", "slo"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
@@ -67,6 +69,8 @@ class _Choice(NamedTuple):
     ttft_s: float
     """Corrected by the instance's ratio."""
     cached: CachedTokens
+    """With what is fetched."""
+    fetch: Fetch | None
 
 
 def route(
@@ -76,13 +80,15 @@ def route(
     rules: RoutingRules,
     cached: Mapping[str, CachedTokens] | None = None,
     turn: int = 0,
+    fetching: Fetching | None = None,
 ) -> Placement | Refusal:
     """Choose for one request.
 
     instances: their loads with what was sent there since (`placements.py`). cached: what of the prompt each has.
-    turn: how many requests came before; where several are as good it takes them in turns.
+    turn: how many requests came before; where several are as good it takes them in turns. fetching: what they can have
+    from others; without, none fetches.
     """
-    router = _Router(request, instances, rules, cached or {}, turn)
+    router = _Router(request, instances, rules, cached or {}, turn, fetching)
     return router.route()
 
 
@@ -96,11 +102,13 @@ class _Router:
         rules: RoutingRules,
         cached: Mapping[str, CachedTokens],
         turn: int,
+        fetching: Fetching | None,
     ) -> None:
         self.request, self.rules, self.cached = request, rules, cached
         first = turn % max(1, len(instances))
         self.all = [*instances[first:], *instances[:first]] if rules.policy != "round_robin" else list(instances)
         self.turn = turn
+        self.fetching = fetching
         self.up = [instance for instance in self.all if instance.takes_work]
         self.fitting = [instance for instance in self.up if _fits(instance, request)]
 
@@ -179,6 +187,7 @@ class _Router:
             decode=decode.name,
             ttft_s=prefill.ttft_s / prefill.instance.ttft_ratio,
             num_cached_tokens=spared,
+            fetch=prefill.fetch,
         )
 
     def _nobody(self) -> Refusal:
@@ -195,7 +204,11 @@ class _Router:
 
     def _choice(self, instance: Instance) -> _Choice:
         cached = self.cached.get(instance.name, _NOTHING)
-        return _Choice(instance, predict.ttft_s(instance, self.request, cached) * instance.ttft_ratio, cached)
+        ttft_s = predict.ttft_s(instance, self.request, cached) * instance.ttft_ratio
+        fetch = None if self.fetching is None else self.fetching.best(instance, cached)
+        if fetch is None:
+            return _Choice(instance, ttft_s, cached, None)
+        return _Choice(instance, ttft_s - fetch.spared_s + fetch.copy_s, CachedTokens(device=fetch.num_tokens), fetch)
 
     def _first_tokens_s(self, choice: _Choice) -> float:
         """Until some tokens are there; where it only prefills, the first."""

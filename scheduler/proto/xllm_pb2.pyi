@@ -145,7 +145,7 @@ class GetInstanceInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InstanceInfo(_message.Message):
-    __slots__ = ("name", "incarnation", "role", "address", "transfers", "host", "model_names", "weights_key", "kv_layout", "block_tokens", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_tokens_total", "version", "is_ready")
+    __slots__ = ("name", "incarnation", "role", "address", "transfers", "host", "model_names", "weights_key", "kv_layout", "block_tokens", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_tokens_total", "version", "is_ready", "kv_bytes_per_token")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +162,7 @@ class InstanceInfo(_message.Message):
     KV_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IS_READY_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: str
     role: str
@@ -178,7 +179,8 @@ class InstanceInfo(_message.Message):
     kv_tokens_total: int
     version: str
     is_ready: bool
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., transfers: _Optional[_Iterable[str]] = ..., host: _Optional[str] = ..., model_names: _Optional[_Iterable[str]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., version: _Optional[str] = ..., is_ready: _Optional[bool] = ...) -> None: ...
+    kv_bytes_per_token: int
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., transfers: _Optional[_Iterable[str]] = ..., host: _Optional[str] = ..., model_names: _Optional[_Iterable[str]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., version: _Optional[str] = ..., is_ready: _Optional[bool] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class WatchLoadRequest(_message.Message):
     __slots__ = ("period_ms",)
@@ -331,6 +333,20 @@ class Reservation(_message.Message):
     host: str
     num_tokens: int
     def __init__(self, reservation_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., transfers: _Optional[_Iterable[str]] = ..., token: _Optional[bytes] = ..., num_cached_tokens: _Optional[int] = ..., page_offsets: _Optional[_Iterable[int]] = ..., page_bytes: _Optional[int] = ..., host: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class SendPrefixRequest(_message.Message):
+    __slots__ = ("digests", "reservation")
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    digests: bytes
+    reservation: Reservation
+    def __init__(self, digests: _Optional[bytes] = ..., reservation: _Optional[_Union[Reservation, _Mapping]] = ...) -> None: ...
+
+class SendPrefixResponse(_message.Message):
+    __slots__ = ("num_kv_tokens",)
+    NUM_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_kv_tokens: int
+    def __init__(self, num_kv_tokens: _Optional[int] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("reservation_id",)

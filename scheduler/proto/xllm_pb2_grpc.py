@@ -264,6 +264,11 @@ class InstanceStub:
                 request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReserveRequest.SerializeToString,
                 response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.Reservation.FromString,
                 _registered_method=True)
+        self.SendPrefix = channel.unary_unary(
+                '/xllm.v1.Instance/SendPrefix',
+                request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.SendPrefixRequest.SerializeToString,
+                response_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.SendPrefixResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/xllm.v1.Instance/Release',
                 request_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReleaseRequest.SerializeToString,
@@ -313,6 +318,15 @@ class InstanceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SendPrefix(self, request, context):
+        """Sends what is cached of a prompt to a reservation for it on another instance: its blocks on the device and in host
+        memory, from the first one that the receiver lacks. Returns when they are there, or cannot be. RESOURCE_EXHAUSTED
+        where there is no room to hold them meanwhile; FAILED_PRECONDITION where the instance sends no KV.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """Gives up a reservation that no request will claim. Returns when nothing writes to its pages any more.
         """
@@ -347,6 +361,11 @@ def add_InstanceServicer_to_server(servicer, server):
                     servicer.Reserve,
                     request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReserveRequest.FromString,
                     response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.Reservation.SerializeToString,
+            ),
+            'SendPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendPrefix,
+                    request_deserializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.SendPrefixRequest.FromString,
+                    response_serializer=xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.SendPrefixResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -490,6 +509,33 @@ class Instance:
             '/xllm.v1.Instance/Reserve',
             xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.ReserveRequest.SerializeToString,
             xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.Reservation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/xllm.v1.Instance/SendPrefix',
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.SendPrefixRequest.SerializeToString,
+            xllm__compile_dot_scheduler_dot_proto_dot_xllm__pb2.SendPrefixResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,10 +1,14 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.runtime.fakes import CHAT_TEMPLATE, EOS, SPECIAL, EngineFactory, train_byte_level
+from tests.runtime.sides import Clock, MakeSide, Side
 from xllm_compile.runtime.tokenizer import Tokenizer
+from xllm_compile.runtime.transfer.transfer import TransferConfig
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,23 @@ def make_sync_engine(tokenizer: Tokenizer) -> EngineFactory:
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
 def make_engine(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> EngineFactory:
     return EngineFactory(tokenizer, is_async=request.param)
+
+
+@pytest.fixture
+def make_side(make_engine: EngineFactory) -> Iterator[MakeSide]:
+    sides: list[Side] = []
+
+    def make(**options: Any) -> Side:
+        clock = Clock()
+        given: dict[str, Any] = {
+            "max_num_batched_tokens": 8,
+            "block_tokens": 4,
+            "transfer": TransferConfig(timeout_s=5),
+        }
+        engine, runner = make_engine(**given | {"clock": clock} | options)
+        sides.append(Side(engine, runner, clock))
+        return sides[-1]
+
+    yield make
+    for side in sides:
+        side.engine.close()

@@ -11,9 +11,12 @@ from xllm_compile.runtime.chat_template import ChatTemplate
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.memory.cpu_memory import CpuMemory
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.step import Step
 from xllm_compile.runtime.tokenizer import BYTE_OF_CHAR, Tokenizer
+from xllm_compile.runtime.transfer.endpoint import open_endpoint
+from xllm_compile.runtime.transfer.transfer import TransferConfig
 from xllm_compile.scheduler.cluster.state import InstanceInfo, Role
 
 MAX_MODEL_LEN = 128
@@ -112,8 +115,13 @@ class ScriptedRunner(CountingRunner):
 
 
 def counting_engine(
-    runner: CountingRunner, config: EngineConfig | None = None, tokenizer: Tokenizer | None = None
+    runner: CountingRunner,
+    config: EngineConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    is_transferring: bool = False,
 ) -> Engine:
+    """is_transferring: it sends and takes KV by shared memory."""
     cache = KVCache(
         KVCacheConfig(
             num_layers=1,
@@ -125,7 +133,12 @@ def counting_engine(
             kv_memory_bytes=1 << 20,
         )
     )
-    return Engine(runner, cache, tokenizer or byte_tokenizer(), config)
+    transfer = None
+    if is_transferring:
+        memory = cache.xtensor.memory
+        assert isinstance(memory, CpuMemory)
+        transfer = open_endpoint(("shm",), memory.region, TransferConfig(timeout_s=60))
+    return Engine(runner, cache, tokenizer or byte_tokenizer(), config, transfer=transfer)
 
 
 def instance_info(port: int) -> InstanceInfo:

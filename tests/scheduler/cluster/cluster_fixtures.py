@@ -50,9 +50,10 @@ class FakeInstance:
 
     servicer_class: type[ReportingServicer] = ReportingServicer
 
-    def __init__(self, name: str, role: Role = Role.MIX, **config: Any) -> None:
+    def __init__(self, name: str, role: Role = Role.MIX, is_transferring: bool = False, **config: Any) -> None:
         self.name = name
         self.role = role
+        self.is_transferring = is_transferring
         self.runner, engine = self._make_engine(EngineConfig(**config))
         self.engine = AsyncEngine(engine)
         self.service = Service(
@@ -66,7 +67,7 @@ class FakeInstance:
     def _make_engine(self, config: EngineConfig) -> tuple[Any, Engine]:
         """And its model."""
         runner = CountingRunner()
-        return runner, counting_engine(runner, config)
+        return runner, counting_engine(runner, config, is_transferring=self.is_transferring)
 
     async def start(self, port: int = 0) -> None:
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
@@ -85,6 +86,7 @@ class FakeInstance:
         await self.stop()
         self.runner.gate.set()
         await asyncio.to_thread(self.engine.shutdown)
+        self.engine.engine.close()
 
     def _describe(self, incarnation: str) -> InstanceInfo:
         return InstanceInfo(
@@ -92,6 +94,8 @@ class FakeInstance:
             incarnation=incarnation,
             role=self.role,
             address=f"127.0.0.1:{self.port}",
+            transfers=self.engine.engine.transfer_addresses,
+            kv_bytes_per_token=self.engine.engine.kv_bytes_per_token,
             model_names=("counter",),
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=8,

@@ -70,10 +70,6 @@ class TransferringInstance(FakeInstance):
         transfer = open_endpoint(("shm",), memory.region, TransferConfig(timeout_s=5))
         return runner, Engine(runner, kv_cache, byte_tokenizer(), config, transfer=transfer)
 
-    async def close(self) -> None:
-        await super().close()
-        self.engine.engine.close()
-
     @property
     def reservations(self) -> Any:
         return self.engine.stats().reservations
