@@ -7,6 +7,7 @@ not the request: the last output says how much has arrived, and whoever goes on 
 """
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,12 +17,15 @@ from dataclasses import dataclass
 from threading import Lock
 
 from xllm_compile.runtime.outputs import HandOverStats, KVSent
-from xllm_compile.runtime.transfer.transfer import ByteRange, Sender, TransferError
+from xllm_compile.runtime.transfer.transfer import ByteRange, Sender, TransferError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
-_NUM_THREADS = 4
-_MAX_SENDERS = 64
+_NUM_THREADS = 2
+"""That send to one receiver."""
+_MAX_RECEIVERS = 64
+_REST_S = 30.0
+"""How long nothing is sent to a receiver that did not answer: each write would wait for it once more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,22 +56,20 @@ class HandOver:
 
 
 class Push:
-    """The KV of one sequence on its way. The engine's thread says how far it may go, a thread of the pool sends."""
+    """The KV of one sequence on its way. The engine's thread says how far it may go, a thread of the receiver sends."""
 
     def __init__(
         self,
         target: HandOver,
-        sender: Sender | None,
+        receiver: "_Receiver | None",
         token_bytes: int,
-        pool: ThreadPoolExecutor,
         on_rest: Callable[[], None],
     ) -> None:
-        """on_rest is called by the pool's thread when it has nothing more to send. sender: None sends nothing."""
+        """on_rest is called by a thread when it has nothing more to send. receiver: None sends nothing."""
         self.num_bytes = 0
         self._target = target
-        self._sender = sender
+        self._receiver = receiver
         self._token_bytes = token_bytes
-        self._pool = pool
         self._on_rest = on_rest
         self._lock = Lock()
         # Guarded by _lock:
@@ -109,7 +111,7 @@ class Push:
         """The KV of the first num_tokens is there, on this side's pages: send what was not. Returns at once."""
         num_tokens = self.num_wanted_tokens(num_tokens)
         with self._lock:
-            if num_tokens <= self._num_queued or self._error is not None or self._sender is None:
+            if num_tokens <= self._num_queued or self._error is not None or self._receiver is None:
                 return
             begin, end = self._num_queued * self._token_bytes, num_tokens * self._token_bytes
             target = self._target
@@ -119,7 +121,8 @@ class Push:
             if self._is_busy:
                 return
             self._is_busy = True
-        self._pool.submit(self._send)
+            receiver = self._receiver
+        receiver.pool.submit(self._send)
 
     def pause(self) -> None:
         """Send nothing more; a write under way goes on. `advance` begins again with what has not arrived."""
@@ -128,7 +131,7 @@ class Push:
             self._num_queued = self._num_sent
 
     def _send(self) -> None:
-        assert self._sender is not None
+        assert self._receiver is not None
         while True:
             with self._lock:
                 if not self._parts or self._error is not None:
@@ -138,7 +141,7 @@ class Push:
             ranges = [part for _, ranges in parts for part in ranges]
             self._begin_s = self._begin_s or time.monotonic()
             try:
-                self._sender.write(self._target.token, ranges)
+                self._receiver.write(self._target.token, ranges)
             except (TransferError, ValueError) as err:
                 with self._lock:
                     self._error = err if isinstance(err, TransferError) else TransferError(str(err))
@@ -154,12 +157,14 @@ class Push:
 class HandOvers:
     """The pushes of one instance. Belongs to the engine's thread."""
 
-    def __init__(self, connect: Callable[[Items[str]], Sender], token_bytes: int) -> None:
+    def __init__(
+        self, connect: Callable[[Items[str]], Sender], token_bytes: int, *, clock: Callable[[], float]
+    ) -> None:
         """connect raises ValueError where none of the addresses can be reached."""
         self._connect = connect
         self._token_bytes = token_bytes
-        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="xllm-push")
-        self._senders: OrderedDict[tuple[str, ...], Sender] = OrderedDict()
+        self._clock = clock
+        self._receivers: OrderedDict[tuple[str, ...], _Receiver] = OrderedDict()
         """By addresses, the one used last at the end."""
         self._num_complete = self._num_failed = self._num_prefixes = self._num_failed_prefixes = self._num_bytes = 0
         self.on_rest: Callable[[], None] = lambda: None
@@ -167,12 +172,12 @@ class HandOvers:
 
     def start(self, request_id: str, target: HandOver) -> Push:
         """Where no address can be reached nothing is sent, which is not an error of the request."""
-        sender = None
+        receiver = None
         try:
-            sender = self._sender(tuple(target.transfers))
+            receiver = self._receiver(tuple(target.transfers))
         except ValueError as err:
             logger.warning("request %s: its KV stays here: %s", request_id, err)
-        return Push(target, sender, self._token_bytes, self._pool, lambda: self.on_rest())
+        return Push(target, receiver, self._token_bytes, lambda: self.on_rest())
 
     def count(self, request_id: str, push: Push, num_tokens: int) -> None:
         """A sequence of num_tokens was handed over."""
@@ -206,18 +211,43 @@ class HandOvers:
 
     def close(self) -> None:
         """Ends the writes under way."""
-        for sender in self._senders.values():
-            sender.close()
-        self._pool.shutdown()
+        for receiver in self._receivers.values():
+            receiver.sender.close()
+            receiver.pool.shutdown()
 
-    def _sender(self, addresses: tuple[str, ...]) -> Sender:
-        if addresses not in self._senders:
-            self._senders[addresses] = self._connect(addresses)
-            if len(self._senders) > _MAX_SENDERS:
-                # Closing waits for its writes; a receiver that was restarted has other addresses than before.
-                self._pool.submit(self._senders.popitem(last=False)[1].close)
-        self._senders.move_to_end(addresses)
-        return self._senders[addresses]
+    def _receiver(self, addresses: tuple[str, ...]) -> "_Receiver":
+        if addresses not in self._receivers:
+            self._receivers[addresses] = _Receiver(self._connect(addresses), self._clock)
+            if len(self._receivers) > _MAX_RECEIVERS:
+                # A receiver that was restarted has other addresses than before.
+                self._receivers.popitem(last=False)[1].leave()
+        self._receivers.move_to_end(addresses)
+        return self._receivers[addresses]
+
+
+class _Receiver:
+    """One that KV is sent to, by threads of its own: others do not wait for one that stands still."""
+
+    def __init__(self, sender: Sender, clock: Callable[[], float]) -> None:
+        self.sender = sender
+        self.pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="xllm-push")
+        self._clock = clock
+        self._rests_until_s = -math.inf
+
+    def write(self, token: bytes, ranges: Items[ByteRange]) -> None:
+        """See Sender. Raises TransferError at once while it rests."""
+        rest_s = self._rests_until_s - self._clock()
+        if rest_s > 0:
+            raise UnreachableError(f"the receiver did not answer lately; it is tried again in {rest_s:.0f} s")
+        try:
+            self.sender.write(token, ranges)
+        except UnreachableError:
+            self._rests_until_s = self._clock() + _REST_S
+            raise
+
+    def leave(self) -> None:
+        """Closing waits for its writes: not here. The threads end with the last push that has them."""
+        self.pool.submit(self.sender.close)
 
 
 def split_ranges(

@@ -46,7 +46,7 @@ class KVExchange:
         self.addresses = transfer.receiver.addresses
         self._kv_cache = kv_cache
         self._free = free
-        self._hand_overs = HandOvers(transfer.connect, kv_cache.config.bytes_per_token)
+        self._hand_overs = HandOvers(transfer.connect, kv_cache.config.bytes_per_token, clock=clock)
         self._handing_over: list[Sequence] = []
         """Computed, with a token, and not yet sent."""
         self._being_read: list[tuple[int, Push]] = []

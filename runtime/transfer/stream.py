@@ -5,7 +5,7 @@ import socket
 import struct
 from collections.abc import Callable
 
-from xllm_compile.runtime.transfer.transfer import TransferError
+from xllm_compile.runtime.transfer.transfer import TransferError, UnreachableError
 
 # sendmsg takes as many parts as the system's IOV_MAX.
 _MAX_PARTS = 1024
@@ -17,7 +17,7 @@ class ConnectionLostError(TransferError):
 
 
 class Stream:
-    """Blocking. Every call raises TransferError after timeout_s without progress, ConnectionLostError at its end."""
+    """Blocking. Every call raises UnreachableError after timeout_s without progress, ConnectionLostError at its end."""
 
     def __init__(self, connection: socket.socket, peer: str, timeout_s: float) -> None:
         self.socket = connection
@@ -71,7 +71,7 @@ class Stream:
         try:
             num_bytes = call()
         except BlockingIOError:
-            raise TransferError(f"{self.peer} made no progress for {self.timeout_s:g} s") from None
+            raise UnreachableError(f"{self.peer} made no progress for {self.timeout_s:g} s") from None
         except OSError as err:
             raise ConnectionLostError(f"{self.peer} is gone: {err.strerror or err}") from None
         if num_bytes == 0:

@@ -18,7 +18,14 @@ from xllm_compile.runtime.transfer.permits import Permits, RefusedError, Write
 from xllm_compile.runtime.transfer.server import Server
 from xllm_compile.runtime.transfer.session import Session, WriteRequest, greet_receiver
 from xllm_compile.runtime.transfer.stream import Stream
-from xllm_compile.runtime.transfer.transfer import ByteRange, Region, Sender, TransferConfig, TransferError
+from xllm_compile.runtime.transfer.transfer import (
+    ByteRange,
+    Region,
+    Sender,
+    TransferConfig,
+    TransferError,
+    UnreachableError,
+)
 
 # What moves between two looks at whether the token is revoked.
 _FRAME_BYTES = 2 << 20
@@ -78,7 +85,7 @@ def connect_session(address: str, config: TransferConfig) -> Session:
     try:
         connection = socket.create_connection(host_and_port(address), config.timeout_s)
     except OSError as err:
-        raise TransferError(f"{address} cannot be reached: {err.strerror or err}; has it ended?") from None
+        raise UnreachableError(f"{address} cannot be reached: {err.strerror or err}; has it ended?") from None
     stream = Stream(connection, address, config.timeout_s)
     try:
         tune(stream)

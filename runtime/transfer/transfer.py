@@ -56,6 +56,10 @@ class TransferConfig:
             raise ValueError(f"port={self.port} of KV transfers must be in [0, 65535]; 0 takes a free one")
 
 
+class UnreachableError(TransferError):
+    """The peer does not answer: it, or the way to it, stands still."""
+
+
 class Receiver(Protocol):
     """The side that owns the region. Thread-safe."""
 
