@@ -33,6 +33,15 @@ INSTANCE_SERVICE_NAME: str = xllm_pb2.DESCRIPTOR.services_by_name["Instance"].fu
 MAX_SEND_BYTES = 64 << 20
 _GENERATE, _EMBED = f"{SERVICE_NAME}/Generate", f"{SERVICE_NAME}/Embed"
 
+_KEEPALIVE = (
+    # The calls of a peer that vanished without a word end: nobody reads what they compute.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Gateways look after their connections in the same way (cluster/instance_link.py).
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
 # A health probe has no key to send, and learns nothing but up or down.
 _OPEN_METHODS = f"/{health.SERVICE_NAME}/"
 
@@ -142,6 +151,7 @@ class GrpcServer:
                 ("grpc.max_send_message_length", MAX_SEND_BYTES),
                 # A second server on the same port must fail, not take half of the calls.
                 ("grpc.so_reuseport", 0),
+                *_KEEPALIVE,
             ),
         )
         xllm_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)

@@ -89,6 +89,15 @@ class TlsConfig:
         return context
 
 
+RECONNECT_OPTIONS: tuple[tuple[str, Any], ...] = (
+    # Who is back is found at once: gRPC's own pauses grow to minutes, its attempts over a cut network take 20 s.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+"""For channels to peers that come and go."""
+
+
 def open_channel(
     address: str, credentials: "grpc.ChannelCredentials | None", options: Sequence[tuple[str, Any]] = ()
 ) -> "grpc.aio.Channel":

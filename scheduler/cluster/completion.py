@@ -70,6 +70,8 @@ class Completion:
         """Incarnations that were lost."""
         self._refusals: dict[str, errors.ApiError] = {}
         """By the incarnation that refused."""
+        self._is_begun = False
+        """An instance took it: its client is not sent away any more."""
         self.index = log.index
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
@@ -234,6 +236,7 @@ class Completion:
     def _take(self, response: Any) -> list[CompletionOutput]:
         outputs = [self._log.take(choice) for choice in response.choices]
         if any(output.token_ids for output in outputs):
+            self._is_begun = True
             now = time.monotonic()
             if self._metrics.first_token_s is None:
                 self._metrics.first_token_s = now
@@ -261,6 +264,7 @@ class Completion:
         return link
 
     def _lose(self, link: InstanceLink, err: InstanceLostError) -> None:
+        self._is_begun = True
         self._num_losses += 1
         self._stats.num_lost += 1
         self._avoided.add(link.info.incarnation)
@@ -286,17 +290,27 @@ class Completion:
             willing = [each for each in usable if each.info.incarnation not in self._refusals]
             if willing:
                 fresh = [each for each in willing if each.info.incarnation not in self._avoided]
-                shape = self._log.shape()
+                shape = self._log.shape(is_begun=self._is_begun)
                 cached = self._cluster.kv.match(shape.digests)
                 self._awaits_token = True
                 return self._placer.place(self._key, shape, fresh or willing, cached, instances)
             if usable:
-                raise self._soonest_refusal(usable)
+                await self._wait_for_room(self._soonest_refusal(usable))
+                continue
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise errors.no_instance()
             await self._cluster.wait_changed(left_s)
         raise _AbortedError
+
+    async def _wait_for_room(self, refusal: errors.ApiError) -> None:
+        """Until those who refused may be asked again. Raises the refusal of a request that nobody took before."""
+        if not self._is_begun:
+            raise refusal
+        again_s = time.monotonic() + (refusal.retry_after_s or errors.RETRY_AFTER_S)
+        while not self._is_aborted and (left_s := again_s - time.monotonic()) > 0:
+            await self._cluster.wait_changed(left_s)
+        self._refusals.clear()
 
     def _soonest_refusal(self, instances: list[Instance]) -> errors.ApiError:
         """All refused: of what they said, the soonest time to come back."""

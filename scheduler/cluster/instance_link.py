@@ -21,19 +21,28 @@ from xllm_compile.scheduler.cluster.state import InstanceInfo, InstanceLoad
 from xllm_compile.scheduler.grpc_errors import api_error_of
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 from xllm_compile.scheduler.tasks import cancel_all
-from xllm_compile.scheduler.tls import explain, open_channel
+from xllm_compile.scheduler.tls import RECONNECT_OPTIONS, explain, open_channel
 
 logger = logging.getLogger(__name__)
 
 LOAD_PERIOD_MS = 250
 # A report that is so late means that the instance, or the way to it, stands still: what it has is done elsewhere.
 SILENCE_S = 3.0
+# Silence is counted in parts: a gateway that itself stood still, or had no CPU, has missed one of them and no reports.
+_NUM_SILENCES = 12
 _RETRY_S = 0.2
 _CALL_TIMEOUT_S = 5.0
 # As long as an instance holds a reservation that nobody comes for.
 _RELEASE_TIMEOUT_S = 60.0
-_MAX_MESSAGE_BYTES = 64 << 20
 _NO_TRACE: Mapping[str, str] = MappingProxyType({})
+_CHANNEL_OPTIONS = (
+    *RECONNECT_OPTIONS,
+    ("grpc.max_receive_message_length", 64 << 20),
+    # A connection whose other end vanished without a word gives way to a new one (grpc_api.py permits the pings).
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
 
 
 class InstanceLostError(Exception):
@@ -72,6 +81,10 @@ class InstanceLink:
         self._runs: dict[str, _Run] = {}
         self._stream: _Stream | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._num_silences = 0
+        """Parts of SILENCE_S since the last report."""
+        self._patience: asyncio.Timeout | None = None
+        """Of who waits for a report."""
 
     @property
     def num_open(self) -> int:
@@ -79,11 +92,10 @@ class InstanceLink:
         return len(self._runs)
 
     async def start(self) -> None:
-        options = (("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),)
-        self._channel = open_channel(self.info.address, self._credentials, options)
+        self._channel = open_channel(self.info.address, self._credentials, _CHANNEL_OPTIONS)
         self._instance = xllm_pb2_grpc.InstanceStub(self._channel)
         self._inference = xllm_pb2_grpc.InferenceStub(self._channel)
-        self._tasks = [asyncio.create_task(self._watch_load())]
+        self._tasks = [asyncio.create_task(self._watch_load()), asyncio.create_task(self._count_silence())]
         if self.holder is not None:
             watching = watch_kv(self._instance, self.holder, incarnation=self.info.incarnation, metadata=self._metadata)
             self._spawn(watching)
@@ -127,6 +139,7 @@ class InstanceLink:
             await self._call(self._instance.Release, request, timeout=_RELEASE_TIMEOUT_S, wait_for_ready=True)
 
     async def _call(self, method: Any, request: Any, trace: Mapping[str, str] = _NO_TRACE, **options: Any) -> Any:
+        self._check_open()
         try:
             return await method(request, metadata=(*self._metadata, *trace.items()), **options)
         except grpc.aio.AioRpcError as err:
@@ -140,6 +153,7 @@ class InstanceLink:
 
         Raises ApiError where the instance refuses, InstanceLostError.
         """
+        self._check_open()
         run = _Run()
         name = request.request_id
         self._runs[name] = run
@@ -157,6 +171,10 @@ class InstanceLink:
             del self._runs[name]
             if not run.is_over:
                 self._cancel(name)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise InstanceLostError(f"{self.info.name}: it left")
 
     def abort(self, name: str) -> None:
         """End a request of `run` here: its last response says so."""
@@ -211,7 +229,7 @@ class InstanceLink:
             reason = "it ended the reports"
             try:
                 reports = self._instance.WatchLoad(request, metadata=self._metadata)
-                while (report := await _soon(reports.read())) is not grpc.aio.EOF:
+                while (report := await self._soon(reports.read())) is not grpc.aio.EOF:
                     if report.incarnation != self.info.incarnation:
                         reason = "another instance has its address"
                         break
@@ -226,6 +244,23 @@ class InstanceLink:
                 reason = _reason(err)
             self._lose(reason)
             await asyncio.sleep(_RETRY_S)
+
+    async def _soon(self, reading: Awaitable[Any]) -> Any:
+        """Raises TimeoutError after SILENCE_S of `_count_silence`."""
+        self._num_silences = 0
+        try:
+            async with asyncio.timeout(None) as self._patience:
+                return await reading
+        finally:
+            self._patience = None
+
+    async def _count_silence(self) -> None:
+        while True:
+            await asyncio.sleep(SILENCE_S / _NUM_SILENCES)
+            self._num_silences += 1
+            if self._patience is not None and self._num_silences > _NUM_SILENCES:
+                self._patience.reschedule(0)
+                self._patience = None
 
     def _lose(self, reason: str) -> None:
         if self._is_new:
@@ -287,12 +322,6 @@ class _Run:
             self.is_over = not isinstance(item, InstanceLostError)
             raise item
         return item
-
-
-async def _soon(reading: Awaitable[Any]) -> Any:
-    # wait_for of Python 3.11 forgets a cancellation that comes together with what it waits for.
-    async with asyncio.timeout(SILENCE_S):
-        return await reading
 
 
 def _reason(err: Exception) -> str:

@@ -209,6 +209,8 @@ class RequestShape:
     tpot_slo_s: float | None = None
     is_offline: bool = False
     priority: int = 0
+    is_begun: bool = False
+    """An instance had it, and it has to go on elsewhere: it is past being refused for a queue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

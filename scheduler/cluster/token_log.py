@@ -48,8 +48,8 @@ class TokenLog:
         """Prompt and output."""
         return [*self.prompt, *self.token_ids]
 
-    def shape(self) -> RequestShape:
-        """Of what is left."""
+    def shape(self, *, is_begun: bool = False) -> RequestShape:
+        """Of what is left. is_begun: an instance had it before."""
         params = self._params
         assert params.max_tokens is not None or params.pooling is not None, "the gateway bounds every request"
         return RequestShape(
@@ -60,6 +60,7 @@ class TokenLog:
             tpot_slo_s=None if params.tpot_slo_ms is None else params.tpot_slo_ms / 1e3,
             is_offline=params.offline,
             priority=params.priority,
+            is_begun=is_begun,
         )
 
     def _digests(self) -> tuple[bytes, ...]:

@@ -175,7 +175,8 @@ class _Router:
         if decode is not prefill.instance:
             wait_s = max(wait_s, predict.room_wait_s(decode, self.request.num_prompt_tokens))
         # An idle instance takes any request, however long it computes.
-        if wait_s > limit_s and (prefill.instance.load.num_running or prefill.instance.load.num_waiting):
+        is_idle = not (prefill.instance.load.num_running or prefill.instance.load.num_waiting)
+        if wait_s > limit_s and not (self.request.is_begun or is_idle):
             whose = " for offline requests" if self.request.is_offline else ""
             return Refusal(
                 reason=f"the first token would take {wait_s:.1f} s, the limit is {limit_s:.1f} s{whose}; retry later",

@@ -31,16 +31,13 @@ from xllm_compile.scheduler.registry.registry import (
     RegistryUnavailableError,
     Snapshot,
 )
-from xllm_compile.scheduler.tls import explain, open_channel
+from xllm_compile.scheduler.tls import RECONNECT_OPTIONS, explain, open_channel
 
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 0.5
 _CHANNEL_OPTIONS = [
-    # A registry that is back is found at once: gRPC's own pauses grow to minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 500),
+    *RECONNECT_OPTIONS,
     # A host that vanished without a word ends a silent watch.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),

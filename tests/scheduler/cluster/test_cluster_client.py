@@ -1,4 +1,6 @@
 import asyncio
+import string
+import time
 from contextlib import aclosing
 from typing import Any
 
@@ -8,9 +10,11 @@ import pytest
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams, embedding_params
 from xllm_compile.scheduler.cluster.completion import FailoverConfig
+from xllm_compile.scheduler.cluster.instance_link import InstanceLostError
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.state import Health
-from xllm_compile.scheduler.errors import ApiError
+from xllm_compile.scheduler.errors import ApiError, queue_full
+from xllm_compile.scheduler.proto import xllm_pb2
 
 
 def params_of(**fields):
@@ -186,6 +190,49 @@ async def test_a_silent_instance_is_no_place(make_cluster, monkeypatch):
     assert cluster.instances["a"].runner.num_steps == 0
     cluster.instances["a"].servicer.is_silent = False
     await cluster.until(lambda: all(each.takes_work for each in cluster.cluster.instances()))
+
+
+async def test_a_gateway_that_stood_still_blames_no_instance(make_cluster, monkeypatch):
+    monkeypatch.setattr("xllm_compile.scheduler.cluster.instance_link.SILENCE_S", 1.0)
+    cluster = await make_cluster(a={}, b={})
+    downs = []
+    for link in (cluster.cluster.link("a"), cluster.cluster.link("b")):
+        monkeypatch.setattr(link, "_on_report", lambda link: downs.append(link) if not link.is_up else None)
+        reported_s = link.reported_s
+        await cluster.until(lambda link=link, reported_s=reported_s: link.reported_s > reported_s)
+    # Nothing runs on the loop meanwhile.
+    time.sleep(1.5)
+    assert [text_of(await generate(cluster, str(index))) for index in range(3)] == ["cdef"] * 3
+    assert not downs and cluster.cluster.stats.num_lost == 0
+
+
+async def test_a_call_to_an_instance_that_left_finds_it_lost(make_cluster):
+    cluster = await make_cluster(a={}, b={})
+    link = cluster.cluster.link("a")
+    await cluster.register("b")
+    with pytest.raises(InstanceLostError, match="a: it left"):
+        await link.reserve(xllm_pb2.ReserveRequest(reservation_id="r"))
+    with pytest.raises(InstanceLostError, match="a: it left"):
+        await anext(link.run(xllm_pb2.GenerateRequest(request_id="r")))
+
+
+async def test_a_stream_that_lost_its_instance_waits_for_room_elsewhere(make_cluster, monkeypatch):
+    """Its client has some of the answer: it is not sent away as one that comes then would be."""
+    cluster = await make_cluster(a={}, b={})
+    request = Interrupted(cluster, max_tokens=24)
+    taken, other = await request.begun()
+
+    def refuse(protocol):
+        raise queue_full("all places are taken", 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.instances[other].service, "admit", refuse)
+        await cluster.instances[taken].stop()
+        await cluster.until(lambda: cluster.cluster.stats.num_refused >= 1)
+        with pytest.raises(ApiError, match="all places are taken"):
+            await generate(cluster, "new")
+    cluster.instances[other].runner.gate.set()
+    assert text_of(await request.task) == string.ascii_lowercase[2:]
 
 
 async def test_a_request_that_ends_its_instances_is_given_up(make_cluster):

@@ -225,6 +225,8 @@ def test_who_would_wait_too_long_is_told_when_to_come_back():
     assert found.reason == f"the first token would take {wait_s:.1f} s, the limit is 20.0 s; retry later"
     offline = route(request(1000, is_offline=True), fleet, rules=rules(max_wait_s=40.0))
     assert isinstance(offline, Refusal) and "the limit is 20.0 s for offline requests" in offline.reason
+    # One that has to go on elsewhere is not sent away.
+    assert placed(route(request(1000, is_begun=True), fleet, rules=rules(max_wait_s=20.0))) == ("p", "d")
     # A longer target raises the limit.
     assert isinstance(route(request(1000, ttft_slo_s=60.0), fleet, rules=rules(max_wait_s=20.0)), Placement)
     # However long an idle instance would compute, it takes the request.
