@@ -222,7 +222,7 @@ async def test_a_stream_that_lost_its_instance_waits_for_room_elsewhere(make_clu
     request = Interrupted(cluster, max_tokens=24)
     taken, other = await request.begun()
 
-    def refuse(protocol):
+    def refuse(*_call):
         raise queue_full("all places are taken", 1.0)
 
     with monkeypatch.context() as patch:
