@@ -11,6 +11,8 @@ INFO = InstanceInfo(
     incarnation="1",
     role=Role.MIX,
     address="i0",
+    transfers=("simulated",),
+    kv_bytes_per_token=100_000,
     block_tokens=BLOCK_TOKENS,
     max_model_len=1 << 20,
     max_num_seqs=256,
@@ -45,6 +47,20 @@ def test_one_instance_has_the_ideal_and_routing_by_prefix_keeps_most_of_it(tmp_p
     assert ours["hit_rate"] > 0.95 * ideal > base["hit_rate"]
     assert ours["imbalance"] < 1.5
     assert ours["ttft_p99_s"] < base["ttft_p99_s"]
+
+
+def test_fetching_finds_what_any_instance_has(tmp_path):
+    trace, hash_ids = conversations(tmp_path)
+    prompts = read_prompts(trace)
+    ideal = ideal_hits(hash_ids) / sum(map(len, hash_ids))
+    # In turns, so slow that whoever comes back finds the prompt before computed.
+    without = replay(prompts, INFO, PROFILE, 4, "round_robin", 0.1)
+    ours = replay(prompts, INFO, PROFILE, 4, "round_robin", 0.1, link_s=lambda num_tokens: 0.001 + 1e-6 * num_tokens)
+    assert ours["hit_rate"] > 0.98 * ideal > without["hit_rate"] and ours["num_fetches"] > 0
+    assert ours["ttft_mean_s"] < without["ttft_mean_s"]
+    # Slower than computing, as is learnt from the first copies.
+    slow = replay(prompts, INFO, PROFILE, 4, "round_robin", 0.1, link_s=lambda num_tokens: 0.01 * num_tokens)
+    assert slow["num_fetches"] < 0.2 * ours["num_fetches"]
 
 
 def test_one_prefix_that_all_want_does_not_stay_on_one_instance(tmp_path):

@@ -41,7 +41,7 @@ def test_only_what_is_missing_has_to_be_copied():
     found = fetched(a, [b], HAS_ALL | {"a": CachedTokens(device=3200, host=1600)})
     assert found.copy_s == pytest.approx(0.001 + 0.016)
     # A block's copy takes longer than the block.
-    assert fetched(a, [b], HAS_ALL | {"a": CachedTokens(device=6384)}, copies=CopyTimes()) is None
+    assert fetched(a, [b], HAS_ALL | {"a": CachedTokens(device=6384)}, copies=SLOW) is None
 
 
 def test_the_last_token_is_computed():
