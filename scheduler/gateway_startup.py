@@ -14,12 +14,14 @@ from xllm_compile.scheduler.cluster.cluster_api import ClusterApi
 from xllm_compile.scheduler.cluster.cluster_client import ClusterClient, SloDefaults
 from xllm_compile.scheduler.cluster.cluster_metrics import ClusterCollector
 from xllm_compile.scheduler.cluster.gateway import Gateway, ServedRegistry
+from xllm_compile.scheduler.cluster.offline_puller import OfflinePuller
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.registry_address import RegistryAddress, registry_of
 from xllm_compile.scheduler.dashboard.dashboard import Dashboard
 from xllm_compile.scheduler.dashboard.reading import read_cluster
 from xllm_compile.scheduler.errors import no_instance
 from xllm_compile.scheduler.exposure import is_loopback
+from xllm_compile.scheduler.policies.colocation import ColocationRules
 from xllm_compile.scheduler.policies.fetch import FetchRules
 from xllm_compile.scheduler.policies.roles import RoleRules
 from xllm_compile.scheduler.policies.routing import RoutingRules
@@ -32,6 +34,7 @@ from xllm_compile.scheduler.startup import (
     registry_host,
     server_config,
 )
+from xllm_compile.scheduler.tasks import cancel_all
 from xllm_compile.scheduler.tls import TlsConfig
 from xllm_compile.scheduler.tracing import Tracing
 
@@ -49,6 +52,7 @@ def serve_gateway(
     tokenizer = Tokenizer.from_directory(artifact / TOKENIZER)
     tls = TlsConfig.from_options(options)
     rules, registry = _role_rules(options), _registry(options, tls)
+    colocation = _colocation_rules(options)
     slo = SloDefaults(ttft_ms=options["ttft_slo_ms"], tpot_ms=options["tpot_slo_ms"])
     host = options["host"]
 
@@ -57,9 +61,10 @@ def serve_gateway(
         async with Gateway(registry, name=name, api_keys=options["api_keys"], tls=tls, roles=rules) as gateway:
             fetch = FetchRules() if options["kv_fetch"] else None
             placer = Placer(RoutingRules(policy=options["routing"]), fetch=fetch)
+            client = ClusterClient(gateway.cluster, placer=placer, slo=slo)
             service = make_service(
                 options,
-                engine=ClusterClient(gateway.cluster, placer=placer, slo=slo),
+                engine=client,
                 tokenizer=tokenizer,
                 model_names=names,
                 max_model_len=options["max_model_len"] or manifest.model.max_model_len,
@@ -76,9 +81,16 @@ def serve_gateway(
             read = partial(read_cluster, service, gateway.cluster)
             dashboard = Dashboard(read, dashboard_config(options, names[0], is_gateway=True))
             routes = [*ClusterApi(gateway.cluster).routes(), *dashboard.routes()]
-            with opened_batches(options, service) as batches:
-                serving = run_server(config, http_socket, service, on_ready, routes=routes, batches=batches)
-                return await dashboard.beside(serving)
+            jobs = []
+            if colocation is not None:
+                puller = OfflinePuller(gateway.cluster, client, placer, colocation)
+                jobs.append(asyncio.create_task(puller.run()))
+            try:
+                with opened_batches(options, service) as batches:
+                    serving = run_server(config, http_socket, service, on_ready, routes=routes, batches=batches)
+                    return await dashboard.beside(serving)
+            finally:
+                await cancel_all(jobs)
 
     return 0 if asyncio.run(run()) else 1
 
@@ -97,6 +109,14 @@ def _registry(options: Mapping[str, Any], tls: TlsConfig) -> RegistryAddress | S
     if options["registry"]:
         return registry_of(options)
     return ServedRegistry(host=host, port=options["registry_port"])
+
+
+def _colocation_rules(options: Mapping[str, Any]) -> ColocationRules | None:
+    if not options["colocation"]:
+        return None
+    if options["tpot_slo_ms"] is None:
+        raise ValueError("--colocation fills what a target leaves, and none is given; add --tpot-slo-ms")
+    return ColocationRules(tpot_slo_s=options["tpot_slo_ms"] / 1e3)
 
 
 def _role_rules(options: Mapping[str, Any]) -> RoleRules | None:

@@ -76,6 +76,11 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     help="Have a gateway move its mix instances between prefill and decode, to keep --ttft-slo-ms and --tpot-slo-ms.",
 )
 @click.option(
+    "--colocation",
+    is_flag=True,
+    help="Have a gateway's decoding instances take offline requests over from busier ones, within --tpot-slo-ms.",
+)
+@click.option(
     "--routing",
     type=click.Choice(ROUTING_POLICIES),
     default="slo",

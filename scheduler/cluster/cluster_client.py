@@ -25,12 +25,14 @@ from xllm_compile.scheduler.tracing import current_span
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SloDefaults:
-    """Targets of requests that name none."""
+    """Targets of online requests that name none."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
 
     def applied(self, params: SamplingParams) -> SamplingParams:
+        if params.offline:
+            return params
         ttft_ms = self.ttft_ms if params.ttft_slo_ms is None else params.ttft_slo_ms
         tpot_ms = self.tpot_ms if params.tpot_slo_ms is None else params.tpot_slo_ms
         return replace(params, ttft_slo_ms=ttft_ms, tpot_slo_ms=tpot_ms)
@@ -64,6 +66,10 @@ class ClusterClient:
     def num_open(self) -> int:
         """Requests that generate."""
         return len(self._open)
+
+    def completions(self) -> list[Completion]:
+        """Those of all open requests."""
+        return [completion for completions in self._open.values() for completion in completions]
 
     async def generate(
         self,

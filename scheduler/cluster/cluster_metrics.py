@@ -32,6 +32,8 @@ _COUNTERS = {
     "xllm_kv_fetches": ("Prefixes that an instance was to send to another", "num_fetches"),
     "xllm_kv_fetches_failed": ("Of these, those that did not arrive whole", "num_failed_fetches"),
     "xllm_kv_fetched_tokens": ("Tokens of KV that arrived instead of being computed", "num_fetched_tokens"),
+    "xllm_migrations": ("Offline requests that another instance took over while they decoded", "num_migrated"),
+    "xllm_migrations_refused": ("Those that it had no room for after all", "num_migrations_refused"),
     "xllm_resumed_tokens": ("Tokens with which requests went on elsewhere", "num_resumed_tokens"),
 }
 

@@ -32,6 +32,17 @@ class FailoverConfig:
     """How long a request waits for an instance when there is none."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Next:
+    """Where a request goes on behind the instance that has it."""
+
+    link: InstanceLink
+    reservation: Any
+
+    def release(self) -> None:
+        self.link.release(self.reservation.reservation_id)
+
+
 class _TryElsewhereError(Exception):
     """The attempt is over; why, is noted."""
 
@@ -65,6 +76,8 @@ class Completion:
         self._awaits_token = True
         """No token has come since it was placed."""
         self._running: tuple[InstanceLink, str] | None = None
+        self._next: _Next | None = None
+        self._is_moving = False
         self._num_losses = 0
         self._avoided: set[str] = set()
         """Incarnations that were lost."""
@@ -135,43 +148,89 @@ class Completion:
                 prefill.release(fetched.reservation_id)
 
     async def _generate(
-        self, prefill: InstanceLink, decode: InstanceLink, fetched: Fetched | None, span: Span
+        self, link: InstanceLink, decode: InstanceLink, fetched: Fetched | None, span: Span
     ) -> AsyncGenerator[CompletionOutput, None]:
+        """Prefill on the link's instance, then wherever it is handed over to: where it decodes, or to who pulls it."""
         # Of this attempt: an instance may still hold an earlier one.
         request = self._log.request(uuid.uuid4().hex)
         if fetched is not None:
             request.resume.reservation_id = fetched.reservation_id
             request.resume.num_kv_tokens = fetched.num_kv_tokens
-        reservation: Any = None
+        name = "generate"
+        claimed: _Next | None = None
         try:
-            if prefill is not decode:
+            if link is not decode:
                 self._stats.num_split += 1
-                reservation = await self._reserve(decode, prefill.info, span)
-                request.hand_over.reservation.CopyFrom(reservation)
+                name = "prefill"
+                self._next = _Next(decode, await self._reserve(decode, link.info, span))
+                request.hand_over.reservation.CopyFrom(self._next.reservation)
+            while True:
                 is_handed_over, num_kv_tokens = False, 0
-                async with aclosing(self._run(prefill, request, span, "prefill")) as responses:
+                async with aclosing(self._run(link, request, span, name)) as responses:
                     async for response in responses:
+                        if not _is_aborted(response):
+                            # The sequence has the slot, or found none.
+                            claimed = None
                         is_handed_over, num_kv_tokens = _is_handed_over(response), response.num_kv_tokens
                         for output in self._take(response):
                             yield output
                 if not is_handed_over:
                     return
-                self._stats.num_handed_over += 1
+                assert self._next is not None, "an instance hands over what it was told to"
+                self._count_hand_over(link is decode)
+                name = "decode"
+                claimed, self._next = self._next, None
+                link = decode = claimed.link
                 request = self._log.request(uuid.uuid4().hex)
-                request.resume.reservation_id = reservation.reservation_id
+                request.resume.reservation_id = claimed.reservation.reservation_id
                 # What a receiver cannot know: bytes that were never sent look like any others.
                 request.resume.num_kv_tokens = num_kv_tokens
-            name = "generate" if prefill is decode else "decode"
-            async with aclosing(self._run(decode, request, span, name)) as responses:
-                async for response in responses:
-                    if not _is_aborted(response):
-                        # The sequence has the slot, or found none.
-                        reservation = None
-                    for output in self._take(response):
-                        yield output
         finally:
-            if reservation is not None:
-                decode.release(reservation.reservation_id)
+            for held in (self._next, claimed):
+                if held is not None:
+                    held.release()
+            self._next = None
+
+    def _count_hand_over(self, is_migration: bool) -> None:
+        if is_migration:
+            self._stats.num_migrated += 1
+        else:
+            self._stats.num_handed_over += 1
+
+    @property
+    def offline_at(self) -> str | None:
+        """The instance where it decodes as an offline request and may be moved from; else None."""
+        if self._running is None or self._awaits_token or self._next is not None or self._is_moving:
+            return None
+        return self._running[0].info.name if self._log.is_offline else None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output so far."""
+        return self._log.num_tokens
+
+    async def move(self, target: InstanceLink) -> None:
+        """Have it go on there, with its KV; it stays if there is no room, or it ends or leaves meanwhile."""
+        running = self._running
+        assert running is not None and self.offline_at is not None
+        self._is_moving = True
+        try:
+            with self._client_span(self._span, "reserve", target) as span:
+                reservation = await target.reserve(self._reserve_request(running[0].info), span.carrier)
+        except (InstanceLostError, errors.ApiError) as err:
+            self._stats.num_migrations_refused += 1
+            logger.debug("an offline request stays on %s: %s", running[0].info.name, err)
+            return
+        finally:
+            self._is_moving = False
+        following = _Next(target, reservation)
+        if self._running is not running or self._is_aborted:
+            following.release()
+            return
+        self._next = following
+        self._placer.moved(self._key, self._log.shape(), target.info.name)
+        link, name = running
+        link.hand_over(name, reservation)
 
     async def _run(self, link: InstanceLink, request: Any, parent: Span, name: str) -> AsyncGenerator[Any, None]:
         """Responses of the instance. Raises _TryElsewhereError where it is lost, refuses or ends the request early,
@@ -207,14 +266,16 @@ class Completion:
 
     async def _reserve(self, link: InstanceLink, sender: InstanceInfo, parent: Span) -> Any:
         """Room there for the prompt's KV as the sender computes it. Raises _TryElsewhereError."""
-        request = xllm_pb2.ReserveRequest(
+        with self._client_span(parent, "reserve", link) as span, self._noted(link):
+            return await link.reserve(self._reserve_request(sender), span.carrier)
+
+    def _reserve_request(self, sender: InstanceInfo) -> Any:
+        return xllm_pb2.ReserveRequest(
             reservation_id=uuid.uuid4().hex,
             token_ids=self._log.all_token_ids,
             weights_key=sender.weights_key,
             kv_layout=sender.kv_layout,
         )
-        with self._client_span(parent, "reserve", link) as span, self._noted(link):
-            return await link.reserve(request, span.carrier)
 
     @staticmethod
     def _client_span(parent: Span, name: str, link: InstanceLink) -> Span:

@@ -176,6 +176,12 @@ class InstanceLink:
         if self._is_closed:
             raise InstanceLostError(f"{self.info.name}: it left")
 
+    def hand_over(self, name: str, reservation: Any) -> None:
+        """Have a request of `run` end with its KV sent there; its last response says how far that got."""
+        if name in self._runs and self._stream is not None:
+            target = xllm_pb2.HandOver(reservation=reservation)
+            self._send(xllm_pb2.RunRequest(hand_over=xllm_pb2.RunHandOver(request_id=name, hand_over=target)))
+
     def abort(self, name: str) -> None:
         """End a request of `run` here: its last response says so."""
         run = self._runs.get(name)

@@ -64,8 +64,7 @@ class Placer:
         """
         now = self._clock()
         corrected = [
-            replace(instance, ttft_ratio=self._ttft.ratio(instance.info))
-            for instance in self._placements.added(instances, now)
+            replace(instance, ttft_ratio=self._ttft.ratio(instance.info)) for instance in self.loaded(instances)
         ]
         fetching = None
         if self._fetch is not None and cached:
@@ -88,6 +87,16 @@ class Placer:
     def copied(self, source: InstanceInfo, target: InstanceInfo, num_tokens: int, seconds: float) -> None:
         """KV of so many tokens went there, or was given up, after so long."""
         self._copies.observe(source, target, num_tokens, seconds, self._clock())
+
+    def loaded(self, instances: Sequence[Instance]) -> list[Instance]:
+        """Their loads with what was placed there since they were reported."""
+        return self._placements.added(instances, self._clock())
+
+    def moved(self, key: str, request: RequestShape, name: str) -> None:
+        """It decodes on that instance from now on."""
+        now = self._clock()
+        self._placements.place(key, request, Placement(prefill=name, decode=name), now)
+        self._placements.first_token(key, now)
 
     def first_token(self, key: str) -> None:
         now = self._clock()

@@ -21,5 +21,9 @@ class ClusterStats:
     """those of which less arrived than was asked for."""
     num_fetched_tokens: int = 0
     """Tokens of KV that arrived instead of being computed."""
+    num_migrated: int = 0
+    """Offline requests that another instance took over while they decoded."""
+    num_migrations_refused: int = 0
+    """Those that it had no room for after all."""
     num_resumed_tokens: int = 0
     """Tokens with which requests went on elsewhere."""

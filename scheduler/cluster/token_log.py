@@ -44,6 +44,15 @@ class TokenLog:
         self._cumulative_logprob: float | None = None
 
     @property
+    def is_offline(self) -> bool:
+        return self._params.offline
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output."""
+        return len(self.prompt) + len(self.token_ids)
+
+    @property
     def all_token_ids(self) -> list[int]:
         """Prompt and output."""
         return [*self.prompt, *self.token_ids]

@@ -14,7 +14,8 @@ _LOOPBACK = "127.0.0.1"
 # By parameter name of xllm-serve. What is in none of these is of instances alone.
 GATEWAY_OPTIONS = frozenset(
     {
-        *("host", "port", "grpc_port", "registry_host", "registry_port", "routing", "kv_fetch", "dynamic_roles"),
+        *("host", "port", "grpc_port", "registry_host", "registry_port", "routing", "kv_fetch"),
+        *("dynamic_roles", "colocation"),
         *("tls_cert", "tls_key", "tls_client_auth", "allow_unauthenticated"),
         *("batch_dir", "batch_max_lines", "batch_max_file_size", "batch_disk_size"),
     }

@@ -16,11 +16,11 @@ Source: OOCO, arXiv:2511.21862; xLLM 3.1, arXiv:2510.14686. Two of its choices a
 have to give way wait instead of being computed again, and a chunk is where prefill is interrupted instead of a layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xllm_compile.runtime.policies.chunk import StepLoad
-from xllm_compile.scheduler.cluster.state import Instance, StepProfile
+from xllm_compile.scheduler.cluster.state import Health, Instance, Pool, StepProfile
 from xllm_compile.scheduler.policies import predict
 
 
@@ -146,3 +146,43 @@ def pick(pull: Pull, lengths: Mapping[str, int]) -> list[str]:
             taken.append(name)
             tokens_left -= lengths[name]
     return taken
+
+
+def pulls(
+    instances: Sequence[Instance], offline: Mapping[str, Mapping[str, int]], rules: ColocationRules
+) -> list[tuple[str, str]]:
+    """Offline sequences that go on elsewhere, each with the name of the instance that takes it over.
+
+    offline: KV tokens by sequence, by the name of the instance where it decodes. KV that cannot be moved stays where it
+    is: to compute it again would take the slack that it is to use.
+    """
+    left = {name: dict(lengths) for name, lengths in offline.items()}
+    moves: list[tuple[str, str]] = []
+    for target in instances:
+        pull = pull_of(target, rules) if target.takes_decodes else None
+        if pull is None:
+            continue
+        sources = [
+            one for one in instances if one is not target and left.get(one.name) and _gives_to(one, target, rules)
+        ]
+        source = max(sources, key=lambda one: len(left[one.name]), default=None)
+        if source is not None:
+            for name in pick(pull, left[source.name]):
+                del left[source.name][name]
+                moves.append((name, target.name))
+    return moves
+
+
+def _gives_to(source: Instance, target: Instance, rules: ColocationRules) -> bool:
+    """Whether offline sequences of one are better off on the other: it prefills for others, or has no slack itself."""
+    mine, theirs = source.info, target.info
+    if source.health is Health.SUSPECT or not (mine.transfers and theirs.transfers):
+        return False
+    if (mine.weights_key, mine.kv_layout) != (theirs.weights_key, theirs.kv_layout):
+        return False
+    if source.pool in (Pool.PREFILL, Pool.DECODE_TO_PREFILL):
+        return True
+    load = source.load
+    num_online_waiting_tokens = load.num_waiting_tokens - load.num_offline_waiting_tokens
+    is_late = predict.interval_s(source, num_more=0) > rules.pull_share * rules.tpot_slo_s
+    return is_late or num_online_waiting_tokens > mine.max_num_batched_tokens

@@ -53,10 +53,11 @@ def complete(server, prompt, **options):
 class Stream(threading.Thread):
     """One long completion, read as it comes."""
 
-    def __init__(self, server, prompt):
+    def __init__(self, server, prompt, **options):
         super().__init__()
         self._url = f"{server.http}/v1/completions"
         self._body = {"prompt": prompt, "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True}
+        self._body |= options
         self.text = ""
         self.error = None
         self.start()

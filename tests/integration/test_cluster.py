@@ -119,3 +119,5 @@ def test_a_wrong_registry_is_said(artifact):
     assert "--registry" in line and "etcd" in line
     line = run_refused(artifact, "--role", "gateway", "--dynamic-roles")
     assert "--ttft-slo-ms" in line
+    line = run_refused(artifact, "--role", "gateway", "--colocation")
+    assert "--tpot-slo-ms" in line

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from xllm_compile.scheduler.policies.colocation import (
     offline_seqs,
     pick,
     pull_of,
+    pulls,
     saturation_seqs,
 )
 
@@ -86,3 +90,30 @@ def test_no_more_is_handed_over_than_was_asked_for(lengths, num_seqs, num_tokens
 def test_bad_rules_are_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         ColocationRules(**({"tpot_slo_s": 0.05} | values))
+
+
+def test_strict_instances_with_slack_pull_from_relaxed_ones_and_from_those_without():
+    can: dict[str, Any] = {"transfers": ("shm:x",)}
+    relaxed, strict = instance("p", Pool.PREFILL, **can), decoding("d", 5, **can)
+    late, other = decoding("late", 60, **can), decoding("e", 5, **can)
+    offline = {"p": {"a": 500, "b": 400}}
+    assert sorted(pulls([relaxed, strict], offline, RULES)) == [("a", "d"), ("b", "d")]
+    assert pulls([relaxed, late], offline, RULES) == []
+    # Nobody is asked twice, and nobody gives to itself.
+    assert sorted(name for name, _ in pulls([relaxed, strict, other], offline, RULES)) == ["a", "b"]
+    assert pulls([strict, other], {"d": {"a": 500}}, RULES) == []
+    assert pulls([late, other], {"late": {"a": 500}}, RULES) == [("a", "e")]
+    busy = instance("m", Pool.MIX, num_waiting=2, num_waiting_tokens=3000, **can)
+    assert pulls([busy, other], {"m": {"a": 500}}, RULES) == [("a", "e")]
+    resting = replace(busy, load=replace(busy.load, num_offline_waiting_tokens=2500))
+    assert pulls([resting, other], {"m": {"a": 500}}, RULES) == []
+
+
+def test_kv_that_cannot_be_moved_stays():
+    can: dict[str, Any] = {"transfers": ("shm:x",)}
+    offline = {"p": {"a": 500}}
+    relaxed = instance("p", Pool.PREFILL, **can)
+    assert pulls([relaxed, decoding("d", 5)], offline, RULES) == []
+    assert pulls([instance("p", Pool.PREFILL), decoding("d", 5, **can)], offline, RULES) == []
+    assert pulls([relaxed, decoding("d", 5, weights_key="other", **can)], offline, RULES) == []
+    assert pulls([replace(relaxed, health=Health.SUSPECT), decoding("d", 5, **can)], offline, RULES) == []
