@@ -108,10 +108,11 @@ class OutputStream:
         return self._pop()
 
     def _pop(self) -> list[CompletionOutput]:
-        choices = [self._pending[index] for index in sorted(self._pending)]
+        choices = [choice for _, choice in sorted(self._pending.items())]
         self._pending.clear()
-        if self._abort_is_error and any(choice.finish_reason == "abort" for choice in choices):
-            raise errors.ApiError(errors.UNAVAILABLE, "The server ended this request early.", code="aborted")
+        for choice in choices:
+            if choice.finish_reason == "abort" and self._abort_is_error:
+                raise errors.ApiError(errors.UNAVAILABLE, "The server ended this request early.", code="aborted")
         return choices
 
 

@@ -167,18 +167,22 @@ class Service:
             message = f"A request of id '{request_id}' is open; choose another."
             raise errors.ApiError(errors.ALREADY_EXISTS, message, param="request_id", code="request_id_in_use")
         self._open_ids.add(request_id)
-        num_tokens, last_s, num_generated = 0, None, 0
+        num_tokens, last_s = 0, None
         span = current_span()
         output: RequestOutput | None = None
         outputs = self.engine.generate(request_id, token_ids, params, resume=resume, hand_over=hand_over)
         try:
             async with self._waker.awake(self.model_name) if self._waker else contextlib.nullcontext():
                 async for output in outputs:
-                    num_new = sum(len(choice.token_ids) for choice in output.outputs)
+                    num_new = 0
+                    for choice in output.outputs:
+                        num_new += len(choice.token_ids)
+                        if choice.finish_reason is not None and is_measured:
+                            self.metrics.count_finished(choice.finish_reason)
+                    num_tokens += num_new
                     last_s = self.latency.observe(output, last_s, num_new)
-                    num_generated += num_new
-                    if is_measured:
-                        num_tokens += self._count(output, num_tokens, params.n)
+                    if output.finished and is_measured:
+                        self.metrics.observe(output.metrics, num_tokens // params.n)
                     yield output
         except Exception as err:
             error = to_api_error(err)
@@ -192,19 +196,8 @@ class Service:
                 await close()
             if output is not None and span.is_recording:
                 has_engine = self.tracing.has_engine
-                trace_generation(span, self.model_name, params, output, num_generated, has_engine=has_engine)
+                trace_generation(span, self.model_name, params, output, num_tokens, has_engine=has_engine)
             self._open_ids.discard(request_id)
-
-    def _count(self, output: RequestOutput, num_tokens_before: int, n: int) -> int:
-        """Tokens of this output; what ended is counted."""
-        num_tokens = 0
-        for choice in output.outputs:
-            num_tokens += len(choice.token_ids)
-            if choice.finish_reason is not None:
-                self.metrics.count_finished(choice.finish_reason)
-        if output.finished:
-            self.metrics.observe(output.metrics, (num_tokens_before + num_tokens) // n)
-        return num_tokens
 
     async def abort(self, request_id: str) -> bool:
         """End an open request of any model, all prompts of it. False when there is none of that id."""

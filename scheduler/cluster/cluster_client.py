@@ -100,9 +100,9 @@ class ClusterClient:
             return
         self._open[request_id] = completions
         try:
-            async with aclosing(_merge(completions)) as outputs:
-                async for completion, output in outputs:
-                    made = request.take(completion, output)
+            async with aclosing(completions[0].outputs() if params.n == 1 else _merge(completions)) as outputs:
+                async for output in outputs:
+                    made = request.take(completions[output.index], output)
                     if made is not None:
                         yield made
         finally:
@@ -150,22 +150,15 @@ def _refuse() -> NoReturn:
     raise errors.ApiError(errors.METHOD_NOT_ALLOWED, message, code="gateway")
 
 
-async def _merge(
-    completions: Sequence[Completion],
-) -> AsyncGenerator[tuple[Completion, CompletionOutput], None]:
+async def _merge(completions: Sequence[Completion]) -> AsyncGenerator[CompletionOutput, None]:
     """The outputs of all as they come. The first error ends them all."""
-    if len(completions) == 1:
-        async with aclosing(completions[0].outputs()) as outputs:
-            async for output in outputs:
-                yield completions[0], output
-        return
-    arrived: asyncio.Queue[tuple[Completion, CompletionOutput] | Exception | None] = asyncio.Queue()
+    arrived: asyncio.Queue[CompletionOutput | Exception | None] = asyncio.Queue()
 
     async def pump(completion: Completion) -> None:
         try:
             async with aclosing(completion.outputs()) as outputs:
                 async for output in outputs:
-                    arrived.put_nowait((completion, output))
+                    arrived.put_nowait(output)
             arrived.put_nowait(None)
         except Exception as err:
             arrived.put_nowait(err)

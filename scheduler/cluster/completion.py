@@ -168,7 +168,7 @@ class Completion:
                 is_handed_over, num_kv_tokens = False, 0
                 async with aclosing(self._run(link, request, span, name)) as responses:
                     async for response in responses:
-                        if not _is_aborted(response):
+                        if claimed is not None and not _is_aborted(response):
                             # The sequence has the slot, or found none.
                             claimed = None
                         is_handed_over, num_kv_tokens = _is_handed_over(response), response.num_kv_tokens
@@ -240,13 +240,17 @@ class Completion:
             raise _AbortedError
         self._running = link, request.request_id
         try:
-            with self._client_span(parent, name, link) as span, self._noted(link):
-                async with aclosing(link.run(request, span.carrier)) as responses:
-                    async for response in responses:
-                        if _is_aborted(response) and not self._is_aborted:
-                            # It is left out of the log: its text may be cut where the next token changes it.
-                            raise InstanceLostError(f"{link.info.name}: it ended the request early")
-                        yield response
+            with (
+                self._client_span(parent, name, link) as span,
+                self._noted(link),
+                link.run(request, span.carrier) as run,
+            ):
+                while not run.is_over:
+                    response = await run.next()
+                    if run.is_over and _is_aborted(response) and not self._is_aborted:
+                        # It is left out of the log: its text may be cut where the next token changes it.
+                        raise InstanceLostError(f"{link.info.name}: it ended the request early")
+                    yield response
         finally:
             self._running = None
 
@@ -295,24 +299,30 @@ class Completion:
             raise _TryElsewhereError from err
 
     def _take(self, response: Any) -> list[CompletionOutput]:
-        outputs = [self._log.take(choice) for choice in response.choices]
-        if any(output.token_ids for output in outputs):
-            self._is_begun = True
-            now = time.monotonic()
-            if self._metrics.first_token_s is None:
-                self._metrics.first_token_s = now
-            if self._awaits_token:
-                self._awaits_token = False
-                self._placer.first_token(self._key)
-            self._metrics.last_token_s = now
-            self._num_losses = 0
+        outputs = []
+        for choice in response.choices:
+            output = self._log.take(choice)
+            outputs.append(output)
+            if output.token_ids:
+                self._note_token()
         if response.prompt_logprobs:
             self.prompt_logprobs = prompt_logprobs_of(response.prompt_logprobs)
         if response.HasField("usage"):
             self.num_cached_tokens = max(self.num_cached_tokens, response.usage.cached_tokens)
-        if response.HasField("metrics"):
-            self._take_metrics(response.metrics)
+            if response.HasField("metrics"):
+                self._take_metrics(response.metrics)
         return outputs
+
+    def _note_token(self) -> None:
+        self._is_begun = True
+        now = time.monotonic()
+        if self._metrics.first_token_s is None:
+            self._metrics.first_token_s = now
+        if self._awaits_token:
+            self._awaits_token = False
+            self._placer.first_token(self._key)
+        self._metrics.last_token_s = now
+        self._num_losses = 0
 
     def _take_metrics(self, message: Any) -> None:
         count_metrics(self._metrics, message)
@@ -380,6 +390,8 @@ class Completion:
 
 
 def _is_handed_over(response: Any) -> bool:
+    if not response.HasField("usage"):
+        return False
     return any(choice.finish_reason == xllm_pb2.FINISH_REASON_HANDED_OVER for choice in response.choices)
 
 

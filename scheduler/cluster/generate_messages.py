@@ -88,7 +88,7 @@ def _set_structured(sampling: Any, structured: StructuredOutput) -> None:
 
 def completion_of(choice: Any, index: int) -> CompletionOutput:
     """What is new of the choice."""
-    kind = choice.WhichOneof("stop_reason")
+    kind = choice.WhichOneof("stop_reason") if choice.finish_reason else None
     return CompletionOutput(
         index=index,
         text=choice.text,

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -78,7 +78,7 @@ class InstanceLink:
         self._on_report = on_report
         self._is_new = True
         self._is_closed = False
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
         self._stream: _Stream | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._num_silences = 0
@@ -148,13 +148,11 @@ class InstanceLink:
                 raise InstanceLostError(f"{self.info.name}: {_reason(err)}") from err
             raise error from err
 
-    async def run(self, request: Any, trace: Mapping[str, str] = _NO_TRACE) -> AsyncGenerator[Any, None]:
-        """GenerateResponses of a GenerateRequest until its last one; leaving early cancels it.
-
-        Raises ApiError where the instance refuses, InstanceLostError.
-        """
+    @contextlib.contextmanager
+    def run(self, request: Any, trace: Mapping[str, str] = _NO_TRACE) -> Iterator["Run"]:
+        """A GenerateRequest there; leaving it before it is over cancels it. Raises InstanceLostError."""
         self._check_open()
-        run = _Run()
+        run = Run()
         name = request.request_id
         self._runs[name] = run
         try:
@@ -163,10 +161,7 @@ class InstanceLink:
                     start=request, traceparent=trace.get("traceparent", ""), tracestate=trace.get("tracestate", "")
                 )
             )
-            while not run.is_over:
-                response = await run.next()
-                run.is_over = response.HasField("usage")
-                yield response
+            yield run
         finally:
             del self._runs[name]
             if not run.is_over:
@@ -304,11 +299,12 @@ class _Stream:
         self.tasks: list[asyncio.Task[None]] = []
 
 
-class _Run:
+class Run:
     """What arrives for one request."""
 
     def __init__(self) -> None:
         self.is_over = False
+        """Its last response was read, or it was refused."""
         self._items: deque[Any] = deque()
         self._has_items = asyncio.Event()
 
@@ -320,6 +316,7 @@ class _Run:
         self.put(error)
 
     async def next(self) -> Any:
+        """The next GenerateResponse. Raises ApiError where the instance refuses, InstanceLostError."""
         while not self._items:
             self._has_items.clear()
             await self._has_items.wait()
@@ -327,6 +324,7 @@ class _Run:
         if isinstance(item, Exception):
             self.is_over = not isinstance(item, InstanceLostError)
             raise item
+        self.is_over = item.HasField("usage")
         return item
 
 
