@@ -242,6 +242,16 @@ def gateway_command(work_dir: Path, results: Path, **options: Any) -> None:
     run_gateway(work_dir, results, _command_line(), **options)
 
 
+@command.command("placement")
+@results_option
+@click.option("--requests", "num_requests", type=click.IntRange(1), default=2000, help="For each number of instances.")
+def placement_command(results: Path, num_requests: int) -> None:
+    """What a gateway takes to choose instances for a request, of up to thousands -> placement.json."""
+    from xllm_compile.benchmarks.bench_placement import run_placement
+
+    run_placement(results, _command_line(), num_requests=num_requests)
+
+
 @command.command("hand-over")
 @model_options
 @click.option("--prompt-tokens", type=click.IntRange(1), default=512)

@@ -28,8 +28,6 @@ from xllm_compile.scheduler.policies.roles import RoleRules, Roles, decide
 from xllm_compile.scheduler.policies.routing import RoutingRules, route, shortlist
 
 _MAX_OUTPUT_TOKENS = 2048
-# A gateway looks at all of so many instances for each request, and of more at some of each pool.
-_MANY_INSTANCES, _CANDIDATES_EACH = 64, 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,9 +253,10 @@ class Cluster:
 
     def _candidates(self) -> list[Instance]:
         """For one request: all, or some of very many."""
-        if len(self.instances) <= _MANY_INSTANCES:
+        rules = self.rules.routing
+        if len(self.instances) <= rules.many_instances:
             return self._view()
-        names = shortlist(self._members, {}, _CANDIDATES_EACH, self._rng.randrange)
+        names = shortlist(self._members, {}, rules.num_candidates_each, self._rng.randrange)
         return self._placements.added([self._instance(name) for name in names], self.now)
 
     def _view(self) -> list[Instance]:

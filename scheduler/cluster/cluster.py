@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -44,6 +44,9 @@ class Cluster:
         self._health: dict[str, Health] = {}
         self._pools: dict[str, Pool] = {}
         self._changed = asyncio.Event()
+        self._usable: dict[Pool, list[str]] | None = None
+        self._states: dict[str, tuple[bool, bool]] = {}
+        """By name what of an instance's reports decides whether it is usable."""
         self.on_gone: Callable[[InstanceInfo], None] = lambda info: None
         """Called when an instance is no member any more."""
 
@@ -57,10 +60,13 @@ class Cluster:
         for name, link in list(self._links.items()):
             if name not in known or known[name][0].incarnation != link.info.incarnation:
                 del self._links[name]
+                self._usable = None
                 await link.close()
+                self._states.pop(name, None)
                 self.on_gone(link.info)
         for name, (info, health) in known.items():
             self._health[name] = health
+            self._usable = None
             if name not in self._links:
                 self._links[name] = link = self._make_link(info)
                 await link.start()
@@ -83,6 +89,7 @@ class Cluster:
     def set_pools(self, pools: Mapping[str, Pool]) -> None:
         """What instances do now, by name; of those without, their role says."""
         self._pools = dict(pools)
+        self._usable = None
         self.notify()
 
     async def close(self) -> None:
@@ -98,22 +105,37 @@ class Cluster:
 
     def instances(self) -> tuple[Instance, ...]:
         """As of now. One that does not report is SUSPECT, whatever the registry says."""
-        now = time.monotonic()
-        return tuple(
-            Instance(
-                info=link.info,
-                health=self._health[name] if link.is_up else Health.SUSPECT,
-                pool=self._pools.get(name, _POOLS.get(link.info.role, Pool.MIX)),
-                load=link.load,
-                load_age_s=now - link.reported_s,
-            )
-            for name, link in self._links.items()
+        return tuple(map(self._instance, self._links.values()))
+
+    def find(self, name: str) -> Instance | None:
+        """As of now."""
+        link = self._links.get(name)
+        return None if link is None else self._instance(link)
+
+    def _instance(self, link: InstanceLink) -> Instance:
+        name = link.info.name
+        return Instance(
+            info=link.info,
+            health=self._health[name] if link.is_up else Health.SUSPECT,
+            pool=self._pools.get(name, _POOLS.get(link.info.role, Pool.MIX)),
+            load=link.load,
+            load_age_s=time.monotonic() - link.reported_s,
         )
+
+    def usable(self) -> Mapping[Pool, Sequence[str]]:
+        """Names of those that take work, by pool."""
+        # Made anew where that changes, not for each request: there may be thousands.
+        if self._usable is None:
+            self._usable = {}
+            for instance in self.instances():
+                if instance.takes_work:
+                    self._usable.setdefault(instance.pool, []).append(instance.name)
+        return self._usable
 
     @property
     def is_ready(self) -> bool:
         """Whether some instance takes work: any can both prefill and decode."""
-        return any(instance.takes_work for instance in self.instances())
+        return bool(self.usable())
 
     async def wait_changed(self, timeout_s: float) -> None:
         """Until something changed since the call, or the time is over."""
@@ -123,6 +145,10 @@ class Cluster:
                 await changed.wait()
 
     def _note_report(self, link: InstanceLink) -> None:
+        state = link.is_up, link.load.is_draining
+        if self._states.get(link.info.name) != state:
+            self._states[link.info.name] = state
+            self._usable = None
         if not link.is_up:
             self.doubt(link)
         elif self._listener is not None:

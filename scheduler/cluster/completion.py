@@ -16,7 +16,7 @@ from xllm_compile.scheduler.cluster.generate_messages import count_metrics, embe
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink, InstanceLostError
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.prefix_fetch import Fetched, fetch_prefix
-from xllm_compile.scheduler.cluster.state import Fetch, Instance, InstanceInfo, Placement
+from xllm_compile.scheduler.cluster.state import Fetch, InstanceInfo, Placement
 from xllm_compile.scheduler.cluster.token_log import TokenLog
 from xllm_compile.scheduler.proto import xllm_pb2
 from xllm_compile.scheduler.tracing import NO_SPAN, Span
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 class FailoverConfig:
     max_losses: int = 5
     """Instances that a request may lose one after the other without a token between: it may be what ends them."""
+    max_refusals: int = 8
+    """Instances that may refuse a request: of very many that are busy not all are asked by each."""
     wait_s: float = 30.0
     """How long a request waits for an instance when there is none."""
 
@@ -356,17 +358,18 @@ class Completion:
         """Raises _AbortedError, and ApiError where no instance takes it or none comes in time."""
         deadline = time.monotonic() + self._config.wait_s
         while not self._is_aborted:
-            instances = self._cluster.instances()
-            usable = [instance for instance in instances if instance.takes_work]
-            willing = [each for each in usable if each.info.incarnation not in self._refusals]
-            if willing:
-                fresh = [each for each in willing if each.info.incarnation not in self._avoided]
-                shape = self._log.shape(is_begun=self._is_begun)
-                cached = self._cluster.kv.match(shape.digests)
-                self._awaits_token = True
-                return self._placer.place(self._key, shape, fresh or willing, cached, instances)
-            if usable:
-                await self._wait_for_room(self._soonest_refusal(usable))
+            if self._cluster.is_ready:
+                placement = None
+                if len(self._refusals) < self._config.max_refusals:
+                    shape = self._log.shape(is_begun=self._is_begun)
+                    cached = self._cluster.kv.match(shape.digests)
+                    self._awaits_token = True
+                    placement = self._placer.place(
+                        self._key, shape, self._cluster, cached, refused=self._refusals, lost=self._avoided
+                    )
+                if placement is not None:
+                    return placement
+                await self._wait_for_room(self._soonest_refusal())
                 continue
             left_s = deadline - time.monotonic()
             if left_s <= 0:
@@ -383,10 +386,9 @@ class Completion:
             await self._cluster.wait_changed(left_s)
         self._refusals.clear()
 
-    def _soonest_refusal(self, instances: list[Instance]) -> errors.ApiError:
-        """All refused: of what they said, the soonest time to come back."""
-        refusals = [self._refusals[each.info.incarnation] for each in instances]
-        return min(refusals, key=lambda err: (err.kind is not errors.OVERLOADED, err.retry_after_s or 0))
+    def _soonest_refusal(self) -> errors.ApiError:
+        """All refused, or enough: of what they said, the soonest time to come back."""
+        return min(self._refusals.values(), key=lambda err: (err.kind is not errors.OVERLOADED, err.retry_after_s or 0))
 
 
 def _is_handed_over(response: Any) -> bool:

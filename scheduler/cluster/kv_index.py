@@ -5,6 +5,7 @@ taken for another, and one that were would cost a wrong guess. Its holders are t
 instance, so that a prompt is looked up on all instances at once, one access for each of its blocks.
 """
 
+import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from sys import byteorder
@@ -71,10 +72,10 @@ class KVIndex:
         for index, digest in enumerate(digests):
             bits = self._holders.get(int.from_bytes(digest[:8], byteorder) >> _SHIFT, 0)
             if gone := on_device & ~bits:
-                for slot in _slots(gone):
-                    if index or bits >> _NUM_TIERS * slot & 0b110:
-                        below.append(_Run(slot, index))
-                        found.append(below[-1])
+                # Most have nothing at all.
+                for slot in _slots(gone if index else gone & (bits >> 1 | bits >> 2)):
+                    below.append(_Run(slot, index))
+                    found.append(below[-1])
                 on_device ^= gone
             if below:
                 below = [run for run in below if run.take(bits)]
@@ -186,7 +187,10 @@ class _Run:
 
 def _slots(bits: int) -> Iterator[int]:
     """Of bits of devices."""
-    while bits:
-        lowest = bits & -bits
-        yield (lowest.bit_length() - 1) // _NUM_TIERS
-        bits ^= lowest
+    num_words = -(-bits.bit_length() // 64)
+    # Word by word: each step on the number itself would take as long as there are instances.
+    for at, word in enumerate(struct.unpack(f"<{num_words}Q", bits.to_bytes(8 * num_words, "little"))):
+        while word:
+            lowest = word & -word
+            yield (64 * at + lowest.bit_length() - 1) // _NUM_TIERS
+            word ^= lowest

@@ -1,8 +1,12 @@
 """Applies the routing policy to live instances, and tells it what became of what it placed."""
 
+import heapq
+import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Protocol
 
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.state import (
@@ -11,6 +15,7 @@ from xllm_compile.scheduler.cluster.state import (
     Instance,
     InstanceInfo,
     Placement,
+    Pool,
     Refusal,
     RequestShape,
 )
@@ -18,7 +23,20 @@ from xllm_compile.scheduler.policies.copy_times import CopyTimes
 from xllm_compile.scheduler.policies.correction import Correction
 from xllm_compile.scheduler.policies.fetch import Fetching, FetchRules
 from xllm_compile.scheduler.policies.placements import Placements
-from xllm_compile.scheduler.policies.routing import RoutingRules, route
+from xllm_compile.scheduler.policies.routing import RoutingRules, route, shortlist
+
+
+class Fleet(Protocol):
+    """The instances there are (cluster.py)."""
+
+    def usable(self) -> Mapping[Pool, Sequence[str]]:
+        """Names of those that take work, by pool."""
+        ...
+
+    def find(self, name: str) -> Instance | None:
+        """As of now."""
+        ...
+
 
 _FETCH = FetchRules()
 
@@ -38,10 +56,12 @@ class Placer:
         rules: RoutingRules | None = None,
         clock: Callable[[], float] = time.monotonic,
         fetch: FetchRules | None = _FETCH,
+        pick: Callable[[int], int] = random.randrange,
     ) -> None:
-        """fetch: None has no instance fetch KV from another."""
+        """fetch: None has no instance fetch KV from another. pick(n) draws a number below n."""
         self._rules = rules or RoutingRules()
         self._fetch = fetch
+        self._pick = pick
         self._clock = clock
         self._placements = Placements()
         self._ttft = Correction()
@@ -54,30 +74,47 @@ class Placer:
         self,
         key: str,
         request: RequestShape,
-        instances: Sequence[Instance],
+        fleet: Fleet,
         cached: Mapping[str, CachedTokens] | None = None,
-        senders: Iterable[Instance] = (),
-    ) -> Placement:
-        """cached: what of the prompt each instance has, by name. senders: who may send of that, whoever takes work.
+        *,
+        refused: Collection[str] = (),
+        lost: Collection[str] = (),
+    ) -> Placement | None:
+        """None where all that take work have refused.
+
+        cached: what of the prompt each instance has, by name. refused: incarnations that are not asked again. lost:
+        those asked only if there is nobody else.
 
         Raises ApiError where no instance can take it: 400 for ever, 429 for now.
         """
         now = self._clock()
-        corrected = [
-            replace(instance, ttft_ratio=self._ttft.ratio(instance.info)) for instance in self.loaded(instances)
-        ]
+        cached = cached or {}
+        usable = fleet.usable()
+        is_large = sum(map(len, usable.values())) > self._rules.many_instances
         fetching = None
         if self._fetch is not None and cached:
-            fetching = Fetching(request, senders, cached, self._copies, self._fetch, now)
-        chosen = route(request, corrected, rules=self._rules, cached=cached, turn=self._turn, fetching=fetching)
+            fetching = Fetching(request, self._senders(fleet, cached, is_large), cached, self._copies, self._fetch, now)
+        chosen: Placement | Refusal | None = None
+        for instances in self._views(fleet, usable, cached, is_large):
+            willing = [each for each in instances if each.takes_work and each.info.incarnation not in refused]
+            asked = [each for each in willing if each.info.incarnation not in lost] or willing
+            if not asked:
+                continue
+            corrected = [replace(each, ttft_ratio=self._ttft.ratio(each.info)) for each in self.loaded(asked)]
+            chosen = route(request, corrected, rules=self._rules, cached=cached, turn=self._turn, fetching=fetching)
+            if isinstance(chosen, Placement) or chosen.retry_after_s is not None:
+                # Where those drawn are too busy, so are the others: looking at all of them for each request that is
+                # to be refused would make a busy gateway slow as well.
+                break
         if isinstance(chosen, Refusal):
             if chosen.retry_after_s is None:
                 raise errors.invalid(chosen.reason, code="context_length_exceeded")
             raise errors.queue_full(chosen.reason, chosen.retry_after_s)
-        self._turn += 1
-        self._placements.place(key, request, chosen, now)
-        info = next(instance.info for instance in instances if instance.name == chosen.prefill)
-        self._expected[key] = _Expected(info=info, ttft_s=chosen.ttft_s, placed_s=now)
+        if chosen is not None:
+            self._turn += 1
+            self._placements.place(key, request, chosen, now)
+            info = next(instance.info for instance in asked if instance.name == chosen.prefill)
+            self._expected[key] = _Expected(info=info, ttft_s=chosen.ttft_s, placed_s=now)
         return chosen
 
     def wait_s(self, fetch: Fetch) -> float:
@@ -98,6 +135,22 @@ class Placer:
         self._placements.place(key, request, Placement(prefill=name, decode=name), now)
         self._placements.first_token(key, now)
 
+    def _views(
+        self, fleet: Fleet, usable: Mapping[Pool, Sequence[str]], cached: Mapping[str, CachedTokens], is_large: bool
+    ) -> Iterator[list[Instance]]:
+        """Instances to choose from: all, or of very many first some that are drawn, then all."""
+        if is_large:
+            yield _found(fleet, shortlist(usable, cached, self._rules.num_candidates_each, self._pick))
+        yield _found(fleet, chain.from_iterable(usable.values()))
+
+    def _senders(self, fleet: Fleet, cached: Mapping[str, CachedTokens], is_large: bool) -> list[Instance]:
+        """Who may send of what is cached, also those that take no work; of very many those with most of it."""
+        names: Iterable[str] = cached
+        if is_large:
+            most = self._rules.num_candidates_each
+            names = heapq.nlargest(most, cached, key=lambda name: cached[name].device + cached[name].host)
+        return _found(fleet, names)
+
     def first_token(self, key: str) -> None:
         now = self._clock()
         self._placements.first_token(key, now)
@@ -114,3 +167,7 @@ class Placer:
         """Forget the instance."""
         self._placements.gone(info.name)
         self._ttft.gone(info)
+
+
+def _found(fleet: Fleet, names: Iterable[str]) -> list[Instance]:
+    return [instance for name in names if (instance := fleet.find(name)) is not None]

@@ -17,6 +17,7 @@ prefills to decoding instances and the choice by predicted interval, its SLO-awa
 the target instead of the first, which fills one instance up to the brim.
 """
 
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -48,6 +49,10 @@ class RoutingRules:
     ttft_margin: float = 0.8
     """Share of the TTFT target that predictions may take up; the rest is for their error. Likewise tpot_margin."""
     tpot_margin: float = 0.9
+    many_instances: int = 64
+    """Up to so many are all looked at for each request; of more, these few:"""
+    num_candidates_each: int = 8
+    """of each pool, and of those with the longest prefixes."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -57,6 +62,8 @@ class RoutingRules:
                 f"max_wait_s={self.max_wait_s} must be positive, local_prefill_tokens={self.local_prefill_tokens} "
                 "at least 0"
             )
+        if self.num_candidates_each < 2:
+            raise ValueError(f"num_candidates_each={self.num_candidates_each} must be at least 2, to choose from")
         for name in ("ttft_margin", "tpot_margin"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
@@ -283,7 +290,7 @@ def shortlist(
     num_each: of each kind. pick(n): a number below n, drawn. The better of two drawn is already nearly as good as the
     best of all (Mitzenmacher, The Power of Two Choices in Randomized Load Balancing, 2001).
     """
-    names = dict.fromkeys(sorted(cached, key=lambda name: -cached[name].device)[:num_each])
+    names = dict.fromkeys(heapq.nlargest(num_each, cached, key=lambda name: cached[name].device))
     for members in pools.values():
         if len(members) <= num_each:
             names.update(dict.fromkeys(members))

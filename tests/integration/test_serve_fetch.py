@@ -38,9 +38,9 @@ class ToB(Placer):
         super().__init__(fetch=FetchRules(margin=1.0, least_wait_s=60))
         self._copies = CopyTimes(CopyPrior(latency_s=0.0, bytes_per_s=1e15))
 
-    def place(self, key, request, instances, cached=None, senders=()):
-        only = [instance for instance in instances if instance.name == "b"]
-        return super().place(key, request, only, cached, senders)
+    def place(self, key, request, fleet, cached=None, *, refused=(), lost=()):
+        others = [instance.info.incarnation for instance in fleet.instances() if instance.name != "b"]
+        return super().place(key, request, fleet, cached, refused=[*refused, *others], lost=lost)
 
 
 class Service:

@@ -121,6 +121,17 @@ async def test_when_all_refuse_the_client_hears_when_to_come_back(make_cluster):
     assert (caught.value.retry_after_s or 0) >= 1
 
 
+async def test_of_very_many_that_refuse_not_all_are_asked(make_cluster):
+    cluster = await make_cluster(failover=FailoverConfig(max_refusals=2, wait_s=10), a={}, b={}, c={})
+    for instance in cluster.instances.values():
+        instance.service.is_draining = True
+    # What they report comes later than what they answer.
+    cluster.cluster._note_report = lambda link: None
+    with pytest.raises(ApiError) as caught:
+        await generate(cluster)
+    assert caught.value.kind.status == 503 and cluster.cluster.stats.num_refused == 2
+
+
 async def test_a_mistake_of_the_client_is_told_as_it_is(make_cluster):
     cluster = await make_cluster(a={}, b={})
     with pytest.raises(ApiError) as caught:
