@@ -29,6 +29,20 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
         raise click.BadParameter(str(err)) from None
 
 
+class RoleType(click.Choice):
+    """Of ROLES."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if value == "encode":
+            self.fail(
+                "'encode' would be for models that read images, and none is supported yet; choose one of "
+                + ", ".join(ROLES),
+                parameter,
+                context,
+            )
+        return super().convert(value, parameter, context)
+
+
 def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple[str, ...]) -> tuple[str, ...]:
     if not all(key and key.isascii() and not key.isspace() for key in keys):
         raise click.BadParameter("a key must not be empty, and ASCII")
@@ -54,7 +68,7 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
 )
 @click.option(
     "--role",
-    type=click.Choice(ROLES),
+    type=RoleType(ROLES),
     help="Part of a service of several processes: a gateway takes requests and computes nothing itself, the others are "
     "instances, for all work or one half of it.",
 )

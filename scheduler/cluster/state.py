@@ -14,6 +14,7 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     ENCODE = "encode"
+    """For models that read images, which there are none of yet: nothing starts one, and it gets no work."""
 
 
 class Pool(StrEnum):

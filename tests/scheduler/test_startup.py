@@ -1,11 +1,13 @@
 import socket
 from pathlib import Path
 
+import click
 import pytest
 
 from xllm_compile import model_cache
 from xllm_compile.scheduler import startup
 from xllm_compile.scheduler.artifact_source import cached_artifact, find_artifact
+from xllm_compile.scheduler.serve import command
 
 
 def test_the_system_picks_a_port_and_a_taken_one_is_an_error():
@@ -46,3 +48,8 @@ def test_the_offline_interface_finds_the_same_artifact(monkeypatch, tmp_path, ma
         monkeypatch.setenv("XDG_CACHE_HOME", root)
     expected = model_cache.cached_artifact(tmp_path, max_model_len=max_model_len)
     assert cached_artifact(Path(tmp_path), max_model_len) == expected
+
+
+def test_the_role_that_no_model_has_yet_is_refused_by_name():
+    with pytest.raises(click.BadParameter, match="images.*gateway, mix, prefill, decode"):
+        command.main(["model.xllm", "--role", "encode"], standalone_mode=False)
