@@ -29,7 +29,7 @@ def parse_size_option(_context: click.Context, _parameter: click.Parameter, valu
         raise click.BadParameter(str(err)) from None
 
 
-class RoleType(click.Choice):
+class RoleType(click.Choice):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.2 on
     """Of ROLES."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:

@@ -51,5 +51,5 @@ def test_the_offline_interface_finds_the_same_artifact(monkeypatch, tmp_path, ma
 
 
 def test_the_role_that_no_model_has_yet_is_refused_by_name():
-    with pytest.raises(click.BadParameter, match="images.*gateway, mix, prefill, decode"):
+    with pytest.raises(click.BadParameter, match=r"images.*gateway, mix, prefill, decode"):
         command.main(["model.xllm", "--role", "encode"], standalone_mode=False)
