@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -141,8 +141,9 @@ class EtcdRegistry:
         metadata = [*await self._metadata(endpoint), ("hasleader", "true")]
         key, range_end = prefix_range(prefix)
         create = etcd_pb2.WatchCreateRequest(key=key, range_end=range_end, start_revision=start_revision)
-        call = endpoint.watch.Watch(_one_and_open(etcd_pb2.WatchRequest(create_request=create)), metadata=metadata)
+        call = endpoint.watch.Watch(metadata=metadata)
         try:
+            await _send(call, etcd_pb2.WatchRequest(create_request=create))
             async for response in call:
                 if first_left := response.compact_revision:
                     raise CompactedError(f"changes since {start_revision} are gone: the first left is {first_left}")
@@ -165,8 +166,9 @@ class EtcdRegistry:
 
     async def keep_alive(self, lease_id: int) -> None:
         async def ask(endpoint: _Endpoint, **how: Any) -> Any:
-            call = endpoint.lease.LeaseKeepAlive(_one_and_open(etcd_pb2.LeaseKeepAliveRequest(ID=lease_id)), **how)
+            call = endpoint.lease.LeaseKeepAlive(**how)
             try:
+                await _send(call, etcd_pb2.LeaseKeepAliveRequest(ID=lease_id))
                 async for response in call:
                     return response
                 raise RegistryUnavailableError(f"{endpoint.address} ended the stream without an answer")
@@ -266,10 +268,14 @@ class EtcdRegistry:
         return is_stale
 
 
-async def _one_and_open(request: Any) -> AsyncIterator[Any]:
-    """One message of a stream that stays open: a watch ends with its requests."""
-    yield request
-    await asyncio.Event().wait()
+async def _send(call: Any, request: Any) -> None:
+    """One message of a stream that stays open: a watch ends with its requests.
+
+    gRPC would leave a task behind for an iterator of requests whose call failed, and complain of it in the log.
+    """
+    # A call that has ended says why when it is read.
+    with suppress(asyncio.InvalidStateError):
+        await call.write(request)
 
 
 def _raise_final(err: grpc.aio.AioRpcError) -> None:

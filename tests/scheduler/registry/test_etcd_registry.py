@@ -1,6 +1,7 @@
 """What only a registry in another process has: its end and return, compaction, users, TLS, several endpoints."""
 
 import asyncio
+import gc
 import subprocess
 from contextlib import asynccontextmanager
 
@@ -97,6 +98,23 @@ async def test_a_served_registry_that_restarts_is_empty_and_says_so(user):
             with pytest.raises(CompactedError):
                 async with asyncio.timeout(20):
                     await waiting
+
+
+async def test_calls_that_broke_leave_nothing_behind(etcd, caplog):
+    """What gRPC leaves of a call is found by the collector, and asyncio complains of it in the log."""
+    async with client(etcd.endpoint, timeout_s=0.5) as registry:
+        lease_id = await registry.grant_lease(30)
+        waiting = asyncio.ensure_future(take(registry.watch("/", 0), 1))
+        await registry.keep_alive(lease_id)
+        etcd.kill()
+        with pytest.raises(RegistryUnavailableError):
+            await registry.keep_alive(lease_id)
+        etcd.start()
+        await registry.put("/k", b"1")
+        assert await waiting == [("/k", b"1")]
+        gc.collect()
+        await asyncio.sleep(0)
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 @pytest.mark.skipif(ETCD is None, reason=MISSING)
