@@ -214,7 +214,9 @@ async def _try(gateway: Part, prompt: Prompt, tally: Tally) -> bool:
 async def _carry_out(service: Service, plan: Sequence[Fault], tally: Tally) -> None:
     for number, fault in enumerate(plan, 1):
         await asyncio.sleep(fault.pause_s)
-        say(f"{number}/{len(plan)} {fault.kind}: {', '.join(fault.targets)}, {fault.lasts_s:.1f} s")
+        num_good = sum(answer.result.error is None for answer in tally.answers)
+        so_far = f"{num_good} requests answered, {len(tally.answers) - num_good} tried again"
+        say(f"{number}/{len(plan)} {fault.kind}: {', '.join(fault.targets)}, {fault.lasts_s:.1f} s; {so_far}")
         tally.disturbances.append(Disturbance(fault=fault, at_s=time.monotonic()))
         await _apply(service, fault)
 
