@@ -33,7 +33,7 @@ def keep_candidates(row: Tensor, *, temperature: float, top_k: int, top_p: float
     probable token always stays.
     """
     vocab_size = len(row)
-    best = row.amax()
+    best = float(row.numpy().max())
     if 0 < top_k < vocab_size:
         values, token_ids = row.topk(top_k)
         weights = _weights(values, best, temperature)
@@ -79,6 +79,9 @@ def _prefix_size(weights: Tensor, *, top_p: float, min_p: float, mass: float | N
     return min(size, int(torch.searchsorted(cumulative, wanted)) + 1)
 
 
-def _weights(values: Tensor, best: Tensor, temperature: float) -> Tensor:
+def _weights(values: Tensor, best: float, temperature: float) -> Tensor:
     """exp((value - best) / temperature): in [0, 1], and 1 for the most probable token."""
-    return ((values - best) / temperature).exp()
+    # numpy's calls cost a third of torch's: in a step of a millisecond that shows.
+    weights = values.numpy() - np.float32(best)
+    weights /= np.float32(temperature)
+    return torch.from_numpy(np.exp(weights, out=weights))

@@ -1,6 +1,6 @@
 """Executes token-packed steps on the compiled graphs of one artifact."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -78,7 +78,7 @@ class CompiledModelRunner:
         )
         self._split_buckets = frozenset(manifest.split_buckets)
 
-    def execute(self, step: Step) -> Tensor:
+    def execute(self, step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
         """See ModelRunner.execute. Raises RuntimeError when a kernel refuses its arguments."""
         if self._promoter is not None:
             self._promoter.between_steps(self._token_graphs)
@@ -86,7 +86,7 @@ class CompiledModelRunner:
             # Let go before the step, so that the pool is empty.
             self._pooled = torch.empty(0, self.embedding_size)
         with self.pool:
-            state, split = self._run_layers(step)
+            state, split = self._run_layers(step, on_layers)
             logits = self._run_head(step, state, split)
             if len(step.pool_at):
                 self._pooled = self._run_pool(step, state)
@@ -115,7 +115,7 @@ class CompiledModelRunner:
                 return loop([tensor.clone() for tensor in padded], num_seqs, num_steps)
         return decode_by_steps(self.execute, step, num_steps)
 
-    def _run_layers(self, step: Step) -> tuple[list[Tensor], GraphChoice | None]:
+    def _run_layers(self, step: Step, on_layers: Callable[[], None] | None) -> tuple[list[Tensor], GraphChoice | None]:
         """The state after the last layer: delta and residual, [T, E] each, padded; with a choice, in halves."""
         num_tokens = len(step.token_ids)
         graphs = self._token_graphs
@@ -137,6 +137,8 @@ class CompiledModelRunner:
             _padded(step.context_len, num_seqs),
             _padded(step.slot, num_seqs),
         ]
+        if on_layers is not None:
+            on_layers()
         return self._run_chain(graphs, suffix, choice, state, metadata), choice if is_split else None
 
     def _run_chain(

@@ -3,6 +3,7 @@
 Prefill chunks and decodes ride together. All arrays are int32. T tokens, S sequences, R logits rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,8 +50,11 @@ class ModelRunner(Protocol):
     embedding_size: int
     """Elements of a hidden state."""
 
-    def execute(self, step: Step) -> Tensor:
-        """Run one step, writing the KV cache. Returns float32 logits [R, vocab_size], valid until the next call."""
+    def execute(self, step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
+        """Run one step, writing the KV cache. Returns float32 logits [R, vocab_size], valid until the next call.
+
+        on_layers is called right before the layers run, which is the long part and leaves Python's lock to others.
+        """
         ...
 
     def pooled(self) -> Tensor:

@@ -3,6 +3,10 @@
 With async scheduling all of it runs in one thread of its own, the device thread, while the host's thread plans the
 next step and tells the callers of the last one. A step is launched before the tokens of the one before are known: the
 rows that wait for one hold a placeholder, and the device, which alone knows the tokens, puts them in.
+
+The two threads share Python's lock. Between two steps the device thread needs it, so the host is not woken with the
+end of a step but when the next one, launched already, has come to its layers: else the device would stand still while
+the host, which never waits once it has the lock, reports and plans.
 """
 
 import time
@@ -55,6 +59,9 @@ class StepResult:
     ended_s: float
 
 
+_RunBatch = Callable[[Batch, Callable[[], None] | None], StepResult]
+
+
 class _Launched:
     """A batch on its way. A bare lock: a future's bookkeeping would show between two steps of a small model."""
 
@@ -67,11 +74,14 @@ class _Launched:
         self._done = Lock()
         self._done.acquire()
 
-    def run(self, function: Callable[[Batch], StepResult]) -> None:
+    def run(self, function: _RunBatch, on_layers: Callable[[], None] | None) -> None:
         try:
-            self._result = function(self._batch)
+            self._result = function(self._batch, on_layers)
         except BaseException as err:
             self._error = err
+
+    def tell(self) -> None:
+        """Wake who waits. After `run`, once."""
         self._done.release()
 
     def wait(self) -> StepResult:
@@ -129,9 +139,25 @@ class StepExecutor:
         self._device.close()
 
 
-def _serve(queue: "SimpleQueue[_Launched | None]", run: Callable[[Batch], StepResult]) -> None:
-    while (launched := queue.get()) is not None:
-        launched.run(run)
+def _serve(queue: "SimpleQueue[_Launched | None]", run: _RunBatch) -> None:
+    untold: list[_Launched] = []
+    """The step that ended last, while nobody was told."""
+
+    def tell() -> None:
+        while untold:
+            untold.pop().tell()
+
+    while True:
+        if queue.empty():
+            tell()
+        launched = queue.get()
+        if launched is not None:
+            launched.run(run, tell)
+        # It may have failed before its layers.
+        tell()
+        if launched is None:
+            return
+        untold.append(launched)
         # Or the batch would live until the next one comes.
         del launched
 
@@ -147,13 +173,16 @@ class _Device:
         self._last_tokens = np.zeros(num_slots, dtype=np.int32)
         """[num_slots] the newest token of each slot's sequence, known here one step before the host knows it."""
 
-    def run(self, batch: Batch) -> StepResult:
+    def run(self, batch: Batch, on_layers: Callable[[], None] | None = None) -> StepResult:
         started_s = time.monotonic()
         batch.step.token_ids[batch.pending_rows] = self._last_tokens[batch.pending_slots]
+        if on_layers and self._speculator and self._speculator.is_costly and any(batch.num_granted):
+            # A model's draft is long as well.
+            on_layers()
         step, drafts = self._speculator.draft(batch) if self._speculator else (batch.step, [])
         drafted_s = time.monotonic()
         self.prepare_memory(step.page_ops, batch.restores)
-        logits = self._runner.execute(step)
+        logits = self._runner.execute(step, on_layers)
         num_drafted = [len(draft.token_ids) for draft in drafts]
         prompt_logprobs = _prompt_logprobs(batch, logits, sum(num_drafted))
         states = [sequence.sampling for sequence in batch.sampled]

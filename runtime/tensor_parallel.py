@@ -6,7 +6,7 @@ arrays to the others; then all ranks execute it, meeting in the collectives of t
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -173,10 +173,10 @@ class LeaderRunner:
         self._runner = runner
         self._group = group
 
-    def execute(self, step: Step) -> Tensor:
+    def execute(self, step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
         """See ModelRunner.execute. Raises RuntimeError when a follower is gone."""
         self._group.send_step(step)
-        return self._runner.execute(step)
+        return self._runner.execute(step, on_layers)
 
     def pooled(self) -> Tensor:
         return self._runner.pooled()

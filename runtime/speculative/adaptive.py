@@ -24,6 +24,9 @@ _LAST_PROBE_AFTER = 1024
 _PROBE_LENGTH = 2
 # Steps between two looks at whether drafts pay again, while nothing new is known of them.
 _LOOK_EVERY = 16
+# After so many looks in vain the next ones come half as often; and steps between two at the most, as a power of 2.
+_VAIN_LOOKS = 8
+_LONGEST_PERIOD_LOG2 = 3
 # Steps after which what one without drafts takes is measured again.
 _STALE_AFTER = 128
 
@@ -39,7 +42,7 @@ class Acceptance:
         self._prior = prior
         self._decay = _SHARED_DECAY if prior is None else _DECAY
         self._probe_after = _FIRST_PROBE_AFTER
-        self._num_passed = 0
+        self._num_passed = self._look_at = 0
         self._update_survival()
 
     def update(self, num_drafted: int, num_accepted: int) -> None:
@@ -60,22 +63,24 @@ class Acceptance:
     @property
     def is_resting(self) -> bool:
         """Whether drafts did not pay a moment ago, which needs no second look in every step."""
-        return self._num_passed % _LOOK_EVERY != 0
+        return self._num_passed < self._look_at
 
-    def probed(self, length: int) -> int:
+    def probed(self, length: int, num_steps: int = 1) -> int:
         """The length to draft where ``length`` is what pays: now and then some although nothing does, to notice when
-        that changes."""
+        that changes. num_steps: since it was asked last."""
         if length > 0:
-            self._probe_after, self._num_passed = _FIRST_PROBE_AFTER, 0
+            self._probe_after, self._num_passed, self._look_at = _FIRST_PROBE_AFTER, 0, 0
             if self._prior is not None:
                 self._prior.probed(length)
             return length
-        self._num_passed += 1
+        if not self.is_resting:
+            self._look_at = self._num_passed + _LOOK_EVERY
+        self._num_passed += num_steps
         if self._prior is not None:
-            return self._prior.probed(0)
+            return self._prior.probed(0, num_steps)
         if self._num_passed < self._probe_after:
             return 0
-        self._num_passed = 0
+        self._num_passed = self._look_at = 0
         self._probe_after = min(2 * self._probe_after, _LAST_PROBE_AFTER)
         return min(_PROBE_LENGTH, len(self.tried))
 
@@ -84,6 +89,34 @@ class Acceptance:
         for position in range(len(self.tried)):
             chance *= self.rate(position)
             self.survival.append(chance)
+
+
+class Looks:
+    """When to look at a sequence's text for a draft: after every step, less and less often while none pays.
+
+    A look costs as much as all else that a step without drafts does for speculation.
+    """
+
+    def __init__(self) -> None:
+        self.period = 1
+        """Steps from the last look to the next."""
+        self._num_left = 1
+        self._num_vain = 0
+
+    @property
+    def is_far(self) -> bool:
+        """Whether there is none after the next step."""
+        return self._num_left > 1
+
+    def is_due(self) -> bool:
+        """Whether to look after the step that just ended. Asked once for each."""
+        self._num_left -= 1
+        return self._num_left <= 0
+
+    def found(self, *, pays: bool) -> None:
+        """Whether the look that was due found a draft that pays."""
+        self._num_vain = 0 if pays else self._num_vain + 1
+        self.period = self._num_left = 2 ** min(self._num_vain // _VAIN_LOOKS, _LONGEST_PERIOD_LOG2)
 
 
 class StepSeconds:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from xllm_compile.runtime.candidates import Kept
 from xllm_compile.runtime.sampling_params import SamplingParams
-from xllm_compile.runtime.speculative.adaptive import Acceptance
+from xllm_compile.runtime.speculative.adaptive import Acceptance, Looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class Speculation:
     """Of the draft that the proposer would make now."""
     forced: list[int] = field(default_factory=list)
     """What its grammar forces to come next, which is the draft then."""
+    looks: Looks = field(default_factory=Looks)
     num_wanted: int = 0
     """Drafted tokens worth verifying in the next step. The host reads it, one step late."""
 
@@ -61,7 +62,7 @@ class Proposer(Protocol):
     def observe(self, sequence: Speculation) -> int | None:
         """The kind of draft that the sequence would get after the tokens it has now; None: none.
 
-        Called whenever it got tokens. What is learnt of acceptance is kept by kind.
+        Called when it got tokens, after every step or after several. What is learnt of acceptance is kept by kind.
         """
         ...
 

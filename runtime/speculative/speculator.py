@@ -49,6 +49,11 @@ class Speculator:
         self._ended: deque[Speculation] = deque()
         self._stats = SpeculationStats(drafted_by_position=[0] * max_length, accepted_by_position=[0] * max_length)
 
+    @property
+    def is_costly(self) -> bool:
+        """Whether a draft takes time that counts beside a step's."""
+        return self._proposer.is_costly
+
     def start(
         self, params: SamplingParams, token_ids: Sequence[int], *, num_prompt_tokens: int, max_output_tokens: int
     ) -> Speculation:
@@ -64,7 +69,12 @@ class Speculator:
         """Most drafted tokens for the next step of the sequence, asked by the host when it plans it."""
         assert sequence is not None
         # A cheap draft is made when the newest tokens are known: only then is it clear whether they suggest any.
-        return sequence.num_wanted if self._proposer.is_costly else self.max_length
+        if self._proposer.is_costly:
+            return sequence.num_wanted
+        if sequence.looks.is_far and sequence.params.structured is None:
+            # Nor will there be a look before then. What a grammar forces needs none.
+            return 0
+        return self.max_length
 
     def forget(self, sequence: Speculation) -> None:
         """The sequence ended, for the host; a launched step may still have it."""
@@ -83,6 +93,8 @@ class Speculator:
     def draft(self, batch: Batch) -> tuple[Step, list[Draft]]:
         """The step to run, and a draft for each sampled sequence, of which only the first may have one."""
         sequences = batch.drafting
+        if not sequences:
+            return batch.step, [NO_DRAFT] * len(batch.sampled)
         drafts = self._propose(batch) if any(batch.num_granted) else [NO_DRAFT] * len(sequences)
         step = batch.step
         is_planned = all(
@@ -171,10 +183,14 @@ class Speculator:
     def _choose_lengths(self, sequences: Sequence[Speculation]) -> None:
         candidates = []
         for sequence in sequences:
+            sequence.num_wanted = 0
+            if not (sequence.looks.is_due() or sequence.forced):
+                continue
             # The last token needs no draft, and a request for one token no look at its prompt.
             sequence.kind = self._kind(sequence)
-            sequence.num_wanted = 0
-            if sequence.kind is not None:
+            if sequence.kind is None:
+                sequence.looks.found(pays=False)
+            else:
                 candidates.append((sequence, self._acceptance(sequence)))
         if not candidates or self._step_seconds.is_stale(len(sequences)):
             return
@@ -189,7 +205,9 @@ class Speculator:
             for (sequence, _), length in zip(awake, lengths, strict=True):
                 sequence.num_wanted = length
         for sequence, acceptance in candidates:
-            sequence.num_wanted = acceptance.probed(sequence.num_wanted)
+            num_steps = sequence.looks.period
+            sequence.looks.found(pays=sequence.num_wanted > 0)
+            sequence.num_wanted = acceptance.probed(sequence.num_wanted, num_steps)
 
     def _kind(self, sequence: Speculation) -> int | None:
         if sequence.num_left_tokens <= 1:

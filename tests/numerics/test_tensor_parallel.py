@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,8 +90,8 @@ def test_steps_in_halves_are_bitwise_those_in_one(artifact, tmp_path):
 def record_logits(engine: Engine, seen: list[Tensor]) -> None:
     execute = engine._runner.execute
 
-    def recorded(step: Step) -> Tensor:
-        seen.append(execute(step).clone())
+    def recorded(step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
+        seen.append(execute(step, on_layers).clone())
         return seen[-1]
 
     engine._runner.execute = recorded  # type: ignore[method-assign]

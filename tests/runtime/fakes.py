@@ -103,7 +103,9 @@ class HistoryRunner:
     def graph_cache_stats(self) -> GraphCacheStats:
         return GraphCacheStats(choices={("layers", "exact", "bucket"): len(self.steps)})
 
-    def execute(self, step: Step) -> Tensor:
+    def execute(self, step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
+        if on_layers is not None:
+            on_layers()
         self.gate.wait()
         if self.fails:
             raise RuntimeError("the device is gone")

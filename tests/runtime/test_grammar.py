@@ -10,7 +10,7 @@ from xllm_compile.runtime import grammar
 from xllm_compile.runtime.grammar import GrammarCompiler
 from xllm_compile.runtime.mask_worker import MaskWorker
 from xllm_compile.runtime.structured_output import MAX_SOURCE_CHARS, ReasoningText, StructuredOutput
-from xllm_compile.runtime.token_matcher import GrammarError
+from xllm_compile.runtime.token_matcher import GrammarError, TokenMatcher
 from xllm_compile.runtime.tokenizer import Tokenizer
 
 OPTIONAL_THOUGHTS = ReasoningText(start="<think>", end="</think>")
@@ -85,11 +85,20 @@ def test_a_token_is_allowed_where_the_mask_has_it_whatever_was_asked_before(
         # The first and the last one tried are allowed, and not always the one that comes.
         ways = np.flatnonzero(allowed)
         tokens = [*rng.choice(ways, 2), *rng.integers(0, len(allowed), 4), *tokenizer.eos_token_ids, rng.choice(ways)]
-        assert [asked.allows(int(token_id)) for token_id in tokens] == [bool(allowed[token_id]) for token_id in tokens]
+        for token_id in map(int, tokens):
+            row = rng.random(len(allowed), dtype=np.float32)
+            row[token_id] = 2.0
+            assert asked.choose(row, token_id) == np.where(allowed, row, -1.0).argmax()
         token_id = int(rng.choice(ways) if rng.random() < 0.5 else tokens[-1])
         for matcher in (asked, masked):
             matcher.accept(token_id)
     assert (asked.mask().allowed == masked.mask().allowed).all()
+
+
+def _allows(matcher: TokenMatcher, token_id: int) -> bool:
+    row = np.zeros(len(matcher.copy().mask().allowed), dtype=np.float32)
+    row[token_id] = 1.0
+    return matcher.choose(row, token_id) == token_id
 
 
 def test_drafts_are_followed_up_to_the_first_token_that_is_refused(
@@ -104,7 +113,7 @@ def test_drafts_are_followed_up_to_the_first_token_that_is_refused(
         assert matcher.num_allowed([*tokens[:size], wrong, *tokens[size:]]) == size
     # Asking moves nothing.
     matcher.accept(tokens[0])
-    assert matcher.allows(tokens[1]) and matcher.num_allowed(tokens[1:]) == len(tokens) - 1
+    assert _allows(matcher, tokens[1]) and matcher.num_allowed(tokens[1:]) == len(tokens) - 1
 
 
 def test_what_a_grammar_forces_is_said_until_there_is_a_choice(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
@@ -123,9 +132,9 @@ def test_what_was_tried_and_did_not_come_leaves_no_trace(compiler: GrammarCompil
     matcher = compiler.compile(StructuredOutput.choice(["12", "1x"])).matcher()
     (one,), (two,), (other,) = (tokenizer.encode(text) for text in ("1", "2", "x"))
     matcher.accept(one)
-    assert matcher.allows(two)
+    assert _allows(matcher, two)
     matcher.accept(other)
-    assert not matcher.allows(two)
+    assert not _allows(matcher, two)
     assert np.flatnonzero(matcher.mask().allowed).tolist() == sorted(tokenizer.eos_token_ids)
 
 

@@ -185,7 +185,7 @@ def test_a_seeded_request_does_not_depend_on_its_batch() -> None:
         mine = state(seed=42, top_p=0.9)
         batch = [*(state(top_k=3 + other) for other in range(others)), mine]
         noise = make_logits(others, 500, seed=others + 1)
-        return [sample_ids(torch.cat((noise, row)), batch)[-1] for _ in range(20)]
+        return [sample_ids(torch.cat((noise, row)), batch)[-1] for _ in range(40)]
 
     assert draw(0) == draw(1) == draw(6)
     assert len(set(draw(0))) > 5

@@ -1,6 +1,7 @@
 """A real engine and tokenizer over a model that counts: after byte b comes byte b + 1."""
 
 import threading
+from collections.abc import Callable
 
 import torch
 from tokenizers import Tokenizer as RawTokenizer
@@ -61,7 +62,9 @@ class CountingRunner:
         self.num_steps = 0
         self.error: Exception | None = None
 
-    def execute(self, step: Step) -> Tensor:
+    def execute(self, step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
+        if on_layers is not None:
+            on_layers()
         if not self.gate.wait(timeout=30):
             raise TimeoutError("the test left the gate closed")
         if self.error is not None:
@@ -98,7 +101,9 @@ class ScriptedRunner(CountingRunner):
         self._written: dict[int, tuple[int, int, int]] = {}
         """By slot: the position and id of the last token written, and how many there were."""
 
-    def execute(self, step: Step) -> Tensor:
+    def execute(self, step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
+        if on_layers is not None:
+            on_layers()
         self.num_steps += 1
         logits = torch.zeros(len(step.logits_at), VOCAB_SIZE)
         script = [*self.text.encode(), EOS_ID]

@@ -1,9 +1,11 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_compile.runtime.speculative.adaptive import Acceptance, StepSeconds, draft_lengths
+from xllm_compile.runtime.speculative.adaptive import Acceptance, Looks, StepSeconds, draft_lengths
 
 
 def lengths(survivals: list[list[float]], *, row: float = 0.05, draft: float = 0.0, others: int = 0) -> list[int]:
@@ -83,6 +85,31 @@ def test_what_did_not_pay_is_looked_at_again_every_few_steps() -> None:
     assert looks == [0, 16, 32]
     acceptance.probed(3)
     assert not acceptance.is_resting
+
+
+def test_a_text_without_drafts_is_looked_at_ever_more_rarely_until_one_pays() -> None:
+    looks, due = Looks(), []
+    for step in range(200):
+        is_far = looks.is_far
+        if looks.is_due():
+            assert not is_far
+            due.append(step)
+            looks.found(pays=False)
+    gaps = [after - before for before, after in pairwise(due)]
+    assert gaps == sorted(gaps) and gaps[:7] == [1] * 7 and max(gaps) == 8
+    assert len(due) < 50
+    while not looks.is_due():
+        pass
+    looks.found(pays=True)
+    for _ in range(5):
+        assert not looks.is_far and looks.is_due()
+        looks.found(pays=True)
+
+
+def test_probes_are_as_frequent_when_looks_are_rare() -> None:
+    often, rarely = Acceptance(4), Acceptance(4)
+    num_probes = [sum(often.probed(0) > 0 for _ in range(1024)), sum(rarely.probed(0, 8) > 0 for _ in range(128))]
+    assert num_probes[0] == num_probes[1] > 2
 
 
 def test_step_times_are_measured_and_the_rest_is_scaled() -> None:
