@@ -19,6 +19,7 @@ from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory
 from xllm_compile.runtime.memory.kv_tiers import DiskTier, KVTiers
 from xllm_compile.runtime.memory.page_ops import replay
+from xllm_compile.runtime.memory.remote_tier import RemoteTier
 from xllm_compile.runtime.memory.shared_pages import PageShare
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
@@ -66,6 +67,10 @@ class InstanceConfig:
     """Folder for what host memory has no room for; None keeps nothing on disk."""
     kv_disk_bytes: int = 16 << 30
     """Bound of the folder."""
+    kv_store: str | None = None
+    """mooncake://HOST:PORT of a store that instances share, for the same; None has none."""
+    kv_store_bytes: int = 1 << 30
+    """Memory that this instance lends to it."""
     scheduling_policy: PolicyName = "fcfs"
     ttft_slo_ms: float | None = None
     """Wanted time to the first token of requests that name none; likewise between tokens."""
@@ -98,12 +103,15 @@ class InstanceConfig:
             "kv_host_bytes",
             "kv_swap_bytes",
             "kv_disk_bytes",
+            "kv_store_bytes",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.kv_disk is not None and self.kv_host_bytes is None:
             raise ValueError(f"kv_disk={self.kv_disk} lies below host memory; give kv_host_bytes as well")
+        if self.kv_store is not None and self.kv_host_bytes is None:
+            raise ValueError(f"kv_store={self.kv_store} lies below host memory; give kv_host_bytes as well")
         if self.kv_host_bytes is not None and not self.prefix_cache:
             raise ValueError(f"kv_host_bytes={self.kv_host_bytes} needs prefix_cache, which is off; leave one out")
 
@@ -387,16 +395,23 @@ def _kv_tiers(manifest: Manifest, config: InstanceConfig, kv: KVCacheConfig) -> 
             f"kv_host_bytes={config.kv_host_bytes}: this model's KV depends on the length of its prompt and cannot be"
             " used again; leave it out"
         )
-    disk = None
+    disk, store, layout = None, None, _block_layout(manifest, kv)
     if config.kv_disk is not None:
-        values = {**_kv_values(kv), "weights": manifest.weights_key, "config": manifest.config_hash}
-        # Of these the block's content does not depend on.
-        for name in ("max_model_len", "num_slots", "kv_memory_bytes", "page_bytes", "pretouch"):
-            del values[name]
-        values["bytes_per_token"] = kv.bytes_per_token
-        layout = xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
         disk = DiskTier(config.kv_disk, max_bytes=config.kv_disk_bytes, layout=layout)
-    return KVTiers(host_bytes=config.kv_host_bytes, disk=disk)
+    if config.kv_store is not None:
+        from xllm_compile.runtime.memory.mooncake_store import mooncake_connector
+
+        store = RemoteTier(mooncake_connector(config.kv_store, config.kv_store_bytes), layout=layout)
+    return KVTiers(host_bytes=config.kv_host_bytes, disk=disk, store=store)
+
+
+def _block_layout(manifest: Manifest, kv: KVCacheConfig) -> str:
+    """Names all that the content of a block depends on beside its tokens."""
+    values = {**_kv_values(kv), "weights": manifest.weights_key, "config": manifest.config_hash}
+    for name in ("max_model_len", "num_slots", "kv_memory_bytes", "page_bytes", "pretouch"):
+        del values[name]
+    values["bytes_per_token"] = kv.bytes_per_token
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def _depends_on_length(manifest: Manifest) -> bool:

@@ -283,7 +283,7 @@ def _of_tiers(tiers: TierStats) -> Iterator[Metric]:
     blocks = CounterMetricFamily(
         "xllm_kv_tier_blocks", "KV blocks below the pages, by what became of them", labels=["event"]
     )
-    for event in ("offloaded", "restored", "written", "read", "damaged", "dropped"):
+    for event in ("offloaded", "restored", "written", "read", "stored", "fetched", "damaged", "dropped"):
         blocks.add_metric([event], getattr(tiers, f"num_{event}"))
     yield blocks
     sizes = GaugeMetricFamily("xllm_kv_tier_bytes", "KV below the pages, by where it lies", labels=["tier"])

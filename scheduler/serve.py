@@ -156,6 +156,13 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
 )
 @click.option("--kv-disk", type=click.Path(path_type=Path), metavar="DIR", help="Keep what that has no room for here.")
 @click.option("--kv-disk-size", callback=parse_size_option, metavar="SIZE", help="Most of it.  [default: 16GiB]")
+@click.option(
+    "--kv-store",
+    metavar="ADDRESS",
+    help="Keep it in a store that instances share as well: mooncake://HOST:PORT of a mooncake_master, in a network "
+    "that none but instances reach.",
+)
+@click.option("--kv-store-size", callback=parse_size_option, metavar="SIZE", help="Memory lent to it.  [default: 1GiB]")
 @click.option("--max-waiting", type=click.IntRange(1), help="Sequences that may wait; more are answered 429.")
 @click.option(
     "--max-waiting-tokens", type=click.IntRange(1), help="Prompt tokens that may wait; more are answered 429."

@@ -185,6 +185,8 @@ def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
         "kv_swap_memory": "kv_swap_bytes",
         "kv_disk": "kv_disk",
         "kv_disk_size": "kv_disk_bytes",
+        "kv_store": "kv_store",
+        "kv_store_size": "kv_store_bytes",
         "max_waiting": "max_waiting",
         "max_waiting_tokens": "max_waiting_tokens",
         "scheduling_policy": "scheduling_policy",

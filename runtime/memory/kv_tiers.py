@@ -1,8 +1,9 @@
 """Tiers below the KV cache's pages: blocks of KV in host memory and on disk, under the digests of the prefix cache.
 
 What the pages have no room for any more goes to host memory; what host memory has no room for goes to disk, written by
-another thread. What is wanted again is read from disk ahead of time, and copied from host memory into a sequence's own
-pages. Both tiers are bounded and forget what was used longest ago. Losing a block costs its computation, never more.
+another thread, and to a store that instances share (`remote_tier.py`). What is wanted again is read from there ahead of
+time, and copied from host memory into a sequence's own pages. All are bounded and forget what was used longest ago.
+Losing a block costs its computation, never more.
 """
 
 import os
@@ -13,13 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-import xxhash
-
 from xllm_compile.runtime.kv_events import KVEventLog, KVTier
+from xllm_compile.runtime.memory.block_seal import HEADER_BYTES, DamagedBlockError, header, unseal
+from xllm_compile.runtime.memory.remote_tier import RemoteTier
 
-# The version of the format, then the checksum of what follows.
-_MAGIC = b"XLLM-KV1"
-_HEADER_BYTES = len(_MAGIC) + 16
 _SUFFIX = ".kv"
 # Blocks on their way to disk. Beyond it the disk is too slow, and blocks are dropped rather than collected in memory.
 _MAX_PENDING_WRITES = 64
@@ -37,8 +35,12 @@ class TierStats:
     """To disk."""
     num_read: int = 0
     """From disk."""
+    num_stored: int = 0
+    """Taken by the shared store."""
+    num_fetched: int = 0
+    """Read from it."""
     num_damaged: int = 0
-    """Found torn or altered on disk, and deleted."""
+    """Found torn or altered, and deleted from disk."""
     num_dropped: int = 0
     """Left no tier but were wanted by none: no room, or the disk too slow or full."""
     host_bytes: int = 0
@@ -84,13 +86,13 @@ class DiskTier:
 
     def write(self, digest: bytes, data: bytes) -> None:
         """Keep the block. Raises OSError when the system does not take it; nothing half-written is left."""
-        size = _HEADER_BYTES + len(data)
+        size = HEADER_BYTES + len(data)
         if digest in self._sizes or size > self._max_bytes:
             return
         building = self._path(digest).with_suffix(".part")
         try:
             with building.open("wb") as file:
-                file.write(_MAGIC + xxhash.xxh3_128_digest(data))
+                file.write(header(data))
                 file.write(data)
             # Without fsync: a file that a power cut leaves torn fails its checksum.
             os.replace(building, self._path(digest))
@@ -108,11 +110,12 @@ class DiskTier:
         except OSError:
             self._forget(digest)
             return None
-        data = content[_HEADER_BYTES:]
-        if content[:_HEADER_BYTES] != _MAGIC + xxhash.xxh3_128_digest(data):
+        try:
+            data = unseal(content)
+        except DamagedBlockError:
             self._forget(digest)
             self._path(digest).unlink(missing_ok=True)
-            raise DamagedBlockError(f"{self._path(digest)} is torn or altered")
+            raise
         with self._lock:
             if digest in self._sizes:
                 self._sizes.move_to_end(digest)
@@ -145,20 +148,17 @@ class DiskTier:
             self._path(digest).unlink(missing_ok=True)
 
 
-class DamagedBlockError(ValueError):
-    """A block on disk is not what was written. Caught where tiers are read: it is a miss."""
-
-
 class KVTiers:
-    """Host memory, and a disk behind it if there is one. Thread-safe."""
+    """Host memory, and a disk and a shared store behind it if there are any. Thread-safe."""
 
-    def __init__(self, *, host_bytes: int, disk: DiskTier | None = None) -> None:
-        """host_bytes bounds host memory. Raises ValueError when it is not positive."""
+    def __init__(self, *, host_bytes: int, disk: DiskTier | None = None, store: RemoteTier | None = None) -> None:
+        """host_bytes bounds host memory; the store is closed with it. Raises ValueError when it is not positive."""
         if host_bytes < 1:
             raise ValueError(f"host_bytes={host_bytes} of the host tier must be at least 1")
         self.stats = TierStats()
         self._max_bytes = host_bytes
         self._disk = disk
+        self._store = store
         self.log = KVEventLog() if disk is None else disk.log
         """Told of the blocks that come and go, here and on the disk."""
         self._lock = Lock()
@@ -193,24 +193,27 @@ class KVTiers:
             return data
 
     def prefetch(self, digests: Sequence[bytes]) -> Future[None] | None:
-        """Bring the blocks that are on disk only to host memory; None when there is nothing to wait for.
+        """Bring to host memory the blocks that only disk or store have; None where there is nothing to wait for.
 
         Stops at the first block that no tier has: what follows it is of no use.
         """
-        if self._disk is None:
-            return None
-        missing = []
-        for digest in digests:
+        on_disk, rest = list[bytes](), list[bytes]()
+        for index, digest in enumerate(digests):
             if digest in self:
                 continue
-            if digest not in self._disk:
+            if self._disk is None or digest not in self._disk:
+                rest = [each for each in digests[index:] if each not in self]
                 break
-            missing.append(digest)
-        return self._thread.submit(self._load, missing) if missing else None
+            on_disk.append(digest)
+        if self._store is None or not self._store.is_up:
+            rest = []
+        return self._thread.submit(self._load, on_disk, rest) if on_disk or rest else None
 
     def flush(self) -> None:
         """Wait until what was started is done."""
         self._thread.submit(lambda: None).result()
+        if self._store is not None:
+            self._store.flush()
 
     def close(self) -> None:
         """Write what is in host memory to disk, so that the next start finds it, and end the thread."""
@@ -219,6 +222,8 @@ class KVTiers:
             for digest, data in blocks.items():
                 self._thread.submit(self._write, digest, data)
         self._thread.shutdown()
+        if self._store is not None:
+            self._store.close()
 
     def _keep(self, digest: bytes, data: bytes) -> None:
         with self._lock:
@@ -236,11 +241,16 @@ class KVTiers:
 
     def _spill(self, blocks: Iterable[tuple[bytes, bytes]]) -> None:
         for digest, data in blocks:
+            is_sent = self._store is not None and self._store.write(digest, data, self._note_stored)
             if self._disk is None or len(self._writing) >= _MAX_PENDING_WRITES:
-                self.stats.num_dropped += 1
+                self.stats.num_dropped += not is_sent
             elif digest not in self._disk:
                 self._writing[digest] = data
                 self._thread.submit(self._write, digest, data)
+
+    def _note_stored(self, is_kept: bool) -> None:
+        self.stats.num_stored += is_kept
+        self.stats.num_dropped += not is_kept and self._disk is None
 
     def _write(self, digest: bytes, data: bytes) -> None:
         assert self._disk is not None
@@ -252,15 +262,27 @@ class KVTiers:
         self._writing.pop(digest, None)
         self.stats.disk_bytes = self._disk.num_bytes
 
-    def _load(self, digests: Sequence[bytes]) -> None:
-        assert self._disk is not None
+    def _load(self, on_disk: Sequence[bytes], in_store: Sequence[bytes]) -> None:
+        if self._load_from_disk(on_disk) and in_store:
+            assert self._store is not None
+            # More than host memory holds would push out its own beginning.
+            read = self._store.read(in_store, self._max_bytes // 2)
+            self.stats.num_damaged += read.is_damaged
+            for digest, data in read.blocks:
+                self.stats.num_fetched += 1
+                self._keep(digest, data)
+
+    def _load_from_disk(self, digests: Sequence[bytes]) -> bool:
+        """Whether all were there."""
         for digest in digests:
+            assert self._disk is not None
             try:
                 data = self._disk.read(digest)
             except DamagedBlockError:
                 self.stats.num_damaged += 1
                 data = None
             if data is None:
-                return
+                return False
             self.stats.num_read += 1
             self._keep(digest, data)
+        return True

@@ -6,7 +6,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xllm_compile.runtime.memory.kv_tiers import DamagedBlockError, DiskTier, KVTiers
+from xllm_compile.runtime.memory.block_seal import DamagedBlockError
+from xllm_compile.runtime.memory.kv_tiers import DiskTier, KVTiers
 
 
 def name(index: int) -> bytes:
