@@ -9,6 +9,7 @@ import click
 
 from xllm_compile import __version__
 from xllm_compile.scheduler.sizes import parse_size
+from xllm_compile.scheduler.speculative_options import speculative_options
 
 # Exit codes: 0 clean drain, 1 requests were cut or the server failed, 2 the user's mistake, 128 + n a second signal.
 EXIT_CUT = 1
@@ -231,14 +232,7 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     default="auto",
     help="How the model marks its reasoning; auto asks its chat template.",
 )
-@click.option(
-    "--speculative",
-    type=click.Choice(["suffix", "ngram", "draft"]),
-    help="Guess tokens and verify several per step: from the request's text and earlier outputs, from its text, or by "
-    "--draft-model.",
-)
-@click.option("--draft-model", type=click.Path(path_type=Path), help="Artifact of a small model with the same tokens.")
-@click.option("--num-speculative-tokens", type=click.IntRange(1, 32), default=8, help="Most guesses per step; adapts.")
+@speculative_options
 @click.option("--name", help="Of the instance, unique in its service.  [default: by role, host and process]")
 @click.option(
     "--transfer",

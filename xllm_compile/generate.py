@@ -10,6 +10,7 @@ import click
 
 from xllm_compile import __version__
 from xllm_compile.cli import error_line
+from xllm_compile.scheduler.speculative_options import speculative_options
 
 if TYPE_CHECKING:
     from xllm_compile.llm import LLM
@@ -32,14 +33,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
 @click.option("--max-model-len", type=int, help="Longest prompt plus output.  [default: the model's limit]")
 @click.option("--enforce-eager", is_flag=True, help="Run operator by operator, without the compiled graphs.")
-@click.option(
-    "--speculative",
-    type=click.Choice(["suffix", "ngram", "draft"]),
-    help="Guess tokens and verify several per step: from the text and earlier outputs, from the text, or by "
-    "--draft-model.",
-)
-@click.option("--draft-model", type=click.Path(path_type=Path), help="A small model with the same tokens.")
-@click.option("--num-speculative-tokens", type=click.IntRange(1, 32), default=8, help="Most guesses per step; adapts.")
+@speculative_options
 @click.option("--stats", is_flag=True, help="Print times, rates and graph-cache hits to stderr at the end.")
 @click.version_option(__version__, prog_name="xllm-generate")
 def main(

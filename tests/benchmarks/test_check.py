@@ -4,6 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from xllm_compile.benchmarks import cli
+from xllm_compile.benchmarks.commands import options
 from xllm_compile.benchmarks.record import Bar, make_record
 
 
@@ -42,12 +43,12 @@ def test_an_empty_folder_names_the_next_step(tmp_path):
 def test_shapes_of_the_command_line_are_those_that_exist():
     from xllm_compile.benchmarks.checkpoints import SHAPES
 
-    assert set(cli._SHAPES) == set(SHAPES)
+    assert set(options.SHAPE_NAMES) == set(SHAPES)
 
 
 @pytest.mark.parametrize("given", [["--api-key", "secret"], ["--api-key=secret"]])
 def test_a_key_stays_out_of_the_record(monkeypatch, given):
     monkeypatch.setattr("sys.argv", ["xllm-bench", "serve", *given, "http://localhost:1"])
-    words = cli._command_line()
+    words = options.command_line()
     assert "secret" not in " ".join(words)
     assert words[-1] == "http://localhost:1"
