@@ -367,8 +367,11 @@ class KVCache:
         self.stats.num_shared_pages += len(shared)
         return slot
 
-    def extend(self, slot: int, num_tokens: int) -> bool:
-        """Let the slot's sequence store num_tokens more. False, and no change, when there are not enough pages."""
+    def extend(self, slot: int, num_tokens: int, *, is_ahead: bool = False) -> bool:
+        """Let the slot's sequence store num_tokens more. False, and no change, when there are not enough pages.
+
+        is_ahead: another thread maps the pages, and no step may have them before `settle`.
+        """
         live = self._live[slot]
         length = live.length + num_tokens
         if length > self.config.max_model_len:
@@ -380,7 +383,7 @@ class KVCache:
             return False
         needed, num_before = self.config.pages_for(length), live.num_pages
         for position in range(num_before, needed):
-            self._hold_or_map(slot, position)
+            self._hold_or_map(slot, position, is_ahead=is_ahead)
         live.num_pages = max(needed, num_before)
         self._num_counted += self._counted(length) - self._counted(live.length)
         live.length = length
@@ -389,6 +392,11 @@ class KVCache:
         if needed > num_before:
             self._prepare()
         return True
+
+    def settle(self, slot: int) -> None:
+        """Wait until all pages of the slot's sequence are mapped."""
+        for position in range(self._live[slot].num_pages):
+            self.xtensor.settle(slot, position)
 
     def shrink(self, slot: int, num_tokens: int) -> None:
         """Take back the last num_tokens that the slot was extended by. Pages without tokens stay mapped for now."""
@@ -638,13 +646,13 @@ class KVCache:
                 offset, left = 0, left - count
             self.tiers.offload(digest, b"".join(parts))
 
-    def _hold_or_map(self, slot: int, position: int) -> None:
+    def _hold_or_map(self, slot: int, position: int, *, is_ahead: bool = False) -> None:
         """Make the page at the position, a new one if there is none, the live sequence's."""
         self.xtensor.settle(slot, position)
         page = self.xtensor.page(slot, position)
         if page is None:
             page = self._take()
-            self._map(slot, position, page)
+            self._map(slot, position, page, is_ahead=is_ahead)
         assert self._pool.num_holders(page) == 0 and not self._pool.is_indexed(page)
         self._pool.hold(page)
 

@@ -125,7 +125,8 @@ class Reservations:
         num_cached = kv_cache.find(chain, len(token_ids) + 1)
         slot = kv_cache.allocate(chain, len(token_ids) + 1, num_cached)
         num_cached = kv_cache.length(slot)
-        has_room = kv_cache.extend(slot, len(token_ids) - num_cached)
+        # Senders write to the pages, whether they are mapped here or not: `take` waits for that.
+        has_room = kv_cache.extend(slot, len(token_ids) - num_cached, is_ahead=True)
         assert has_room, "the engine counts no fewer pages than the cache"
         answer = Reservation(
             reservation_id=reservation_id,
@@ -167,6 +168,7 @@ class Reservations:
         if held is None or not held.is_claimed or not _is_quiet(held):
             return None
         del self._held[reservation_id]
+        self._kv_cache.settle(held.slot)
         self._num_claimed += 1
         cached = held.answer.num_cached_tokens
         return ClaimedSlot(slot=held.slot, num_tokens=len(held.token_ids), num_cached_tokens=cached)

@@ -237,6 +237,29 @@ def test_reservations_count_as_sequences(make_side: MakeSide) -> None:
     assert tokens_of(d.run("waits")) == d.runner.greedy(PROMPT, 4)
 
 
+def test_pages_are_mapped_in_their_own_thread(make_side: MakeSide, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine answers before one of them is, and the KV arrives meanwhile."""
+    p, d = make_side(), make_side()
+    memory, may_map, mapped_by = d.engine._kv_cache.xtensor.memory, threading.Event(), []
+    map_page = memory.map
+
+    def map_later(address: int, page: int) -> None:
+        may_map.wait(timeout=30)
+        mapped_by.append(threading.current_thread().name.partition("_")[0])
+        map_page(address, page)
+
+    monkeypatch.setattr(memory, "map", map_later)
+    reservation = d.engine.reserve("r", PROMPT, 10.0)
+    prefill(p, target_of(reservation))
+    first, *_, last = p.run("prefill")
+    p.rest()
+    assert last.num_kv_tokens == len(PROMPT) and not mapped_by
+    may_map.set()
+    assert d.decode("r", tokens_of([first]), len(PROMPT)) == p.runner.greedy(PROMPT, 10)[1:]
+    assert mapped_by[: len(reservation.page_offsets)] == ["xllm-premap"] * len(reservation.page_offsets)
+    d.rest()
+
+
 def test_pages_are_promised_once(make_side: MakeSide) -> None:
     """Whoever runs may grow for as long as admission looks ahead, and so may what is reserved."""
     d = make_side(total_tokens=70, page_tokens=1)
