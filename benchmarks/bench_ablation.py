@@ -21,7 +21,8 @@ from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.timing import Summary, measure_in_turns, percentile, summarise
 from xllm_compile.graph_passes.pipeline import cpu_pipeline
 from xllm_compile.runtime.artifact import cpu_kernels, read_manifest
-from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.step import Step

@@ -19,7 +19,8 @@ from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.paged_kv import BLOCK_TOKENS, PagedKernels
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.timing import measure_in_turns, summarise
-from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.ops import native
 
 _LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM = 28, 16, 8, 128

@@ -8,12 +8,9 @@ Either way a request's tokens are the same. `async_engine` puts a thread and asy
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -26,7 +23,7 @@ from xllm_compile.runtime.kv_exchange import KVExchange, NoTransferError
 from xllm_compile.runtime.local_scheduler import SchedulingRules, schedule
 from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
-from xllm_compile.runtime.policies.admission import Growth, fits, growth_of
+from xllm_compile.runtime.policies.admission import lacks_room
 from xllm_compile.runtime.policies.chunk import StepLoad, load_of
 from xllm_compile.runtime.policies.order import Order
 from xllm_compile.runtime.policies.preemption import swap_pays
@@ -45,6 +42,7 @@ from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_executor import StepExecutor, StepResult
 from xllm_compile.runtime.step_predictor import StepPredictor, StepPrior
+from xllm_compile.runtime.steps_in_flight import StepsInFlight
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.transfer.endpoint import TransferEndpoint
 
@@ -53,21 +51,6 @@ logger = logging.getLogger(__name__)
 # Length of outputs before any has ended, and how much of the past their mean keeps.
 _FIRST_MEAN_TOKENS = 128.0
 _MEAN_DECAY = 0.95
-
-
-@dataclass(kw_only=True, slots=True)
-class _InFlight:
-    """A launched step."""
-
-    batch: Batch
-    requests: list[Request]
-    """Those with tokens in it, each once."""
-    load: StepLoad
-    wait: Callable[[], StepResult]
-    computed: list[tuple[Sequence, int]]
-    """Sequences that are being handed over, with the tokens from their start whose KV is there afterwards."""
-    ended: list[int] = field(default_factory=list)
-    """Slots of sequences that ended after the launch: theirs until the step has run."""
 
 
 class Engine:
@@ -129,24 +112,23 @@ class Engine:
             is_async=self.config.async_scheduling,
             speculator=speculator,
         )
-        self._in_flight: deque[_InFlight] = deque()
-        """Launched steps that are not yet completed, oldest first: two at most, one between calls of step."""
-        self._last_ended_s: float | None = None
-        """When the device ended its last step; None where it had nothing to do after."""
+        self._in_flight = StepsInFlight(self._executor, kv_cache)
         self._ended: dict[str, Request] = {}
         """Requests that ended between steps; the next step reports them."""
         self._stats = EngineStats(kv_tokens_total=kv_cache.total_tokens)
-        self._exchange = None if transfer is None else KVExchange(kv_cache, transfer, clock=clock, free=self._give_back)
+        self._exchange = (
+            None if transfer is None else KVExchange(kv_cache, transfer, clock=clock, free=self._in_flight.give_back)
+        )
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do. Requests that only wait for KV to be sent need `tend`."""
-        return bool(len(self._waiting) or self._running or self._ended or self._in_flight)
+        return bool(len(self._waiting) or self._running or self._ended or len(self._in_flight))
 
     @property
     def is_settled(self) -> bool:
         """Whether the device is idle and everything was reported."""
-        return not (self._in_flight or self._ended)
+        return not (len(self._in_flight) or self._ended)
 
     @property
     def num_open(self) -> int:
@@ -379,10 +361,10 @@ class Engine:
         changed, self._ended = self._ended, {}
         plan = self._schedule(changed)
         if plan.chunks:
-            self._in_flight.append(self._launch(plan))
+            self._launch(plan)
         self._complete(changed, num_left=1 if plan.chunks and self._executor.is_async else 0)
         if not self.has_work:
-            self._last_ended_s = None
+            self._in_flight.rest()
             if self._kv_cache.share is not None:
                 # From here on nobody would say that this model has no use for its pages.
                 self._kv_cache.balance(0)
@@ -392,7 +374,7 @@ class Engine:
         """Launch nothing and report what is on its way. Afterwards the device is idle until the next `step`."""
         changed, self._ended = self._ended, {}
         self._complete(changed, num_left=0)
-        self._last_ended_s = None
+        self._in_flight.rest()
         return _outputs(changed)
 
     @property
@@ -455,9 +437,9 @@ class Engine:
             prefix_queried_tokens=self._kv_cache.stats.num_queried_tokens,
             prefix_hit_tokens=self._kv_cache.stats.num_hit_tokens,
             kv_tiers=self._kv_cache.tiers.stats if self._kv_cache.tiers else None,
-            num_steps=self._stats.num_steps,
-            busy_s=self._stats.busy_s,
-            gap_s=self._stats.gap_s,
+            num_steps=self._in_flight.num_completed,
+            busy_s=self._in_flight.busy_s,
+            gap_s=self._in_flight.gap_s,
             num_prompt_tokens=self._stats.num_prompt_tokens,
             num_generated_tokens=self._stats.num_generated_tokens,
             num_preemptions=self._stats.num_preemptions,
@@ -483,7 +465,7 @@ class Engine:
                 self._complete(changed, num_left=0)
             self._kv_cache.balance(self._num_wanted_pages())
         plan = self._plan()
-        if self._in_flight and (plan.preempted or plan.swapped or plan.too_large):
+        if len(self._in_flight) and (plan.preempted or plan.swapped or plan.too_large):
             # Whoever loses its place must have its token first, and memory may come free by itself.
             self._complete(changed, num_left=0)
             plan = self._plan()
@@ -530,7 +512,7 @@ class Engine:
         return granted
 
     def _capacity(self) -> Capacity:
-        exchange, num_ended = self._exchange, sum(len(step.ended) for step in self._in_flight)
+        exchange, num_ended = self._exchange, self._in_flight.num_ended_slots
         return Capacity(
             num_blocks=self._kv_cache.num_pages,
             num_free_blocks=self._kv_cache.num_free_pages,
@@ -542,25 +524,23 @@ class Engine:
 
     def _check_room(self, num_tokens: int) -> None:
         """Raise QueueFullError when a sequence of so many tokens does not fit beside what runs and what is reserved."""
-        capacity, horizon = self._capacity(), self.config.admission_horizon
-        num_seqs = len(self._running) + capacity.num_held_seqs
-        if num_seqs >= self._limits.max_num_seqs:
-            full = f"{num_seqs} sequences have all places of max_num_seqs={self._limits.max_num_seqs}"
-        else:
-            for sequence in self._running:
-                assert sequence.slot is not None
-                sequence.num_kv_blocks = self._kv_cache.num_own_pages(sequence.slot)
-            steps = min(horizon, self.max_model_len - num_tokens)
-            newcomer = Growth(num_tokens=num_tokens, num_held_blocks=0, num_freed_blocks=0, steps=steps, ends=False)
-            growths = [newcomer, *(growth_of(sequence, capacity, horizon) for sequence in self._running)]
-            num_free = capacity.num_free_blocks - capacity.num_promised_blocks
-            # Alone it may have everything: beyond the horizon nobody else wants it.
-            needs = capacity.blocks(num_tokens + 1)
-            if needs <= num_free and (num_seqs == 0 or fits(growths, num_free, capacity.block_tokens)):
-                return
-            full = f"{num_tokens} tokens do not fit into the KV cache beside {num_seqs} sequences"
-        time = self._service_time()
-        raise QueueFullError(f"{full}; retry later, or reserve elsewhere", time.drain_s(1, num_tokens))
+        self._count_own_pages()
+        full = lacks_room(
+            num_tokens,
+            self._running,
+            self._capacity(),
+            self._limits,
+            horizon=self.config.admission_horizon,
+            steps=self.max_model_len - num_tokens,
+        )
+        if full is not None:
+            drain_s = self._service_time().drain_s(1, num_tokens)
+            raise QueueFullError(f"{full}; retry later, or reserve elsewhere", drain_s)
+
+    def _count_own_pages(self) -> None:
+        for sequence in self._running:
+            assert sequence.slot is not None
+            sequence.num_kv_blocks = self._kv_cache.num_own_pages(sequence.slot)
 
     def _plan(self) -> Schedule[Sequence]:
         now = self._clock()
@@ -569,9 +549,7 @@ class Engine:
         most_new = len(self._running) + capacity.blocks(self._limits.max_num_batched_tokens)
         if len(self._waiting) or capacity.num_free_blocks < most_new:
             # Else nobody can lose its place in this step, and what it would free does not matter.
-            for sequence in self._running:
-                assert sequence.slot is not None
-                sequence.num_kv_blocks = self._kv_cache.num_own_pages(sequence.slot)
+            self._count_own_pages()
         return schedule(
             self._waiting,
             self._running,
@@ -643,7 +621,7 @@ class Engine:
             request.metrics.scheduled_s = now
             request.num_cached_tokens = sequence.num_computed_tokens
 
-    def _launch(self, plan: Schedule[Sequence]) -> _InFlight:
+    def _launch(self, plan: Schedule[Sequence]) -> None:
         """Hand the step to the device. From here on its sequences count as computed, with a token to come."""
         granted = self._grant_drafts(plan.chunks)
         ops = self._kv_cache.ops
@@ -660,49 +638,21 @@ class Engine:
             rows.sequence.request.num_prompt_logprobs_asked += len(rows.token_ids)
         requests = list({id(sequence.request): sequence.request for sequence, _ in plan.chunks}.values())
         computed = [(one, one.num_computed_tokens) for one, _ in plan.chunks if one.request.hand_over is not None]
-        wait = self._executor.launch(batch)
-        return _InFlight(batch=batch, requests=requests, load=load, computed=computed, wait=wait)
+        self._in_flight.launch(batch, requests=requests, load=load, computed=computed)
 
     def _complete(self, changed: dict[str, Request], *, num_left: int) -> None:
         """Wait for launched steps until so many are left, and give their tokens to their sequences."""
         while len(self._in_flight) > num_left:
-            try:
-                result = self._in_flight[0].wait()
-            except BaseException:
-                self._drop_in_flight()
-                raise
-            step = self._in_flight.popleft()
-            self._count_step(step, result)
-            self._free(step.ended)
+            step, result = self._in_flight.complete()
+            if not any(result.num_drafted):
+                # A step that drafts and verifies says little of the others.
+                self._predictor.observe(step.load, result.ended_s - result.started_s)
+            for request in step.requests:
+                if not request.is_finished:
+                    request.metrics.graph_steps[result.outcome] += 1
             if self._exchange is not None:
                 self._exchange.push(step.computed)
             self._postprocess(step.batch, result, changed)
-
-    def _count_step(self, step: _InFlight, result: StepResult) -> None:
-        if not any(result.num_drafted):
-            # A step that drafts and verifies says little of the others.
-            self._predictor.observe(step.load, result.ended_s - result.started_s)
-        for request in step.requests:
-            if not request.is_finished:
-                request.metrics.graph_steps[result.outcome] += 1
-        self._stats.num_steps += 1
-        self._stats.busy_s += result.ended_s - result.started_s
-        if self._last_ended_s is not None:
-            self._stats.gap_s += result.started_s - self._last_ended_s
-        self._last_ended_s = result.ended_s
-
-    def _drop_in_flight(self) -> None:
-        """A step failed. Those behind it computed on what it should have brought: nothing of them counts."""
-        steps, self._in_flight = self._in_flight, deque()
-        for step in steps:
-            with suppress(Exception):
-                step.wait()
-            self._free(step.ended)
-        self._kv_cache.forget()
-
-    def _free(self, slots: Items[int]) -> None:
-        for slot in slots:
-            self._kv_cache.free(slot)
 
     def _postprocess(self, batch: Batch, result: StepResult, changed: dict[str, Request]) -> None:
         now = self._clock()
@@ -814,14 +764,7 @@ class Engine:
         self._commit(sequence)
         slot, sequence.slot = sequence.slot, None
         if self._exchange is None or not self._exchange.keeps(slot, sequence):
-            self._give_back(slot)
-
-    def _give_back(self, slot: int) -> None:
-        """Free a slot when no launched step has it any more."""
-        if self._in_flight:
-            self._in_flight[-1].ended.append(slot)
-        else:
-            self._kv_cache.free(slot)
+            self._in_flight.give_back(slot)
 
     def _transferring(self) -> KVExchange:
         if self._exchange is None:

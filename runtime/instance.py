@@ -15,7 +15,8 @@ from xllm_compile.runtime.artifact import TOKENIZER, Manifest, check_artifact, c
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.isa import isa_features
-from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory
 from xllm_compile.runtime.memory.kv_tiers import DiskTier, KVTiers
 from xllm_compile.runtime.memory.page_ops import replay

@@ -19,7 +19,7 @@ from xllm_compile.runtime.instance import (
     kv_shape,
     open_instance,
 )
-from xllm_compile.runtime.kv_cache import KVCacheConfig
+from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory
 from xllm_compile.runtime.memory.shared_pages import SharedPages
 

@@ -29,7 +29,8 @@ from xllm_compile.progress import NoProgress
 from xllm_compile.runtime import artifact
 from xllm_compile.runtime.artifact import FileEntry, Manifest, ModelInfo
 from xllm_compile.runtime.engine import Engine
-from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.llm import LLMBase
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native

@@ -7,10 +7,10 @@ foreseen, so this errs on the safe side; the horizon bounds how far, since many 
 Source: xLLM's zero-eviction scheduler, which simulates 256 decode steps.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from xllm_compile.runtime.policies.state import Capacity, Schedulable
+from xllm_compile.runtime.policies.state import Capacity, Limits, Schedulable
 
 HORIZON = 64
 """Decode steps. On a simulated conversation trace with scarce memory (xllm-bench schedule) 64 avoids all but a few
@@ -67,3 +67,23 @@ def fits(growths: Iterable[Growth], num_free_blocks: int, block_tokens: int) -> 
         else:
             num_grown += growth.num_tokens + last + growth.steps
     return True
+
+
+def lacks_room(
+    num_tokens: int, running: Sequence[Schedulable], capacity: Capacity, limits: Limits, *, horizon: int, steps: int
+) -> str | None:
+    """Why a sequence of so many tokens, which grows for ``steps`` more, has no place now beside what runs and what is
+    reserved; None where it has one."""
+    num_seqs = len(running) + capacity.num_held_seqs
+    if num_seqs >= limits.max_num_seqs:
+        return f"{num_seqs} sequences have all places of max_num_seqs={limits.max_num_seqs}"
+    newcomer = Growth(
+        num_tokens=num_tokens, num_held_blocks=0, num_freed_blocks=0, steps=min(horizon, steps), ends=False
+    )
+    growths = [newcomer, *(growth_of(sequence, capacity, horizon) for sequence in running)]
+    num_free = capacity.num_free_blocks - capacity.num_promised_blocks
+    # Alone it may have everything: beyond the horizon nobody else wants it.
+    needs = capacity.blocks(num_tokens + 1)
+    if needs <= num_free and (num_seqs == 0 or fits(growths, num_free, capacity.block_tokens)):
+        return None
+    return f"{num_tokens} tokens do not fit into the KV cache beside {num_seqs} sequences"

@@ -6,7 +6,8 @@ import torch
 
 from xllm_compile.runtime.artifact import ArtifactMismatchError, Manifest, check_artifact, cpu_kernels, read_manifest
 from xllm_compile.runtime.isa import isa_features
-from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.speculative.adaptive import StepSeconds

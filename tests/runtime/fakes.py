@@ -14,7 +14,8 @@ from torch import Tensor
 from xllm_compile.runtime.decode_loop import decode_by_steps
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.engine_config import EngineConfig
-from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import CpuMemory
 from xllm_compile.runtime.memory.kv_tiers import KVTiers
 from xllm_compile.runtime.memory.shared_pages import PageShare

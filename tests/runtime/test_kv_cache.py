@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig, KVCacheFullError
+from xllm_compile.runtime.kv_cache import KVCache, KVCacheFullError
+from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import CpuMemory
 from xllm_compile.runtime.memory.page_ops import run_copies
 from xllm_compile.runtime.memory.prefix_cache import BlockChain

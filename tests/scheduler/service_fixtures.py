@@ -11,7 +11,8 @@ from torch import Tensor
 from xllm_compile.runtime.chat_template import ChatTemplate
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.engine_config import EngineConfig
-from xllm_compile.runtime.kv_cache import KVCache, KVCacheConfig
+from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import CpuMemory
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.step import Step

@@ -1,0 +1,96 @@
+"""Launched steps that are not completed, oldest first, and the slots that must outlive them."""
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from xllm_compile.runtime.batch import Batch
+from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.policies.chunk import StepLoad
+from xllm_compile.runtime.sequence import Request, Sequence
+from xllm_compile.runtime.step_executor import StepExecutor, StepResult
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchedStep:
+    batch: Batch
+    requests: list[Request]
+    """Those with tokens in it, each once."""
+    load: StepLoad
+    computed: list[tuple[Sequence, int]]
+    """Sequences that are being handed over, with the tokens from their start whose KV is there afterwards."""
+    wait: Callable[[], StepResult]
+    ended: list[int] = field(default_factory=list)
+    """Slots of sequences that ended after the launch: theirs until the step has run."""
+
+
+class StepsInFlight:
+    """Two at most, one between calls of `Engine.step`. Belongs to the engine's thread."""
+
+    def __init__(self, executor: StepExecutor, kv_cache: KVCache) -> None:
+        self._executor = executor
+        self._kv_cache = kv_cache
+        self._steps: deque[LaunchedStep] = deque()
+        self._last_ended_s: float | None = None
+        """When the device ended its last step; None where it had nothing to do after."""
+        self.num_completed = 0
+        self.busy_s = 0.0
+        """Of the device,"""
+        self.gap_s = 0.0
+        """and what it stood still between two steps."""
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def num_ended_slots(self) -> int:
+        """Slots whose sequences ended, and that are not free yet."""
+        return sum(len(step.ended) for step in self._steps)
+
+    def launch(
+        self, batch: Batch, *, requests: list[Request], load: StepLoad, computed: list[tuple[Sequence, int]]
+    ) -> None:
+        """Hand a step to the device, behind those that it has."""
+        wait = self._executor.launch(batch)
+        self._steps.append(LaunchedStep(batch=batch, requests=requests, load=load, computed=computed, wait=wait))
+
+    def complete(self) -> tuple[LaunchedStep, StepResult]:
+        """Wait for the oldest step. Raises what it raised: then nothing counts of those behind it, which computed on
+        what it should have brought."""
+        try:
+            result = self._steps[0].wait()
+        except BaseException:
+            self._drop()
+            raise
+        step = self._steps.popleft()
+        self.num_completed += 1
+        self.busy_s += result.ended_s - result.started_s
+        if self._last_ended_s is not None:
+            self.gap_s += result.started_s - self._last_ended_s
+        self._last_ended_s = result.ended_s
+        self._free(step)
+        return step, result
+
+    def give_back(self, slot: int) -> None:
+        """Free the slot when no launched step has it any more."""
+        if self._steps:
+            self._steps[-1].ended.append(slot)
+        else:
+            self._kv_cache.free(slot)
+
+    def rest(self) -> None:
+        """There is nothing to launch: what comes before the next step is no gap."""
+        self._last_ended_s = None
+
+    def _drop(self) -> None:
+        steps, self._steps = self._steps, deque()
+        for step in steps:
+            with suppress(Exception):
+                step.wait()
+            self._free(step)
+        self._kv_cache.forget()
+
+    def _free(self, step: LaunchedStep) -> None:
+        for slot in step.ended:
+            self._kv_cache.free(slot)
