@@ -8,6 +8,7 @@ from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.device_spec import device_spec
 from xllm_compile.graph_passes.node_cost import step_seconds
 from xllm_compile.graph_passes.step_shape import StepShape
+from xllm_compile.runtime.policies.chunk import StepLoad
 from xllm_compile.scheduler.cluster.state import StepProfile
 
 
@@ -29,6 +30,20 @@ class Hardware:
 
     def hand_over_s(self, num_tokens: int) -> float:
         return self.link_latency_s + num_tokens * self.kv_bytes_per_token / self.link_bytes_per_s
+
+    def least_s(self, num_prompt_tokens: int, num_output_tokens: int) -> float:
+        """Device time of a request at the least, whatever it shares its steps with and however it is cut into them.
+
+        Every token takes its share of the cheapest step there is, and what attention reads and computes is read and
+        computed.
+        """
+        profile, most = self.profile, self.max_num_batched_tokens
+        token_s = min(profile.step_s(StepLoad(num_tokens=size)) / size for size in {*profile.num_tokens, most})
+        num_tokens = num_prompt_tokens + num_output_tokens - 1
+        num_keys = num_output_tokens * num_prompt_tokens + num_output_tokens * (num_output_tokens - 1) // 2
+        num_pairs = num_prompt_tokens * (num_prompt_tokens - 1) // 2
+        linear_s = profile.sequence_s * num_output_tokens + profile.key_s * num_keys + profile.pair_s * num_pairs
+        return token_s * num_tokens + linear_s
 
     def scaled(self, factor: float) -> StepProfile:
         """The profile with all times longer by the factor: predictions are off by as much."""

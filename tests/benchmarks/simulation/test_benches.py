@@ -1,12 +1,15 @@
 """What the benches of simulations measure, on a small device."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.benchmarks.simulation.fixtures import hardware, requests
-from xllm_compile.benchmarks.bench_colocation import MODES, Setting, violations
+from xllm_compile.benchmarks.bench_colocation import MODES, Setting, most_offline_rate, violations
 from xllm_compile.benchmarks.bench_simulate import Targets, role_cases
 from xllm_compile.benchmarks.simulation.cluster import attainment
 from xllm_compile.request_trace import TraceRequest
+from xllm_compile.runtime.policies.chunk import StepLoad
 from xllm_compile.scheduler.cluster.state import Pool
 
 TARGETS = Targets(ttft_slo_s=1.0, tpot_slo_s=0.05)
@@ -36,6 +39,28 @@ def test_offline_requests_that_pile_up_are_violations_too():
     assert violations(arrivals) == pytest.approx(1 / num_online)
     next(one for one in arrivals if one.is_offline).finished_s = arrivals[-1].arrival_s + 31.0
     assert violations(arrivals) == 1.0
+
+
+def test_no_policy_serves_more_than_fills_the_devices():
+    trace = [TraceRequest(float(at), 300, 20) for at in range(40)]
+    setting = Setting(
+        hardware=hardware(), pools=(Pool.PREFILL, Pool.DECODE), targets=TARGETS, trace=trace, lengths=trace
+    )
+    steady = most_offline_rate(setting, 2.0)
+    assert steady > most_offline_rate(setting, 4.0) > 0
+    assert most_offline_rate(setting, 2.0, grace_s=30.0) > steady
+
+
+@given(prompt=st.integers(1, 3000), output=st.integers(1, 300), chunk=st.integers(1, 64), batch=st.integers(1, 64))
+def test_the_least_time_of_a_request_is_no_more_than_any_way_of_serving_it_takes(prompt, output, chunk, batch):
+    device = hardware()
+    # Alone in chunks, then decoded as one of a batch of equals.
+    load, seconds = StepLoad(), 0.0
+    for begin in range(0, prompt, chunk):
+        seconds += device.profile.step_s(load.plus(begin, min(chunk, prompt - begin)))
+    for at in range(1, output):
+        seconds += device.profile.step_s(StepLoad(batch, batch, batch * (prompt + at))) / batch
+    assert device.least_s(prompt, output) <= seconds * (1 + 1e-9)
 
 
 def test_modes_differ_in_who_gives_way_only():
