@@ -10,6 +10,7 @@ from typing import Any
 
 from xllm_compile.runtime.artifact import TOKENIZER, read_manifest
 from xllm_compile.runtime.tokenizer import Tokenizer
+from xllm_compile.scheduler.batches.folder import BatchFolder
 from xllm_compile.scheduler.cluster.cluster_api import ClusterApi
 from xllm_compile.scheduler.cluster.cluster_client import ClusterClient, SloDefaults
 from xllm_compile.scheduler.cluster.cluster_metrics import ClusterCollector
@@ -46,6 +47,7 @@ def serve_gateway(
     http_socket: socket.socket,
     max_connections: int,
     tracing: Tracing,
+    batch_folder: BatchFolder | None,
 ) -> int:
     """The exit code. Of the artifact only the manifest and the tokenizer are read. Raises ValueError on bad options."""
     manifest = read_manifest(artifact)
@@ -86,7 +88,7 @@ def serve_gateway(
                 puller = OfflinePuller(gateway.cluster, client, placer, colocation)
                 jobs.append(asyncio.create_task(puller.run()))
             try:
-                with opened_batches(options, service) as batches:
+                with opened_batches(batch_folder, service) as batches:
                     serving = run_server(config, http_socket, service, on_ready, routes=routes, batches=batches)
                     return await dashboard.beside(serving)
             finally:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from xllm_compile.runtime.speculative.config import SpeculativeConfig
     from xllm_compile.runtime.tokenizer import Tokenizer
     from xllm_compile.scheduler.batches.batches import Batches
+    from xllm_compile.scheduler.batches.folder import BatchFolder
     from xllm_compile.scheduler.dashboard.dashboard import DashboardConfig
     from xllm_compile.scheduler.engine_client import EngineClient
     from xllm_compile.scheduler.errors import ApiError
@@ -60,17 +61,19 @@ def serve(options: Mapping[str, Any]) -> int:
     # Before the long part: a port that is taken should not cost a model load.
     http_socket = bind_socket(options["host"], options["port"])
     if options["role"] == "gateway":
-        with http_socket, opened_tracing(options) as tracing:
+        with http_socket, opened_tracing(options) as tracing, opened_batch_folder(options) as batch_folder:
             from xllm_compile.scheduler.gateway_startup import serve_gateway
 
-            return serve_gateway(artifacts[0], names[0], options, http_socket, max_connections, tracing)
-    with http_socket, opened_tracing(options) as tracing:
+            return serve_gateway(artifacts[0], names[0], options, http_socket, max_connections, tracing, batch_folder)
+    # So is a folder that another server uses.
+    with http_socket, opened_tracing(options) as tracing, opened_batch_folder(options) as batch_folder:
         # The servers' imports run beside the loading of the artifact, which mostly waits for disk and memory.
         imports = threading.Thread(target=_import_servers, name="xllm-imports", daemon=True)
         imports.start()
         with opened_instances(artifacts, names, options) as instances:
             imports.join()
-            return _run(dict(zip(names, instances, strict=True)), options, http_socket, max_connections, tracing)
+            by_names = dict(zip(names, instances, strict=True))
+            return _run(by_names, options, http_socket, max_connections, tracing, batch_folder)
 
 
 def open_ports(options: Mapping[str, Any], tls: TlsConfig) -> Iterator[Port]:
@@ -237,6 +240,7 @@ def _run(
     http_socket: socket.socket,
     max_connections: int,
     tracing: Tracing,
+    batch_folder: "BatchFolder | None",
 ) -> int:
     from xllm_compile.runtime.async_engine import AsyncEngine
     from xllm_compile.scheduler.dashboard.dashboard import Dashboard
@@ -273,7 +277,7 @@ def _run(
             member = Member(instance, engines[names], door, options)
         on_ready = partial(announce, config.host)
         dashboard = Dashboard(partial(read_server, door), dashboard_config(options, door.model_name))
-        with opened_batches(options, door) as batches:
+        with opened_batches(batch_folder, door) as batches:
             serving = run_server(
                 config, http_socket, door, on_ready, routes=dashboard.routes(), batches=batches, member=member
             )
@@ -284,10 +288,9 @@ def _run(
     return 0 if is_clean else 1
 
 
-def opened_batches(options: Mapping[str, Any], service: "Service") -> AbstractContextManager["Batches | None"]:
+def opened_batch_folder(options: Mapping[str, Any]) -> AbstractContextManager["BatchFolder | None"]:
     """None without --batch-dir. Raises ValueError or OSError where the folder cannot be used."""
-    from xllm_compile.scheduler.batches.batches import Batches
-    from xllm_compile.scheduler.batches.folder import BatchConfig
+    from xllm_compile.scheduler.batches.folder import BatchConfig, BatchFolder
 
     names = {
         "batch_max_lines": "max_lines",
@@ -300,7 +303,14 @@ def opened_batches(options: Mapping[str, Any], service: "Service") -> AbstractCo
             option = next(option for option in names if options[option] is not None)
             raise ValueError(f"--{option.replace('_', '-')} is used with --batch-dir only; add it, or leave that out")
         return nullcontext()
-    return closing(Batches(BatchConfig(folder=options["batch_dir"], **given), service))
+    return closing(BatchFolder(BatchConfig(folder=options["batch_dir"], **given)))
+
+
+def opened_batches(folder: "BatchFolder | None", service: "Service") -> AbstractContextManager["Batches | None"]:
+    """Raises ValueError where the folder's database cannot be used."""
+    from xllm_compile.scheduler.batches.batches import Batches
+
+    return nullcontext() if folder is None else closing(Batches(folder, service))
 
 
 def make_service(

@@ -8,7 +8,7 @@ from contextlib import suppress
 from starlette.requests import Request
 
 from xllm_compile.scheduler import errors
-from xllm_compile.scheduler.batches.folder import BatchConfig, BatchFolder, new_id
+from xllm_compile.scheduler.batches.folder import BatchFolder, new_id
 from xllm_compile.scheduler.batches.metrics import BatchMetrics
 from xllm_compile.scheduler.batches.records import Batch, File
 from xllm_compile.scheduler.batches.runner import BatchRunner
@@ -27,16 +27,12 @@ READ_BYTES = 1 << 20
 class Batches:
     """Made at start-up; lives on the service's event loop from `start` to `stop`."""
 
-    def __init__(self, config: BatchConfig, service: Service, now: Callable[[], float] = time.time) -> None:
-        """now: Unix seconds. Raises OSError or ValueError where the folder cannot be used."""
-        self._config = config
+    def __init__(self, folder: BatchFolder, service: Service, now: Callable[[], float] = time.time) -> None:
+        """now: Unix seconds. The folder stays its opener's. Raises ValueError where its database cannot be used."""
+        self._config = config = folder.config
         self._now = now
-        self._folder = BatchFolder(config.folder)
-        try:
-            self._store = BatchStore(self._folder.database)
-        except ValueError:
-            self._folder.close()
-            raise
+        self._folder = folder
+        self._store = BatchStore(folder.database)
         self._thread = StoreThread()
         self._runner = BatchRunner(
             config, service=service, store=self._store, thread=self._thread, folder=self._folder, now=now
@@ -57,10 +53,8 @@ class Batches:
         await self._runner.close()
 
     def close(self) -> None:
-        """Let go of the folder."""
         self._thread.close()
         self._store.close()
-        self._folder.close()
 
     # Files
 

@@ -4,11 +4,13 @@ import contextlib
 import fcntl
 import os
 import secrets
+import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 _UNFINISHED = ".part"
+_MAX_HOLDER_BYTES = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +32,10 @@ class BatchConfig:
 class BatchFolder:
     """Paths are made of ids only, which are ours."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, config: BatchConfig) -> None:
         """Raises OSError when the folder cannot be used, ValueError when another server uses it."""
+        self.config = config
+        folder = config.folder
         self._uploads = folder / "files"
         # Prompts and answers are nobody else's.
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -40,13 +44,22 @@ class BatchFolder:
         self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
+        except BlockingIOError as err:
+            # A server that took it a moment ago may not have written who it is.
+            holder = os.pread(self._lock, _MAX_HOLDER_BYTES, 0).decode(errors="replace") or "unknown"
             os.close(self._lock)
             raise ValueError(
-                f"--batch-dir {folder} is in use by another server; stop that one or give each a folder of its own"
+                f"--batch-dir {folder} is in use by another server ({holder}); stop that one or give each a folder of"
+                " its own"
             ) from err
+        except OSError:
+            os.close(self._lock)
+            raise
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def close(self) -> None:
+        """Let go of it."""
         os.close(self._lock)
 
     def upload(self, file_id: str) -> Path:

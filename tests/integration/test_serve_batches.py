@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import signal
 
 import httpx
@@ -134,7 +136,11 @@ def test_the_key_protects_files_and_batches(serve):
 
 
 def test_one_server_per_folder_and_options_that_need_it(serve, demo_artifact, tmp_path):
-    with serve():
-        line = run_refused(demo_artifact, "--port", "0", "--grpc-port", "0", "--batch-dir", str(tmp_path / "batches"))
-        assert "in use by another server" in line
+    with serve() as server:
+        given = ("--port", "0", "--grpc-port", "0", "--batch-dir", str(tmp_path / "batches"))
+        holder = rf"in use by another server \(process {server.process.pid} on "
+        # Found out before the model is loaded: its manifest is all that is read here.
+        manifest = shutil.copytree(demo_artifact, tmp_path / "no_weights.xllm", ignore=lambda *_: ["weights", "graphs"])
+        for artifact, *options in ((manifest,), (demo_artifact, "--role", "gateway", "--registry-port", "0")):
+            assert re.search(holder, run_refused(artifact, *given, *options))
     assert "--batch-dir" in run_refused(demo_artifact, "--port", "0", "--grpc-port", "0", "--batch-max-lines", "5")

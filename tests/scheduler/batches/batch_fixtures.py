@@ -12,7 +12,7 @@ import httpx
 from tests.scheduler.service_fixtures import MAX_MODEL_LEN, byte_tokenizer
 from xllm_compile.scheduler.batches.api import BatchApi
 from xllm_compile.scheduler.batches.batches import Batches
-from xllm_compile.scheduler.batches.folder import BatchConfig
+from xllm_compile.scheduler.batches.folder import BatchConfig, BatchFolder
 from xllm_compile.scheduler.engine_client import EngineClient
 from xllm_compile.scheduler.http_api import build_app
 from xllm_compile.scheduler.service import Service
@@ -54,7 +54,8 @@ class BatchServer:
             max_model_len=MAX_MODEL_LEN,
             version="1",
         )
-        self.batches = Batches(BatchConfig(folder=self.folder, **self.options), service, self.clock)
+        self._opened = BatchFolder(BatchConfig(folder=self.folder, **self.options))
+        self.batches = Batches(self._opened, service, self.clock)
         await self.batches.start()
         transport = httpx.ASGITransport(app=build_app(service, BatchApi(self.batches).routes()))
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
@@ -64,6 +65,7 @@ class BatchServer:
         await self.client.aclose()
         await self.batches.stop()
         self.batches.close()
+        self._opened.close()
 
     async def upload(self, content: bytes, **data: str) -> httpx.Response:
         form = {"purpose": "batch"} | data

@@ -1,5 +1,7 @@
 """Files over HTTP: uploaded, listed, read, deleted, expired; and what is refused."""
 
+import os
+
 import httpx
 import pytest
 
@@ -174,7 +176,7 @@ async def test_too_many_lines_are_refused(start):
 
 async def test_one_server_has_the_folder(start):
     await start()
-    with pytest.raises(ValueError, match="in use by another server"):
+    with pytest.raises(ValueError, match=rf"in use by another server \(process {os.getpid()} on "):
         await start()
 
 
