@@ -31,11 +31,12 @@ _LINE_ENDS = re.compile("[\x7f-\x9f\u2028\u2029]")
 class BusyError(Exception):
     """The server cannot run the line now; it is to be run again after ``retry_after_s``."""
 
-    def __init__(self, retry_after_s: float, *, is_overloaded: bool) -> None:
-        """is_overloaded: fewer lines at once would have been taken."""
+    def __init__(self, retry_after_s: float, *, is_overloaded: bool, may_be_cause: bool = False) -> None:
+        """is_overloaded: fewer lines at once would have been taken. may_be_cause: of the end of the engine."""
         super().__init__(f"busy for {retry_after_s} s")
         self.retry_after_s = retry_after_s
         self.is_overloaded = is_overloaded
+        self.may_be_cause = may_be_cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,18 @@ class Answer:
 
 
 SERVER_ERROR = Answer(status=errors.INTERNAL.status, body=json.dumps(errors.internal().body()).encode())
+
+
+LINE_LOST = Answer(
+    status=errors.INTERNAL.status,
+    body=json.dumps(
+        errors.ApiError(
+            errors.INTERNAL,
+            "The server ended each time that it ran this request, which may be the cause.",
+            code="request_lost",
+        ).body()
+    ).encode(),
+)
 
 
 async def ask(service: Service, endpoint: str, body: bytes) -> Answer:
@@ -69,9 +82,14 @@ async def ask(service: Service, endpoint: str, body: bytes) -> Answer:
             await _HANDLERS[endpoint](service, body, send)
     except Exception as err:
         error = to_api_error(err)
-        if error.kind in (errors.OVERLOADED, errors.UNAVAILABLE) or error.code == "engine_dead":
+        # What ended instance after instance is not to be tried for ever.
+        is_busy = error.kind in (errors.OVERLOADED, errors.UNAVAILABLE) and error.code != "instances_lost"
+        is_dead = error.code == "engine_dead"
+        if is_busy or is_dead:
             retry_after_s = error.retry_after_s or errors.RETRY_AFTER_S
-            raise BusyError(retry_after_s, is_overloaded=error.kind is errors.OVERLOADED) from None
+            raise BusyError(
+                retry_after_s, is_overloaded=error.kind is errors.OVERLOADED, may_be_cause=is_dead
+            ) from None
         if error.code == "internal_error" and error is not err:
             logger.exception("a request of a batch failed")
         return Answer(status=error.kind.status, body=json.dumps(error.body()).encode())

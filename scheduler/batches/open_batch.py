@@ -1,7 +1,7 @@
 """A batch that has not ended, as the runner sees it; and whose turn it is."""
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,8 +32,8 @@ class OpenBatch:
     """When it last started a line."""
     held_until_s: float = 0.0
     """No line of it starts before; of the monotonic clock."""
-    num_failures: Counter[int] = field(default_factory=Counter)
-    """By line, of those that the server failed at."""
+    suspects: set[int] = field(default_factory=set)
+    """Lines that the server has ended with before, and may once more: each of them runs alone."""
     ends_as: FinalStatus | None = None
     """No more lines start, and it ends as soon as nothing of it is under way."""
 

@@ -142,6 +142,8 @@ class Line:
     """Bytes from the beginning of the file."""
     num_bytes: int
     custom_id: str
+    num_attempts: int = 0
+    """Times that the server failed at it, or ended while it ran."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

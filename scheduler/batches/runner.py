@@ -11,13 +11,14 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from xllm_compile.scheduler.batches.folder import BatchConfig, BatchFolder, new_id
 from xllm_compile.scheduler.batches.in_flight import InFlightLimit
 from xllm_compile.scheduler.batches.input_file import CheckedInput, InputRules, check_input, read_request
-from xllm_compile.scheduler.batches.line_request import SERVER_ERROR, Answer, BusyError, ask, result_of
+from xllm_compile.scheduler.batches.line_request import LINE_LOST, SERVER_ERROR, Answer, BusyError, ask, result_of
 from xllm_compile.scheduler.batches.open_batch import OpenBatch, next_batch
 from xllm_compile.scheduler.batches.recorder import ResultRecorder
 from xllm_compile.scheduler.batches.records import Batch, FinalStatus, Line, LineError, Result
@@ -29,7 +30,10 @@ from xllm_compile.scheduler.tasks import cancel_all
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""Of a line that the server fails at (status 5xx); one that it has no room for is tried until there is."""
+"""Of a line that the server fails at (status 5xx) or ends with; one that it has no room for is tried until there is.
+
+Who it was that the server ended with is not known of lines that ran together: the last attempt of each is by itself.
+"""
 MAX_IN_FLIGHT_BYTES = 64 << 20
 """Of request bodies under way; the last to start may exceed it."""
 RECHECK_S = 5.0
@@ -68,6 +72,10 @@ class BatchRunner:
         self._open: dict[int, OpenBatch] = {}
         self._num_bytes_running = 0
         self._num_turns = 0
+        self._has_suspect = False
+        """A suspect is under way, which it is until its result is on disk."""
+        self._attempts: dict[tuple[int, int], int] = {}
+        """Of lines by batch and number, to be written."""
         self._is_disk_full = False
         self._one_check = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -84,6 +92,7 @@ class BatchRunner:
         await cancel_all(self._tasks)
         await cancel_all([task for entry in self._open.values() for task in entry.tasks])
         try:
+            await self._write_attempts()
             await self._recorder.flush()
         except sqlite3.Error:
             logger.exception("results of batches could not be written; their lines run again")
@@ -112,6 +121,7 @@ class BatchRunner:
         while True:
             self._wake.clear()
             try:
+                await self._write_attempts()
                 for entry in list(self._open.values()):
                     await self._move_batch(entry)
                 await self._start_lines()
@@ -201,18 +211,38 @@ class BatchRunner:
     async def _start_lines(self) -> None:
         if self._next_batch() is None or not self._may_start() or not self._has_disk():
             return
-        while self._may_start() and (entry := self._next_batch()) is not None:
-            if not entry.waiting:
-                await self._read_lines(entry)
-            elif entry.has_lines:
-                self._start_line(entry, entry.waiting.popleft())
+        is_noted, is_done = asyncio.get_running_loop().create_future(), False
+        try:
+            while self._may_start() and (entry := self._next_batch()) is not None:
+                if not entry.waiting:
+                    await self._read_lines(entry)
+                elif entry.has_lines:
+                    if entry.waiting[0].number in entry.suspects:
+                        if any(each.num_running for each in self._open.values()):
+                            break
+                        self._has_suspect = True
+                    self._start_line(entry, entry.waiting.popleft(), is_noted)
+            await self._write_attempts()
+            is_done = True
+        finally:
+            is_noted.set_result(is_done)
+
+    async def _write_attempts(self) -> None:
+        counts, self._attempts = self._attempts, {}
+        if not counts:
+            return
+        try:
+            await self._thread.run(self._store.note_attempts, counts)
+        except BaseException:
+            self._attempts = counts | self._attempts
+            raise
 
     def _next_batch(self) -> OpenBatch | None:
         return next_batch(self._open.values(), time.monotonic())
 
     def _may_start(self) -> bool:
         has_room = self._num_bytes_running < MAX_IN_FLIGHT_BYTES
-        return has_room and self._is_able() and self.limit.may_start(time.monotonic())
+        return has_room and not self._has_suspect and self._is_able() and self.limit.may_start(time.monotonic())
 
     def _is_able(self) -> bool:
         return self._service.is_ready and not self._recorder.is_failing
@@ -229,7 +259,14 @@ class BatchRunner:
 
     async def _read_lines(self, entry: OpenBatch) -> None:
         lines = await self._thread.run(self._store.pending_lines, entry.batch.number, entry.last_read, _NUM_READ)
-        entry.waiting.extend(lines)
+        for line in lines:
+            if line.num_attempts >= MAX_ATTEMPTS:
+                logger.error("%s: line %d was under way each time that the server ended", entry.batch.id, line.number)
+                self._record(entry, result_of(entry.batch.number, line, LINE_LOST))
+                continue
+            if line.num_attempts == MAX_ATTEMPTS - 1:
+                entry.suspects.add(line.number)
+            entry.waiting.append(line)
         if lines:
             entry.last_read = lines[-1].number
         if len(lines) < _NUM_READ:
@@ -237,18 +274,24 @@ class BatchRunner:
             # There may have been nothing left to run.
             self._wake.set()
 
-    def _start_line(self, entry: OpenBatch, line: Line) -> None:
+    def _start_line(self, entry: OpenBatch, line: Line, is_noted: "asyncio.Future[bool]") -> None:
         self._num_turns += 1
         entry.turn = self._num_turns
         self._num_bytes_running += line.num_bytes
         self.limit.started()
-        task = asyncio.create_task(self._run_line(entry.batch, line))
+        self._attempts[entry.batch.number, line.number] = line.num_attempts + 1
+        task = asyncio.create_task(self._run_line(entry.batch, line, is_noted))
         entry.tasks.add(task)
         # Not in the task itself: one that is cancelled before its first step does nothing at all.
         task.add_done_callback(partial(self._line_ended, entry, line, time.monotonic()))
 
-    async def _run_line(self, batch: Batch, line: Line) -> tuple[int, Result]:
-        """The status of its answer, and that. Raises BusyError when the line is to run again."""
+    async def _run_line(self, batch: Batch, line: Line, is_noted: "asyncio.Future[bool]") -> tuple[int, Result]:
+        """The status of its answer, and that. Raises BusyError when the line is to run again.
+
+        is_noted: that it was begun is on disk, or could not be written.
+        """
+        if not await asyncio.shield(is_noted):
+            raise BusyError(RECHECK_S, is_overloaded=False)
         answer = await self._answer(batch, line)
         return answer.status, result_of(batch.number, line, answer)
 
@@ -264,12 +307,18 @@ class BatchRunner:
         entry.tasks.discard(task)
         self._num_bytes_running -= line.num_bytes
         self._wake.set()
+        self._has_suspect = False
         if task.cancelled():
             self.limit.stopped()
+            self._attempts[entry.batch.number, line.number] = line.num_attempts
             return
         error = task.exception()
         if isinstance(error, BusyError):
             now_s = time.monotonic()
+            if error.may_be_cause:
+                line = replace(line, num_attempts=line.num_attempts + 1)
+            else:
+                self._attempts[entry.batch.number, line.number] = line.num_attempts
             if error.is_overloaded:
                 self.limit.refused(started_s=started_s, now_s=now_s, retry_after_s=error.retry_after_s)
             else:
@@ -284,17 +333,21 @@ class BatchRunner:
             status, result = SERVER_ERROR.status, result_of(entry.batch.number, line, SERVER_ERROR)
         else:
             status, result = task.result()
-        if status >= 500:
-            entry.num_failures[line.number] += 1
-            if entry.num_failures[line.number] < MAX_ATTEMPTS:
-                entry.waiting.appendleft(line)
-                return
-        del entry.num_failures[line.number]
+        if status >= 500 and line.num_attempts + 1 < MAX_ATTEMPTS:
+            entry.waiting.appendleft(replace(line, num_attempts=line.num_attempts + 1))
+            return
+        self._has_suspect = line.number in entry.suspects
+        self._record(entry, result)
+
+    def _record(self, entry: OpenBatch, result: Result) -> None:
         entry.num_unrecorded += 1
         self._recorder.add(result)
 
     def _on_recorded(self, result: Result) -> None:
-        self._open[result.batch].num_unrecorded -= 1
+        entry = self._open[result.batch]
+        entry.num_unrecorded -= 1
+        if result.number in entry.suspects:
+            self._has_suspect = False
         self.num_ended_lines["failed" if result.is_error else "completed"] += 1
         self._wake.set()
 

@@ -11,7 +11,7 @@ A store is used by one thread at a time, and by one process (folder.py holds the
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,7 +29,7 @@ from xllm_compile.scheduler.batches.records import (
     Result,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _MAX_KEPT_JOURNAL_BYTES = 64 << 20
 # Most that one deletion gives back to the file system, because moving pages holds up everything else; the other free
@@ -96,6 +96,16 @@ CREATE TABLE results (
 );
 """
 
+# New in version 2.
+_ATTEMPTS = """
+CREATE TABLE attempts (
+    batch INTEGER NOT NULL REFERENCES batches (number),
+    number INTEGER NOT NULL,
+    num_attempts INTEGER NOT NULL,
+    PRIMARY KEY (batch, number)
+) WITHOUT ROWID;
+"""
+
 # Of a line that never ran, by how its batch ended.
 _UNRUN = {
     "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
@@ -149,8 +159,9 @@ class BatchStore:
         self._db.execute(f"PRAGMA journal_size_limit = {_MAX_KEPT_JOURNAL_BYTES}")
         self._db.execute("PRAGMA foreign_keys = ON")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        if version in (0, 1):
+            missing = _ATTEMPTS if version == 1 else _SCHEMA + _ATTEMPTS
+            self._db.executescript(f"BEGIN IMMEDIATE; {missing} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
             raise ValueError(f"has version {version}, this program reads version {SCHEMA_VERSION}")
 
@@ -299,12 +310,23 @@ class BatchStore:
     def pending_lines(self, batch: int, after: int, limit: int) -> list[Line]:
         """Lines without a result behind number ``after``, in order."""
         rows = self._db.execute(
-            """SELECT number, offset, num_bytes, custom_id FROM lines WHERE batch = ? AND number > ? AND NOT EXISTS
+            """SELECT number, offset, num_bytes, custom_id, IFNULL((SELECT num_attempts FROM attempts
+               WHERE attempts.batch = lines.batch AND attempts.number = lines.number), 0) AS num_attempts
+               FROM lines WHERE batch = ? AND number > ? AND NOT EXISTS
                (SELECT 1 FROM results WHERE results.batch = lines.batch AND results.number = lines.number)
                ORDER BY number LIMIT ?""",
             (batch, after, limit),
         )
         return [Line(**row) for row in rows]
+
+    def note_attempts(self, counts: Mapping[tuple[int, int], int]) -> None:
+        """How often lines, by the numbers of their batch and themselves, were begun: what is on disk if this ends."""
+        with self._transaction():
+            self._db.executemany(
+                """INSERT OR REPLACE INTO attempts SELECT ?1, ?2, ?3 WHERE EXISTS
+                   (SELECT 1 FROM lines WHERE batch = ?1 AND number = ?2)""",
+                [(batch, number, count) for (batch, number), count in counts.items()],
+            )
 
     def record(self, results: Sequence[Result]) -> None:
         """Results with the counts that they change. One that is there already, or whose batch has ended, is dropped."""
@@ -352,6 +374,7 @@ class BatchStore:
                 self._add_output(before, file_id, now, is_error=is_error)
             self._move(number, before.status, status, now)
             self._db.execute("DELETE FROM lines WHERE batch = ?", (number,))
+            self._db.execute("DELETE FROM attempts WHERE batch = ?", (number,))
             row = self._db.execute("SELECT * FROM batches WHERE number = ?", (number,)).fetchone()
         self._moved(before.status, status)
         after = _batch(row)

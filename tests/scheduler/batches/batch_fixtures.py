@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,13 @@ class BatchServer:
         await self.batches.stop()
         self.batches.close()
         self._opened.close()
+
+    async def kill(self, folder: Path) -> None:
+        """And start again with what is on disk now, which is copied to the folder."""
+        shutil.copytree(self.folder, folder)
+        await self.stop()
+        self.folder = folder
+        await self.start()
 
     async def upload(self, content: bytes, **data: str) -> httpx.Response:
         form = {"purpose": "batch"} | data

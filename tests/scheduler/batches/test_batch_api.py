@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from tests.scheduler.batches.batch_fixtures import COMPLETIONS, jsonl, line
+from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.batches import line_request
 from xllm_compile.scheduler.batches import runner as runner_module
 from xllm_compile.scheduler.batches.runner import MAX_ATTEMPTS
+from xllm_compile.scheduler.errors import ApiError
 
 LONG: dict[str, Any] = {"max_tokens": 100}
 
@@ -290,6 +292,73 @@ async def test_a_line_that_the_server_fails_at_is_tried_again(server, monkeypatc
     assert num_calls == {"once": 2, "often": MAX_ATTEMPTS}
     (failed,) = await server.content(ended["error_file_id"])
     assert failed["custom_id"] == "n" and failed["response"]["status_code"] == 500
+
+
+class Deadly:
+    """In place of `ask`: prompts that begin with "x" wait for the end of the server, others for `gate`."""
+
+    def __init__(self):
+        self.gate = asyncio.Event()
+        self.running = []
+        self.num_most = 0
+
+    async def __call__(self, service, endpoint, body):
+        prompt = json.loads(body)["prompt"]
+        self.running.append(prompt)
+        self.num_most = max(self.num_most, len(self.running))
+        try:
+            await (asyncio.Event() if prompt.startswith("x") else self.gate).wait()
+        finally:
+            self.running.remove(prompt)
+        return await line_request.ask(service, endpoint, body)
+
+    async def runs(self, prompts):
+        async with asyncio.timeout(10):
+            while self.running != prompts:
+                await asyncio.sleep(0.005)
+
+
+async def test_a_line_that_ends_its_server_is_given_up_and_those_beside_it_are_not(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(runner_module, "ask", ask := Deadly())
+    created = await server.create([line("a", prompt="a"), line("x", prompt="x"), line("b", prompt="b")])
+    for life in range(MAX_ATTEMPTS - 1):
+        await ask.runs(["a", "x", "b"])
+        await server.kill(tmp_path / str(life))
+    # Whose fault it is shows when each runs alone.
+    ask.num_most = 0
+    await ask.runs(["a"])
+    ask.gate.set()
+    await ask.runs(["x"])
+    assert ask.num_most == 1
+    await server.kill(tmp_path / "last")
+    ended = await server.ended(created["id"])
+    assert ended["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+    (failed,) = await server.content(ended["error_file_id"])
+    assert failed["custom_id"] == "x" and failed["response"]["body"]["error"]["code"] == "request_lost"
+
+
+async def test_what_ended_without_being_tried_counts_as_no_attempt(server, monkeypatch, tmp_path):
+    """Ended in order, again and again: none of them is a suspect."""
+    monkeypatch.setattr(runner_module, "ask", ask := Deadly())
+    created = await server.create([line(str(number), prompt="a") for number in range(4)])
+    for _ in range(MAX_ATTEMPTS + 1):
+        await ask.runs(["a"] * 4)
+        await server.stop()
+        await server.start()
+    ask.gate.set()
+    ended = await server.ended(created["id"])
+    assert ended["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
+
+
+async def test_a_line_that_ends_instance_after_instance_fails(server, monkeypatch):
+    async def handle(service, body, send):
+        raise ApiError(errors.UNAVAILABLE, "It lost 5 instances.", code="instances_lost")
+
+    monkeypatch.setitem(line_request._HANDLERS, "/v1/completions", handle)
+    ended = await server.ended((await server.create([line("a")]))["id"])
+    assert ended["request_counts"] == {"total": 1, "completed": 0, "failed": 1}
+    (failed,) = await server.content(ended["error_file_id"])
+    assert failed["response"]["body"]["error"]["code"] == "instances_lost"
 
 
 async def test_results_are_lines_to_every_reader(server):

@@ -114,6 +114,33 @@ def test_counts_are_those_of_a_store_that_is_opened_anew(store, tmp_path):
     check()
 
 
+def test_attempts_are_kept_until_the_batch_ends(store, tmp_path):
+    batch = add_batch(store)
+    store.start_batch(batch.number, lines(3), NOW)
+    store.note_attempts({(batch.number, 2): 1, (batch.number, 3): 1})
+    # A line of a batch that has ended meanwhile.
+    store.note_attempts({(batch.number, 2): 2, (batch.number + 1, 1): 1})
+    store.close()
+    again = open_store(tmp_path)
+    assert [line.num_attempts for line in again.pending_lines(batch.number, 0, 9)] == [0, 2, 1]
+    again.end_batch(batch.number, "completed", ("file-o", "file-e"), NOW)
+    assert again._db.execute("SELECT COUNT(*) FROM attempts").fetchone()[0] == 0
+    again.close()
+
+
+def test_a_database_of_version_1_is_taken_up(store, tmp_path):
+    batch = add_batch(store)
+    store.start_batch(batch.number, lines(3), NOW)
+    store.close()
+    with sqlite3.connect(tmp_path / "batches.sqlite3") as database:
+        database.execute("DROP TABLE attempts")
+        database.execute("PRAGMA user_version = 1")
+    again = open_store(tmp_path)
+    again.note_attempts({(batch.number, 1): 1})
+    assert [line.num_attempts for line in again.pending_lines(batch.number, 0, 9)] == [1, 0, 0]
+    again.close()
+
+
 def test_other_versions_and_other_files_are_refused(tmp_path):
     (tmp_path / "text").write_bytes(b"no database" * 1000)
     with pytest.raises(ValueError, match="--batch-dir"):
