@@ -58,6 +58,7 @@ class Stream(threading.Thread):
         self._url = f"{server.http}/v1/completions"
         self._body = {"prompt": prompt, "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True}
         self._body |= options
+        self._body |= options
         self.text = ""
         self.error = None
         self.start()
