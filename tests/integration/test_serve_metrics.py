@@ -41,7 +41,8 @@ def families(process):
 def test_traffic_moves_all_of_them(family_artifact):
     options = ("--kv-host-memory", "64MiB", "--kv-swap-memory", "16MiB", "--speculative", "suffix")
     cluster = Cluster(family_artifact("qwen3"), ("prefill", "decode"), *options)
-    known, moved = set(), set()
+    known: set[str] = set()
+    moved: set[str] = set()
 
     def still():
         for process in (cluster.gateway, *cluster.instances.values()):

@@ -5,6 +5,20 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.transfer.libraries import MODULES, why_missing
+from tests.runtime.transfer.memory import memory
+
+
+@pytest.fixture
+def target(request):
+    """Of the module's SIZE, zeroes."""
+    with memory(request.module.SIZE) as region:
+        yield region
+
+
+@pytest.fixture
+def source(request):
+    with memory(request.module.SIZE, seed=1) as region:
+        yield region
 
 
 @pytest.fixture

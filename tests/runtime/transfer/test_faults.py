@@ -13,7 +13,7 @@ from threading import Event
 import pytest
 import xxhash
 
-from tests.runtime.transfer.memory import content, memory, read
+from tests.runtime.transfer.memory import content, read
 from tests.runtime.transfer.peer import Peer, digest, send_half
 from xllm_compile.runtime.transfer.connect import connect, open_receiver
 from xllm_compile.runtime.transfer.mapping import Mapping
@@ -53,18 +53,6 @@ def ready_receiver(peer, scheme):
     token = secrets.token_bytes(16)
     receiver.ask("permit", token.hex(), (0, SIZE))
     return receiver, addresses, token
-
-
-@pytest.fixture
-def target():
-    with memory(SIZE) as region:
-        yield region
-
-
-@pytest.fixture
-def source():
-    with memory(SIZE, seed=1) as region:
-        yield region
 
 
 def permitted(receiver: Receiver, *ranges: tuple[int, int]) -> bytes:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.runtime.transfer.libraries import needs_library
-from tests.runtime.transfer.memory import content, memory, read
+from tests.runtime.transfer.memory import content, read
 from xllm_compile.runtime.transfer.connect import connect, open_receiver
 from xllm_compile.runtime.transfer.transfer import ByteRange, TransferConfig, TransferError
 
@@ -22,18 +22,6 @@ CONFIG = TransferConfig(secret=b"between us", timeout_s=30, allow_open_ports=Tru
 def scheme(request):
     needs_library(request.param)
     return request.param
-
-
-@pytest.fixture
-def target():
-    with memory(SIZE) as region:
-        yield region
-
-
-@pytest.fixture
-def source():
-    with memory(SIZE, seed=1) as region:
-        yield region
 
 
 @pytest.fixture
