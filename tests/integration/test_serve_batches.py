@@ -5,11 +5,13 @@ import json
 import re
 import shutil
 import signal
+from contextlib import closing
 
 import httpx
 import openai
 import pytest
 
+from tests.integration.cluster_processes import Cluster, busiest
 from tests.integration.helpers import PROMPT, until
 from tests.integration.serve_process import ServeProcess, run_refused
 
@@ -91,6 +93,34 @@ def test_killed_in_the_middle_and_restarted(serve):
         assert [each.id for each in client.batches.list()] == [batch.id]
         server.send(signal.SIGTERM)
         assert server.wait() == 0
+
+
+def test_an_instance_and_the_gateway_are_killed(demo_artifact, tmp_path):
+    """Nothing is lost, and every line is answered once."""
+    given = ("--served-model-name", "demo", "--batch-dir", str(tmp_path / "batches"))
+    cluster = Cluster(demo_artifact, ("mix", "mix"), gateway_options=given)
+    with closing(cluster):
+        with client_of(cluster.gateway) as client:
+            batch = create(client, NUM_LINES, max_tokens=48, ignore_eos=True)
+            until(lambda: client.batches.retrieve(batch.id).request_counts.completed >= 20)
+            cluster.instances[busiest(cluster)].send(signal.SIGKILL)
+            until(lambda: client.batches.retrieve(batch.id).request_counts.completed >= 60)
+            told = client.batches.retrieve(batch.id).request_counts
+            cluster.gateway.send(signal.SIGKILL)
+            cluster.gateway.wait()
+        port = cluster.gateway.registry.rpartition(":")[2]
+        with (
+            ServeProcess(demo_artifact, "--role", "gateway", "--registry-port", port, *given) as gateway,
+            client_of(gateway) as client,
+        ):
+            assert client.batches.retrieve(batch.id).request_counts.completed >= told.completed
+            until(lambda: is_ended(client, batch.id))
+            ended = client.batches.retrieve(batch.id)
+            counts = ended.request_counts
+            assert (counts.total, counts.completed, counts.failed) == (NUM_LINES, NUM_LINES, 0)
+            found = results(client, ended.output_file_id)
+            assert sorted(result["custom_id"] for result in found) == sorted(f"id-{n}" for n in range(NUM_LINES))
+            assert all(result["response"]["body"]["usage"]["completion_tokens"] == 48 for result in found)
 
 
 def test_online_requests_go_first_and_a_signal_ends_the_server(serve):
