@@ -217,8 +217,10 @@ async def _carry_out(service: Service, plan: Sequence[Fault], tally: Tally) -> N
         num_good = sum(answer.result.error is None for answer in tally.answers)
         so_far = f"{num_good} requests answered, {len(tally.answers) - num_good} tried again"
         say(f"{number}/{len(plan)} {fault.kind}: {', '.join(fault.targets)}, {fault.lasts_s:.1f} s; {so_far}")
-        tally.disturbances.append(Disturbance(fault=fault, at_s=time.monotonic()))
+        disturbance = Disturbance(fault=fault, at_s=time.monotonic())
+        tally.disturbances.append(disturbance)
         await _apply(service, fault)
+        disturbance.over_s = time.monotonic()
 
 
 async def _apply(service: Service, fault: Fault) -> None:

@@ -1,5 +1,6 @@
 """What became of every request while a service was disturbed, and how long its streams stood still for it."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,6 @@ from xllm_compile.benchmarks.record import Bar
 from xllm_compile.benchmarks.timing import percentile
 
 _MAX_ERRORS = 20
-# A gateway that was ended takes this long to serve again.
-_GATEWAY_RESTART_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +36,8 @@ class Disturbance:
     fault: Fault
     at_s: float
     """On the clock of the answers' times."""
+    over_s: float = math.inf
+    """When everybody was back."""
 
 
 @dataclass(slots=True)
@@ -79,7 +80,7 @@ def _is_cut(answer: Answer, tally: Tally) -> bool:
     for each in tally.disturbances:
         if answer.gateway not in each.fault.targets or not _ends_it(each.fault, is_refused=is_refused):
             continue
-        if answer.result.sent <= each.at_s + _GATEWAY_RESTART_S and each.at_s <= answer.result.ended:
+        if answer.result.sent <= each.over_s and each.at_s <= answer.result.ended:
             return True
     return False
 
@@ -138,6 +139,7 @@ def raw_of(tally: Tally, at_rest: Mapping[str, Mapping[str, float]]) -> dict[str
                 "kind": each.fault.kind,
                 "targets": list(each.fault.targets),
                 "lasts_s": round(each.fault.lasts_s, 2),
+                "over_after_s": round(each.over_s - began_s, 2),
                 "cuts": [f"{source} > {target}" for source, target in each.fault.cuts],
             }
             for each in tally.disturbances

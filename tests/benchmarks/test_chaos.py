@@ -70,12 +70,13 @@ def test_without_a_network_nothing_is_cut():
         (answer(1.0, error="the connection ended before the stream did"), "lost"),
         (answer(error="HTTP/1.1 429", retry_after_s=1.0), "refused"),
         (answer(error="HTTP/1.1 503"), "lost"),
-        # Its gateway is killed at 5 and drained at 50.
+        # Its gateway is killed at 5 and back at 9, drained at 50 and back at 99.
         (answer(6.0, sent=4.0, error="ConnectionResetError"), "cut"),
         (answer(6.0, sent=4.0, error="ConnectionResetError", gateway="gateway-1"), "lost"),
         (answer(4.5, sent=4.0, error="ConnectionResetError"), "lost"),
         (answer(sent=6.0, error="ConnectionRefusedError"), "cut"),
         (answer(sent=51.0, error="ConnectionRefusedError"), "cut"),
+        (answer(sent=98.0, error="ConnectionRefusedError"), "cut"),
         (answer(51.0, sent=49.0, error="ConnectionResetError"), "lost"),
         (answer(sent=30.0, error="ConnectionRefusedError"), "lost"),
     ],
@@ -84,8 +85,8 @@ def test_what_became_of_a_request(one, where):
     tally = Tally(
         answers=[one],
         disturbances=[
-            Disturbance(fault=fault("gateway killed", "kill", "gateway-0"), at_s=5.0),
-            Disturbance(fault=fault("gateway drained", "drain", "gateway-0"), at_s=50.0),
+            Disturbance(fault=fault("gateway killed", "kill", "gateway-0"), at_s=5.0, over_s=9.0),
+            Disturbance(fault=fault("gateway drained", "drain", "gateway-0"), at_s=50.0, over_s=99.0),
         ],
     )
     outcome = Outcome.of(tally)
