@@ -9,6 +9,7 @@ import json
 import re
 import ssl
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,8 +62,12 @@ async def stream_completion(
     model: str | None = None,
     api_key: str | None = None,
     tls: ssl.SSLContext | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> StreamResult:
-    """Send one prompt and read its stream to the end: exactly num_tokens, greedy. Errors are in the result."""
+    """Send one prompt and read its stream to the end: exactly num_tokens, greedy. Errors are in the result.
+
+    fields: more of the request's body.
+    """
     body: dict[str, Any] = {
         "prompt": prompt,
         "max_tokens": num_tokens,
@@ -70,6 +75,7 @@ async def stream_completion(
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **(fields or {}),
     }
     if model is not None:
         body["model"] = model

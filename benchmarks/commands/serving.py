@@ -113,6 +113,20 @@ def placement_command(results: Path, num_requests: int) -> None:
     run_placement(results, command_line(), num_requests=num_requests)
 
 
+@click.command("colocation")
+@work_dir_option("Scratch; some GB.")
+@click.option("--seed", type=int, default=1234, help="Of requests and arrivals.")
+@results_option
+@click.option("--seconds", type=click.FloatRange(1), default=45.0, help="That count, of each mode.")
+@click.option("--online-rate", type=click.FloatRange(0, min_open=True), default=2.0, help="Requests a second.")
+@click.option("--in-flight", type=click.IntRange(1), default=32, help="Offline requests open at the same time.")
+def colocation_command(work_dir: Path, results: Path, **options: Any) -> None:
+    """Offline requests beside online ones on four instances of this host -> colocation_live.json."""
+    from xllm_compile.benchmarks.bench_colocation_live import run_colocation_live
+
+    run_colocation_live(work_dir, results, command_line(), **options)
+
+
 @click.command("hand-over")
 @model_options
 @click.option("--prompt-tokens", type=click.IntRange(1), default=512)
@@ -143,6 +157,7 @@ COMMANDS: tuple[click.Command, ...] = (
     chaos_command,
     gateway_command,
     placement_command,
+    colocation_command,
     hand_over_command,
     registry_command,
 )
