@@ -349,6 +349,7 @@ _RULES: dict[str, Callable[[_Call], NodeCost]] = {
     "xllm::packed_linear": _linear,
     "xllm::int8_linear": _linear,
     "xllm::int4_linear": _linear,
+    "xllm::int4_zero_linear": _linear,
     "xllm::int8_dynamic_linear": _linear,
     "xllm::attention": _attention,
     "xllm::packed_embedding": _gather,

@@ -82,6 +82,8 @@ def cpu_pipeline(
             "the head shares its weight with the embedding (tie_word_embeddings), which stays as it is;"
             " leave --quantize-head out"
         )
+    if quantisation and quantisation.stored_by and "quantise" in disabled:
+        raise ValueError("pass 'quantise' cannot be left out: the checkpoint's weights are quantised already")
     if quantisation and "quantise" in disabled:
         raise ValueError(f"--quantize {quantisation.scheme} asks for the pass 'quantise'; leave out one of the two")
     passes = [

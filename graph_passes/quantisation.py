@@ -17,8 +17,13 @@ class Quantisation:
     4.125 at 128."""
     has_head: bool = False
     """Quantise the head too. One that shares its weight with the embedding cannot be."""
+    stored_by: str = ""
+    """The method of a checkpoint whose layers are quantised already, and are taken as they are; int4 may have groups of
+    any multiple of 8 then, or one scale per row (0), and has zero points."""
 
     def __post_init__(self) -> None:
+        if self.stored_by:
+            return
         if self.scheme not in SCHEMES:
             raise ValueError(f"quantize={self.scheme!r} is not supported; supported: {', '.join(SCHEMES)}")
         if self.group_size is None and self.scheme == "int4":
@@ -32,6 +37,7 @@ class Quantisation:
 
     @property
     def label(self) -> str:
-        """As the manifest names it: int8, int4-g32, int8-dynamic+head."""
+        """As the manifest names it: int8, int4-g32, int8-dynamic+head, int4-g128 (awq)."""
         group = f"-g{self.group_size}" if self.group_size else ""
-        return self.scheme + group + ("+head" if self.has_head else "")
+        stored = f" ({self.stored_by})" if self.stored_by else ""
+        return self.scheme + group + ("+head" if self.has_head else "") + stored

@@ -2,12 +2,14 @@
 
 Matches: aten.linear on a plain weight in a layer region; in the head with ``has_head``.
 Rewrites: xllm::int8_linear, int4_linear or int8_dynamic_linear on the packed values and their scales, two weights made
-    from the same sources; float32 is written directly where a cast to float32 is all that follows.
+    from the same sources; float32 is written directly where a cast to float32 is all that follows. Of a checkpoint that
+    is quantised already int4 becomes int4_zero_linear, on values, scales and zero points.
 Skips: a weight that is computed in the graph or read by another node; the head where it was not asked for; fewer than
     32 outputs or inputs, which padding and scales would make no smaller; int4 where the reduction axis is no multiple
-    of the group.
-Numerics: changes them, opt-in. int8 is off by half a step of 1/127 of a channel's largest weight, int4 by one of 1/8 of
-    a group's; int8-dynamic rounds each token's activations by as much. The rewritten graph equals the operators'
+    of the group. What the checkpoint holds quantised cannot be skipped: that is an error.
+Numerics: those of the checkpoint's own values, where it is quantised already. Otherwise changes them, opt-in: int8 is
+    off by half a step of 1/127 of a channel's largest weight, int4 by one of 1/8 of a group's; int8-dynamic rounds each
+    token's activations by as much, whoever made the weights. The rewritten graph equals the operators'
     references on the same rounded weights.
 """
 
@@ -19,7 +21,7 @@ from torch import fx
 from xllm_compile.graph_passes.pack_linear import float_cast_after
 from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_passes.region import PassReport, RegionGraph, args_of, insert_call
-from xllm_compile.runtime.ops.quantised import quantise_packed_meta
+from xllm_compile.runtime.ops.quantised import quantise_packed_meta, stored_int4_meta
 from xllm_compile.runtime.ops.spec import WeightSpec
 
 aten = torch.ops.aten
@@ -31,6 +33,7 @@ _OPERATORS = {
     "int4": xllm.int4_linear.default,
     "int8-dynamic": xllm.int8_dynamic_linear.default,
 }
+_STORED_OPERATORS = {**_OPERATORS, "int4": xllm.int4_zero_linear.default}
 
 
 def quantise(region: RegionGraph, *, quantisation: Quantisation) -> PassReport:
@@ -52,6 +55,9 @@ def _match(region: RegionGraph, node: fx.Node, quantisation: Quantisation, repor
         report.skip(f"{region.name} keeps its weight")
         return False
     out_features, in_features = weight.meta["val"].shape
+    if quantisation.stored_by:
+        _check_stored(region, weight.name, in_features, quantisation)
+        return True
     if min(out_features, in_features) < _MIN_FEATURES:
         report.skip(f"fewer than {_MIN_FEATURES} outputs or inputs")
         return False
@@ -61,30 +67,44 @@ def _match(region: RegionGraph, node: fx.Node, quantisation: Quantisation, repor
     return True
 
 
+def _check_stored(region: RegionGraph, weight: str, in_features: int, quantisation: Quantisation) -> None:
+    """A rank's part of the reduction axis must be whole groups, and whole steps of the kernels."""
+    unit = quantisation.group_size or (8 if quantisation.scheme == "int4" else 1)
+    if in_features % unit:
+        raise ValueError(
+            f"{region.weights[weight].name} has {in_features} inputs on a rank, no multiple of {unit}, which the"
+            f" checkpoint's {quantisation.label} needs; use a smaller --tensor-parallel-size or an unquantised"
+            " checkpoint"
+        )
+
+
 def _rewrite(region: RegionGraph, node: fx.Node, quantisation: Quantisation) -> None:
     x, weight = args_of(node)[:2]
     bias = args_of(node)[2] if len(args_of(node)) > 2 else None
     assert isinstance(weight, fx.Node)
     out_features = weight.meta["val"].shape[0]
-    values, scale = _quantised_weights(region, weight, quantisation)
+    operands = _quantised_weights(region, weight, quantisation)
     cast = float_cast_after(node)
-    target = _OPERATORS[quantisation.scheme]
-    new = insert_call(region.graph, node, target, x, values, scale, bias, out_features, cast is not None)
+    target = (_STORED_OPERATORS if quantisation.stored_by else _OPERATORS)[quantisation.scheme]
+    new = insert_call(region.graph, node, target, x, *operands, bias, out_features, cast is not None)
     (cast or node).replace_all_uses_with(new)
     if cast is not None:
         region.graph.erase_node(cast)
     region.graph.erase_node(node)
 
 
-def _quantised_weights(region: RegionGraph, weight: fx.Node, quantisation: Quantisation) -> tuple[fx.Node, fx.Node]:
-    """Placeholders of the values, under the weight's own name, and of their scales."""
+def _quantised_weights(region: RegionGraph, weight: fx.Node, quantisation: Quantisation) -> list[fx.Node]:
+    """Placeholders of the values, under the weight's own name, of their scales and, where there are, of the zeros."""
     plain, value = region.weights[weight.name], weight.meta["val"]
     # The dynamic scheme differs in what is done to the activations: the weights are those of int8.
     kind = "int4" if quantisation.scheme == "int4" else "int8"
     group_size = quantisation.group_size or 0
 
     with value.fake_mode:
-        values, scale = quantise_packed_meta(value, kind, group_size)
+        if quantisation.stored_by and kind == "int4":
+            values, *others = stored_int4_meta(value, group_size)
+        else:
+            values, *others = quantise_packed_meta(value, kind, group_size)
 
     def specify(name: str, quantised: str, tensor: torch.Tensor) -> WeightSpec:
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -93,5 +113,8 @@ def _quantised_weights(region: RegionGraph, weight: fx.Node, quantisation: Quant
 
     region.weights[weight.name] = specify(plain.name, kind, values)
     weight.meta["val"] = values
-    scale_spec = specify(plain.name + ".scale", kind + ".scale", scale)
-    return weight, region.replace_weights([weight], scale_spec, scale)
+    operands = [weight]
+    for part, tensor in zip(("scale", "zero"), others, strict=False):
+        spec = specify(f"{plain.name}.{part}", f"{kind}.{part}", tensor)
+        operands.append(region.replace_weights([weight], spec, tensor))
+    return operands

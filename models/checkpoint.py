@@ -62,8 +62,13 @@ class Checkpoint:
                     f"{INDEX_FILE} places {name} in {file}, which lacks it; fetch the checkpoint again"
                 )
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Every expected tensor is there with its shape and a floating dtype, else CheckpointError naming the first."""
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
+        """Every expected tensor is there with its shape, and a dtype of ``dtypes`` or else a floating one.
+
+        Raises CheckpointError naming the first that is not.
+        """
         for name, shape in expected.items():
             if name not in self._file_of:
                 raise CheckpointError(
@@ -76,9 +81,10 @@ class Checkpoint:
                     f"tensor {name} has shape {list(view.get_shape())}, config.json asks for {list(shape)};"
                     " config.json and weights do not belong together"
                 )
-            if view.get_dtype() not in FLOAT_DTYPES:
+            supported = (dtypes or {}).get(name, tuple(FLOAT_DTYPES))
+            if view.get_dtype() not in supported:
                 raise CheckpointError(
-                    f"tensor {name} has dtype {view.get_dtype()}; supported: {', '.join(FLOAT_DTYPES)}."
+                    f"tensor {name} has dtype {view.get_dtype()}; supported: {', '.join(supported)}."
                     " Use an unquantised checkpoint"
                 )
 

@@ -117,13 +117,6 @@ def decoder_config(hf: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
     activation = hf.get("hidden_act", "silu")
     if activation != "silu":
         raise UnsupportedModelError(f"hidden_act={activation!r} is not supported; supported: silu")
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"quantization_config with quant_method={method!r} is not supported;"
-            " use a bfloat16, float16 or float32 checkpoint; --quantize int8, int4 or int8-dynamic rounds it while"
-            " compiling"
-        )
     fields: dict[str, Any] = {
         "architecture": hf["architectures"][0],
         "vocab_size": require(hf, "vocab_size"),

@@ -172,7 +172,8 @@ def eager_model(model_dir: Path, folder: Path, **options: Any) -> EagerModel:
     programs, _ = make_programs(source, config, NoProgress())
     path = folder / f"{model_dir.name}-{source.dtype}.safetensors"
     computed = rope_constants(source.config)
-    build_weights(path, source.checkpoint, computed, artifact_weights(programs), lambda done: None)
+    specs = artifact_weights(programs)
+    build_weights(path, source.checkpoint, computed, specs, lambda done: None, stored=source.stored)
     return EagerModel(
         source=source,
         manifest=_manifest(source, programs, config),

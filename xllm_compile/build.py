@@ -29,6 +29,7 @@ from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.memory_plan import lifetimes
 from xllm_compile.graph_passes.partition import partition, runs_eagerly
 from xllm_compile.graph_passes.pipeline import Pass, run_passes
+from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_passes.region import RegionGraph
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.graph_passes.step_shape import StepShape
@@ -36,10 +37,11 @@ from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
 from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
 from xllm_compile.micro_batches import SplitPlan, plan_split
 from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
-from xllm_compile.models.config import read_hf_config
+from xllm_compile.models.config import DecoderConfig, read_hf_config
 from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, checkpoint_shapes, pool_region
 from xllm_compile.models.registry import read_model_config
 from xllm_compile.models.rope import rope_constants
+from xllm_compile.models.stored_quantisation import StoredQuantisation, read_stored_quantisation
 from xllm_compile.models.tensor_parallel import rank_shape
 from xllm_compile.progress import BuildProgress
 from xllm_compile.report import BucketReport, RegionReport
@@ -146,12 +148,13 @@ def read_source(config: BuildConfig) -> Source:
             f"{config.model_dir} has no tokenizer.json; save it there with"
             " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
+    stored = read_stored_quantisation(hf_config)
     checkpoint = Checkpoint(config.model_dir)
-    checkpoint.check(checkpoint_shapes(model))
+    _check_checkpoint(checkpoint, model, stored)
     dtype = config.dtype
     if dtype == "auto":
-        stored = checkpoint.tensor(EMBED_WEIGHT).dtype
-        dtype = "float32" if stored == FLOAT_DTYPES["F32"] else "bfloat16"
+        is_float32 = checkpoint.tensor(EMBED_WEIGHT).dtype == FLOAT_DTYPES["F32"]
+        dtype = "float32" if is_float32 else "bfloat16"
     return Source(
         hf_config=hf_config,
         config=model,
@@ -160,7 +163,29 @@ def read_source(config: BuildConfig) -> Source:
         dtype=dtype,
         max_model_len=max_model_len,
         tensor_parallel_size=config.tensor_parallel_size,
+        stored=stored,
+        quantisation=_quantisation(config, stored),
     )
+
+
+def _check_checkpoint(checkpoint: Checkpoint, model: DecoderConfig, stored: StoredQuantisation | None) -> None:
+    shapes = checkpoint_shapes(model)
+    matrices = {name: shape for name, shape in shapes.items() if stored and ".layers." in name and len(shape) == 2}
+    if stored is not None:
+        stored.check(checkpoint, matrices)
+    checkpoint.check({name: shape for name, shape in shapes.items() if name not in matrices})
+
+
+def _quantisation(config: BuildConfig, stored: StoredQuantisation | None) -> Quantisation | None:
+    if stored is None:
+        return config.quantisation
+    if config.quantisation is not None:
+        raise ValueError(
+            f"--quantize {config.quantisation.scheme}: {config.model_dir} is quantised already (quant_method"
+            f" {stored.method!r}); leave --quantize out, or give the unquantised checkpoint"
+        )
+    group_size = stored.group_size if stored.num_bits == 4 else None
+    return Quantisation(scheme=stored.scheme, group_size=group_size, stored_by=stored.method)
 
 
 def make_plan(
@@ -261,7 +286,7 @@ def _pipeline(source: Source, config: BuildConfig) -> list[Pass]:
         tied_weights=tied,
         max_model_len=source.max_model_len,
         disabled=config.disabled_passes,
-        quantisation=config.quantisation,
+        quantisation=source.quantisation,
         model=CostModel(spec=device.spec),
         step=StepShape.of(config.max_num_batched_tokens, world_size=config.tensor_parallel_size),
     )
@@ -437,7 +462,7 @@ def place_weights(
     num_ranks = source.tensor_parallel_size
     total = num_ranks * sum(num_bytes(spec) for spec in weights)
     computed = rope_constants(source.config)
-    key = weights_key(source.checkpoint_hash, weights, computed)
+    key = weights_key(source.checkpoint_hash, weights, computed, source.stored)
     progress.start("weights", total)
     if artifact.is_artifact(previous):
         try:
@@ -452,7 +477,15 @@ def place_weights(
             pass  # Written anew below.
     for rank in range(num_ranks):
         path = root / artifact.weights_path(rank, num_ranks)
-        build_weights(path, source.checkpoint, computed, weights, lambda done: progress.advance("weights", done), rank)
+        build_weights(
+            path,
+            source.checkpoint,
+            computed,
+            weights,
+            lambda done: progress.advance("weights", done),
+            rank=rank,
+            stored=source.stored,
+        )
 
 
 def _bytes_while_made(spec: WeightSpec) -> int:

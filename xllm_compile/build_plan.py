@@ -7,11 +7,13 @@ from typing import Any
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.device import ChosenDevice
 from xllm_compile.graph_jobs import GraphJob
+from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_passes.step_cost import StepTimes
 from xllm_compile.memory_layout import pool_bytes
 from xllm_compile.micro_batches import SplitPlan
 from xllm_compile.models.checkpoint import Checkpoint
 from xllm_compile.models.config import DecoderConfig
+from xllm_compile.models.stored_quantisation import StoredQuantisation
 from xllm_compile.report import BucketReport, RegionReport
 from xllm_compile.runtime.ops.spec import WeightSpec
 from xllm_compile.runtime.program import RegionProgram
@@ -28,6 +30,10 @@ class Source:
     dtype: str
     max_model_len: int
     tensor_parallel_size: int
+    stored: StoredQuantisation | None
+    """How the checkpoint's layers are quantised already."""
+    quantisation: Quantisation | None
+    """What the quantise pass is to do: with the checkpoint's own quantisation, or as the user asks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

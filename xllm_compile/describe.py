@@ -57,7 +57,7 @@ def describe(root: Path, plan: BuildPlan) -> Manifest:
         ),
         kernels=artifact.file_entry(root, artifact.KERNELS) if lowering.has_kernels else None,
         weights=tuple(artifact.file_entry(root, artifact.weights_path(rank, ranks)) for rank in range(ranks)),
-        weights_key=weights_key(source.checkpoint_hash, plan.weights, rope_constants(source.config)),
+        weights_key=weights_key(source.checkpoint_hash, plan.weights, rope_constants(source.config), source.stored),
         memory_plan={
             "weights_bytes": sum(num_bytes(spec) for spec in plan.weights),
             "kv_bytes_per_token": model.kv_bytes_per_token,
@@ -72,7 +72,7 @@ def describe(root: Path, plan: BuildPlan) -> Manifest:
                 config.max_num_batched_tokens,
             )
         ),
-        quantisation=config.quantisation.label if config.quantisation else None,
+        quantisation=source.quantisation.label if source.quantisation else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         pass_seconds=round(sum(entry.seconds for report in plan.reports for entry in report.passes), 4),
     )

@@ -9,7 +9,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+from xllm_compile.models import stored_quantisation
 from xllm_compile.models.checkpoint import Checkpoint
+from xllm_compile.models.stored_quantisation import StoredMatrix, StoredQuantisation
 from xllm_compile.runtime.ops import quantised
 from xllm_compile.runtime.ops.reference import pack_weight
 from xllm_compile.runtime.ops.spec import Shard, WeightSpec
@@ -33,12 +35,18 @@ def artifact_weights(programs: Sequence[RegionProgram]) -> list[WeightSpec]:
     return list(specs.values())
 
 
-def weights_key(checkpoint_hash: str, specs: Sequence[WeightSpec], computed: Mapping[str, Tensor]) -> str:
+def weights_key(
+    checkpoint_hash: str,
+    specs: Sequence[WeightSpec],
+    computed: Mapping[str, Tensor],
+    stored: StoredQuantisation | None = None,
+) -> str:
     """Equal keys mean equal weights files, of every rank."""
-    digest = xxhash.xxh3_128(repr((checkpoint_hash, sorted(map(repr, specs)))).encode())
+    digest = xxhash.xxh3_128(repr((checkpoint_hash, sorted(map(repr, specs)), stored)).encode())
     if any(spec.quantised for spec in specs):
-        # How a weight is rounded is in no spec.
-        digest.update(Path(quantised.__file__).read_bytes())
+        # How a weight is rounded, or read, is in no spec.
+        for source in (quantised.__file__, stored_quantisation.__file__):
+            digest.update(Path(str(source)).read_bytes())
     for name in sorted(computed):
         digest.update(name.encode() + computed[name].numpy().tobytes())
     return digest.hexdigest()
@@ -51,19 +59,26 @@ def build_weights(
     specs: Sequence[WeightSpec],
     on_tensor: Callable[[int], None],
     rank: int = 0,
+    stored: StoredQuantisation | None = None,
 ) -> None:
-    """Write the weights file of a rank. ``computed`` holds sources that no checkpoint stores (rotary frequencies)."""
+    """Write the weights file of a rank. ``computed`` holds sources that no checkpoint stores (rotary frequencies);
+    ``stored`` says how quantised weights are read that the checkpoint holds as such."""
+
+    def part(tensor: Tensor, shard: Shard | None) -> Tensor:
+        # All groups of a row may share one scale, which every part of the row then has.
+        if shard is None or tensor.shape[shard.axis] == 1:
+            return tensor
+        begin, end = shard.rows(rank, tensor.shape[shard.axis])
+        return tensor.narrow(shard.axis, begin, end - begin)
 
     def source(name: str, shard: Shard | None, dtype: torch.dtype) -> Tensor:
-        tensor = computed[name] if name in computed else checkpoint.tensor(name)
-        if shard is not None:
-            begin, end = shard.rows(rank, tensor.shape[shard.axis])
-            tensor = tensor.narrow(shard.axis, begin, end - begin)
-        return tensor.to(dtype)
+        return part(computed[name] if name in computed else checkpoint.tensor(name), shard).to(dtype)
 
-    rounded = _Rounded()
+    rounded, unpacked = _Rounded(), _Unpacked()
 
     def make(spec: WeightSpec) -> Tensor:
+        if spec.quantised and stored is not None:
+            return unpacked.part(spec, lambda: _stored_matrix(spec, stored, checkpoint, part))
         dtype = torch.float32 if spec.quantised else getattr(torch, spec.dtype)
         parts = [source(name, shard, dtype) for name, shard in zip(spec.sources, spec.source_shards, strict=True)]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -72,6 +87,44 @@ def build_weights(
         return pack_weight(whole) if spec.is_packed else whole
 
     write_weights(path, specs, make, on_tensor)
+
+
+def _stored_matrix(
+    spec: WeightSpec,
+    stored: StoredQuantisation,
+    checkpoint: Checkpoint,
+    part: Callable[[Tensor, Shard | None], Tensor],
+) -> StoredMatrix:
+    """The sources, a rank's part of each, one below the other."""
+    matrices = [stored.matrix(checkpoint, name) for name in spec.sources]
+
+    def joined(name: str) -> Tensor:
+        parts = zip(matrices, spec.source_shards, strict=True)
+        return torch.cat([part(getattr(matrix, name), shard) for matrix, shard in parts])
+
+    whole = StoredMatrix(values=joined("values"), scale=joined("scale").float(), zero=joined("zero"))
+    if not whole.scale.isfinite().all():
+        raise ValueError(f"a scale of {', '.join(spec.sources)} is NaN or infinite; fetch the checkpoint again")
+    return whole
+
+
+class _Unpacked:
+    """Parts of the stored weight that was read last: they are written one after the other."""
+
+    def __init__(self) -> None:
+        self._sources: tuple[str, ...] = ()
+        self._parts: dict[str, Tensor] = {}
+
+    def part(self, spec: WeightSpec, read: Callable[[], StoredMatrix]) -> Tensor:
+        if spec.sources != self._sources:
+            matrix = read()
+            if spec.quantised.startswith("int8"):
+                parts = {"int8": quantised.pack_int8(matrix.values), "int8.scale": matrix.scale.squeeze(1)}
+            else:
+                packed = quantised.stored_int4_packed(matrix.values, matrix.scale, matrix.zero)
+                parts = dict(zip(("int4", "int4.scale", "int4.zero"), packed, strict=True))
+            self._sources, self._parts = spec.sources, parts
+        return self._parts[spec.quantised]
 
 
 class _Rounded:

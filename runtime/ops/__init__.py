@@ -55,6 +55,11 @@ SCHEMAS: dict[str, str] = {
     # packed_linear on int4 values and bfloat16 scales of groups along the reduction axis: value * scale is rounded to
     # x's dtype before it meets x.
     "int4_linear": ("(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features, bool f32_out) -> Tensor"),
+    # int4_linear with float32 scales and a bfloat16 zero point of each group: (value - zero) * scale is rounded to x's
+    # dtype. What checkpoints hold that are quantised already.
+    "int4_zero_linear": (
+        "(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor? bias, int out_features, bool f32_out) -> Tensor"
+    ),
     # int8_linear with x rounded to int8 as well, one scale per row of x (largest magnitude / 127), summed in int32.
     "int8_dynamic_linear": (
         "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features, bool f32_out) -> Tensor"

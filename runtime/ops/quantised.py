@@ -16,6 +16,10 @@ the matrix-vector kernel and tiled by the matrix-matrix kernel; N is padded with
   bytes, lowest first, the odd ones those of the high two: two shifts give a pair for the bfloat16 dot product.
 - int4 scale [N/32, C/group_size, 32].
 
+A checkpoint that is quantised already brings values, scales and zero points of its own:
+weight = (value - zero) * scale. int8 has no zero points. Those of int4 are packed like scales, which are float32 then:
+no float16 scale is rounded.
+
 Rows are rounded each by itself and groups each by itself: a slice of a quantised weight is the quantised slice.
 """
 
@@ -129,6 +133,22 @@ def quantise_packed_meta(weight: Tensor, kind: str, group_size: int) -> tuple[Te
         return values, weight.new_empty(rows, dtype=torch.float32)
     values = weight.new_empty(blocks, columns // 8, BLOCK_COLUMNS, 4, dtype=torch.uint8)
     return values, weight.new_empty(blocks, columns // group_size, BLOCK_COLUMNS, dtype=torch.bfloat16)
+
+
+def stored_int4_packed(values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """values [N, C] int8 in -8..7, scale and zero [N, groups] -> packed values, scale float32, zero bfloat16."""
+    return pack_int4(values), pack_scale(scale.float()), pack_scale(zero.to(torch.bfloat16))
+
+
+def stored_int4_meta(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of stored_int4_packed for a [N, C] weight; a group of 0 is the whole row."""
+    rows, columns = weight.shape
+    blocks, groups = -(-rows // BLOCK_COLUMNS), columns // (group_size or columns)
+    return (
+        weight.new_empty(blocks, columns // 8, BLOCK_COLUMNS, 4, dtype=torch.uint8),
+        weight.new_empty(blocks, groups, BLOCK_COLUMNS, dtype=torch.float32),
+        weight.new_empty(blocks, groups, BLOCK_COLUMNS, dtype=torch.bfloat16),
+    )
 
 
 def _blocks(matrix: Tensor, unit: int) -> Tensor:

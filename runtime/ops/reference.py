@@ -216,6 +216,23 @@ def int4_linear_meta(
     return packed_linear_meta(x, weight, bias, out_features, f32_out)
 
 
+def int4_zero_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    values = quantised.unpack_int4(weight, out_features)
+    steps, zeros = (quantised.unpack_scale(part, out_features).float() for part in (scale, zero))
+    group_size = values.shape[1] // steps.shape[1]
+    dense = (values.float() - zeros.repeat_interleave(group_size, dim=1)) * steps.repeat_interleave(group_size, dim=1)
+    y = x.float() @ dense.to(x.dtype).float().T
+    return _with_bias(y, bias).to(torch.float32 if f32_out else x.dtype)
+
+
+def int4_zero_linear_meta(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    return packed_linear_meta(x, weight, bias, out_features, f32_out)
+
+
 def int8_dynamic_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
 ) -> Tensor:

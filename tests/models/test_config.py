@@ -76,10 +76,6 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
         ({"rope_scaling": LLAMA3}, ["'llama3'", "high_freq_factor", "original_max_position_embeddings"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["'linear' needs factor"]),
         ({"rope_parameters": {"rope_type": "default", "twist": 1}}, ["['twist']"]),
-        *(
-            ({"quantization_config": {"quant_method": method}}, [repr(method), "bfloat16", "--quantize int8, int4"])
-            for method in ("gptq", "awq", "compressed-tensors", "fp8")
-        ),
         ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
     ],

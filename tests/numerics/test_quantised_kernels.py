@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from xllm_compile.runtime.ops import native, reference
-from xllm_compile.runtime.ops.quantised import quantise_packed
+from xllm_compile.runtime.ops.quantised import pack_int8, quantise_packed, stored_int4_packed
 
 pytestmark = pytest.mark.numerics
 
@@ -63,6 +63,31 @@ def test_int4_groups(ops: native.Kernels, dtype: torch.dtype, group_size: int) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [8, 32, 384])
+def test_int4_with_zero_points(ops: native.Kernels, two_threads: None, dtype: torch.dtype, group_size: int) -> None:
+    """Every code with every zero point, and float16's scales; a row does not depend on the batch."""
+    codes, zeros = torch.arange(-8, 8).repeat(70, 24), torch.randint(-8, 8, (70, 384 // group_size))
+    scales = (torch.rand(70, 384 // group_size) / 50).half()
+    packed = stored_int4_packed(codes.to(torch.int8), scales, zeros)
+    bias = torch.randn(70).to(dtype)
+    for rows in (1, 5, 37):
+        x = torch.randn(rows, 384).to(dtype)
+        for f32_out in (True, False):
+            got, want = both(ops, "int4_zero_linear", x, *packed, bias, 70, f32_out)
+            assert_close(got, want, **TOLERANCE[torch.float32 if f32_out else dtype])
+        assert torch.equal(ops.int4_zero_linear(x[:1], *packed, bias, 70, False), got[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int4_without_zero_points_is_int4_with_zeros_of_nothing(ops: native.Kernels, dtype: torch.dtype) -> None:
+    weight, scale = weights("int4_linear", 70, 384)
+    x = torch.randn(9, 384).to(dtype)
+    zero = torch.zeros_like(scale)
+    got = ops.int4_zero_linear(x, weight, scale.float(), zero, None, 70, True)
+    assert torch.equal(got, ops.int4_linear(x, weight, scale, None, 70, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_many_blocks_and_threads(ops: native.Kernels, two_threads: None, dtype: torch.dtype, operator: str) -> None:
     """Several column groups and row parts, and blocks that lie apart."""
@@ -100,6 +125,17 @@ def test_int8_extremes_do_not_saturate(ops: native.Kernels, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", OPERATORS[:2])
+def test_int8_has_a_smallest_value_that_rounding_never_gives(
+    ops: native.Kernels, dtype: torch.dtype, operator: str
+) -> None:
+    """-128, as checkpoints hold it."""
+    weight, scale = pack_int8(torch.full((3, 64), -128, dtype=torch.int8)), torch.ones(3)
+    x = torch.ones(2, 64).to(dtype)
+    assert torch.equal(getattr(ops, operator)(x, weight, scale, None, 3, True), torch.full((2, 3), -8192.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_zeros_and_what_is_not_finite(ops: native.Kernels, dtype: torch.dtype, operator: str) -> None:
     """A row of zeros is zero, a row with NaN or infinity is never a finite number, and no other row hears of it."""
@@ -126,6 +162,11 @@ def test_errors_name_operator_value_and_limit(ops: native.Kernels) -> None:
             (x[:, 4:], int4, scales, None, 40, True),
         ),
         (r"int4_linear: scale has dtype", "int4_linear", (x, int4, scales.float(), None, 40, True)),
+        (
+            r"int4_zero_linear: zero.shape\[1\] is 1, expected 2",
+            "int4_zero_linear",
+            (x, int4, scales.float(), scales[:, :1], None, 40, True),
+        ),
         (
             r"int4_linear: scale.shape\[1\] is 5, expected to cut 64",
             "int4_linear",

@@ -105,8 +105,8 @@ def only_bin(model):
         (lambda model: edit_config(model, architectures=["X"]), ["'X'", "Qwen3ForCausalLM"]),
         (lambda model: edit_config(model, rope_parameters={"rope_type": "longrope"}), ["'longrope'", "yarn"]),
         (
-            lambda model: edit_config(model, quantization_config={"quant_method": "awq"}),
-            ["'awq'", "bfloat16", "--quantize"],
+            lambda model: edit_config(model, quantization_config={"quant_method": "fp8"}),
+            ["'fp8'", "compressed-tensors, awq, gptq", "bfloat16", "--quantize"],
         ),
         (lambda model: edit_config(model, num_hidden_layers=4, layer_types=None), ["lacks tensor model.layers.3."]),
         (remove_tensor, ["lacks tensor model.norm.weight", "do not belong together"]),

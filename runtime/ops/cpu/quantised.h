@@ -1,6 +1,8 @@
 // Quantised weights as panels of packed ones: see quantised.py for the layouts.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm.h"
 
 namespace xllm {
@@ -57,34 +59,42 @@ struct Int8Weight {
   }
 };
 
-template <class T>
+// With zero points scales are float32: see quantised.py.
+template <class T, bool kHasZero>
 struct Int4Weight {
   static constexpr bool kIsStored = false;
+  using Scale = std::conditional_t<kHasZero, float, bf16>;
   const uint8_t* data;
   int64_t block_bytes;
-  const bf16* scale;
+  const Scale* scale;
   int64_t block_scales;
+  // Where there are, as far apart as the scales.
+  const bf16* zero;
   // Elements that share a scale, a multiple of 8.
   int64_t group;
-  // value * scale, rounded to T.
+  // (value - zero) * scale, rounded to T.
   const uint32_t* panel(int64_t block, int64_t unit, int64_t units, uint32_t* to) const {
     constexpr int64_t kUnits = 8 / kPair<T>;
     constexpr int64_t kVectors = kBlockColumns / kLanes;
     const int64_t group_units = group / kPair<T>;
     const uint8_t* from = data + block * block_bytes + unit / kUnits * kStepBytes;
     uint32_t* out = to;
-    vf scales[kVectors];
+    vf scales[kVectors], zeros[kVectors] = {};
     for (int64_t done = unit; done < unit + units; done += kUnits, from += kStepBytes, out += kUnits * kBlockColumns) {
       __builtin_prefetch(from + 16 * kStepBytes);
       __builtin_prefetch(from + 16 * kStepBytes + 64);
       if (done == unit || done % group_units == 0)
-        for (int64_t v = 0; v < kVectors; ++v)
-          scales[v] = load(scale + block * block_scales + done / group_units * kBlockColumns + v * kLanes);
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const int64_t at = block * block_scales + done / group_units * kBlockColumns + v * kLanes;
+          scales[v] = load(scale + at);
+          if constexpr (kHasZero) zeros[v] = load(zero + at);
+        }
       for (int64_t v = 0; v < kVectors; ++v) {
         const vu codes = load_raw<vu>(from + 4 * v * kLanes);
 #pragma GCC unroll 4
         for (int pair = 0; pair < 4; ++pair)
-          store_elements<T>(value(codes >> 4 * pair) * scales[v], value(codes >> (16 + 4 * pair)) * scales[v],
+          store_elements<T>(weight(codes >> 4 * pair, scales[v], zeros[v]),
+                            weight(codes >> (16 + 4 * pair), scales[v], zeros[v]),
                             out + pair * (2 / kPair<T>)*kBlockColumns + v * kLanes);
       }
     }
@@ -92,6 +102,10 @@ struct Int4Weight {
   }
 
  private:
+  static XLLM_INLINE vf weight(vu codes, vf scale, vf zero) {
+    if constexpr (kHasZero) return (value(codes) - zero) * scale;
+    return value(codes) * scale;
+  }
   // The lowest nibble of each lane, less 8.
   static XLLM_INLINE vf value(vu codes) {
 #if defined(XLLM_AVX512)

@@ -1,4 +1,4 @@
-// int8_linear and int4_linear: products with quantised weights and unrounded activations.
+// int8_linear, int4_linear and int4_zero_linear: products with quantised weights and unrounded activations.
 //
 // A panel of weights is unpacked to cache and multiplied like packed ones, so that rows, threads and instruction sets are
 // what they are in packed_linear, and memory is read in the quantised form.
@@ -27,31 +27,60 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_int8_linear(AtenTensorHandle x_handle,
   });
 }
 
+// With `zero` or, where it is null, without.
+template <bool kHasZero>
+static void int4_linear(const View& x, const View& weight, const View& scale, const View* zero,
+                        AtenTensorHandle* bias_handle, int64_t out_features, bool f32_out, AtenTensorHandle* ret0) {
+  Product job = quantised_product(x, weight, bias_handle, out_features, f32_out);
+  const int64_t in_features = x.sizes[1];
+  weight.expect_dtype(aoti_torch_dtype_uint8());
+  check(in_features % 8 == 0, "x.shape[1] is %lld, expected a multiple of 8", (long long)in_features);
+  check_steps(weight, in_features / 8);
+  scale.expect_dim(3).expect_dtype(kHasZero ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
+  scale.expect_size(0, weight.sizes[0]).expect_size(2, kBlockColumns);
+  expect_contiguous_blocks(scale);
+  const int64_t groups = scale.sizes[1];
+  check(groups > 0 && in_features % groups == 0 && in_features / groups % 8 == 0,
+        "scale.shape[1] is %lld, expected to cut %lld inputs into groups of a multiple of 8", (long long)groups,
+        (long long)in_features);
+  const bf16* zeros = nullptr;
+  if constexpr (kHasZero) {
+    zero->expect_dim(3).expect_dtype(aoti_torch_dtype_bfloat16()).expect_size(0, weight.sizes[0]);
+    zero->expect_size(1, groups).expect_size(2, kBlockColumns);
+    expect_contiguous_blocks(*zero);
+    check(zero->strides[0] == scale.strides[0], "zero.stride(0) is %lld, expected scale's %lld",
+          (long long)zero->strides[0], (long long)scale.strides[0]);
+    zeros = zero->ptr<const bf16>();
+  }
+  Output out({job.rows, job.columns}, f32_out ? aoti_torch_dtype_float32() : x.dtype);
+  job.out = out.ptr<void>();
+  dispatch(x, [&](auto tag) {
+    using T = decltype(tag);
+    using Weight = Int4Weight<T, kHasZero>;
+    job.steps = units_of<T>(in_features);
+    linear<T>(x, job, Weight{weight.ptr<const uint8_t>(), weight.strides[0],
+                             scale.ptr<const typename Weight::Scale>(), scale.strides[0], zeros,
+                             in_features / groups});
+  });
+  out.release(ret0);
+}
+
 XLLM_EXPORT AOTITorchError aoti_torch_cpu_int4_linear(AtenTensorHandle x_handle, AtenTensorHandle weight_handle,
                                                       AtenTensorHandle scale_handle, AtenTensorHandle* bias_handle,
                                                       int64_t out_features, int32_t f32_out, AtenTensorHandle* ret0) {
   return run("int4_linear", [&] {
     const View x("x", x_handle), weight("weight", weight_handle), scale("scale", scale_handle);
-    Product job = quantised_product(x, weight, bias_handle, out_features, f32_out);
-    const int64_t in_features = x.sizes[1];
-    weight.expect_dtype(aoti_torch_dtype_uint8());
-    check(in_features % 8 == 0, "x.shape[1] is %lld, expected a multiple of 8", (long long)in_features);
-    check_steps(weight, in_features / 8);
-    scale.expect_dim(3).expect_dtype(aoti_torch_dtype_bfloat16()).expect_size(0, weight.sizes[0]);
-    scale.expect_size(2, kBlockColumns);
-    expect_contiguous_blocks(scale);
-    const int64_t groups = scale.sizes[1];
-    check(groups > 0 && in_features % groups == 0 && in_features / groups % 8 == 0,
-          "scale.shape[1] is %lld, expected to cut %lld inputs into groups of a multiple of 8", (long long)groups,
-          (long long)in_features);
-    Output out({job.rows, job.columns}, f32_out ? aoti_torch_dtype_float32() : x.dtype);
-    job.out = out.ptr<void>();
-    dispatch(x, [&](auto tag) {
-      using T = decltype(tag);
-      job.steps = units_of<T>(in_features);
-      linear<T>(x, job, Int4Weight<T>{weight.ptr<const uint8_t>(), weight.strides[0], scale.ptr<const bf16>(),
-                                      scale.strides[0], in_features / groups});
-    });
-    out.release(ret0);
+    int4_linear<false>(x, weight, scale, nullptr, bias_handle, out_features, f32_out, ret0);
+  });
+}
+
+XLLM_EXPORT AOTITorchError aoti_torch_cpu_int4_zero_linear(AtenTensorHandle x_handle, AtenTensorHandle weight_handle,
+                                                           AtenTensorHandle scale_handle, AtenTensorHandle zero_handle,
+                                                           AtenTensorHandle* bias_handle, int64_t out_features,
+                                                           int32_t f32_out, AtenTensorHandle* ret0) {
+  return run("int4_zero_linear", [&] {
+    const View x("x", x_handle), weight("weight", weight_handle), scale("scale", scale_handle);
+    const View zero("zero", zero_handle);
+    int4_linear<true>(x, weight, scale, &zero, bias_handle, out_features, f32_out, ret0);
   });
 }

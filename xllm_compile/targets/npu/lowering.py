@@ -67,6 +67,11 @@ class NpuLowering:
         model: CostModel,
         step: StepShape,
     ) -> list[Pass]:
+        if quantisation is not None and quantisation.stored_by:
+            raise ValueError(
+                f"checkpoints quantised by {quantisation.stored_by} are for the cpu target; give the npu an unquantised"
+                " one"
+            )
         if quantisation is not None:
             raise ValueError(f"--quantize {quantisation.scheme} is for the cpu target; leave it out for the npu")
         return npu_pipeline(
