@@ -299,9 +299,14 @@ class Engine:
             self._exchange.reservations.release(request.reservation_id)
 
     def watch(self, on_event: Callable[[], None]) -> None:
-        """Call it, in any thread, when `tend` has something to do."""
+        """Call it, in any thread, when `tend` has something to do. A `step` that waits for the device returns then."""
+
+        def wake() -> None:
+            self._executor.interrupt()
+            on_event()
+
         if self._exchange is not None:
-            self._exchange.watch(on_event)
+            self._exchange.watch(wake)
 
     def hand_over(self, request_id: str, target: HandOver) -> None:
         """Send the KV of a request that is under way to where it goes on, and end it with the tokens it has.
@@ -359,10 +364,16 @@ class Engine:
         Returns the outputs of the requests that changed, in order of arrival. Raises what the model runner raises.
         """
         changed, self._ended = self._ended, {}
-        plan = self._schedule(changed)
-        if plan.chunks:
-            self._launch(plan)
-        self._complete(changed, num_left=1 if plan.chunks and self._executor.is_async else 0)
+        # What is known before the step does not wait until the device is done with it.
+        may_wait = not (changed and self._executor.is_async)
+        num_left = 1
+        if len(self._in_flight) < 2:
+            plan = self._schedule(changed)
+            if plan.chunks:
+                self._launch(plan)
+            num_left = 1 if plan.chunks and self._executor.is_async else 0
+        if may_wait:
+            self._complete(changed, num_left=num_left, until_interrupted=True)
         if not self.has_work:
             self._in_flight.rest()
             if self._kv_cache.share is not None:
@@ -640,10 +651,15 @@ class Engine:
         computed = [(one, one.num_computed_tokens) for one, _ in plan.chunks if one.request.hand_over is not None]
         self._in_flight.launch(batch, requests=requests, load=load, computed=computed)
 
-    def _complete(self, changed: dict[str, Request], *, num_left: int) -> None:
+    def _complete(self, changed: dict[str, Request], *, num_left: int, until_interrupted: bool = False) -> None:
         """Wait for launched steps until so many are left, and give their tokens to their sequences."""
         while len(self._in_flight) > num_left:
-            step, result = self._in_flight.complete()
+            completed = self._in_flight.complete()
+            if completed is None:
+                if until_interrupted:
+                    return
+                continue
+            step, result = completed
             if not any(result.num_drafted):
                 # A step that drafts and verifies says little of the others.
                 self._predictor.observe(step.load, result.ended_s - result.started_s)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Thread
 
 import numpy as np
 from torch import Tensor
@@ -63,16 +63,14 @@ _RunBatch = Callable[[Batch, Callable[[], None] | None], StepResult]
 
 
 class _Launched:
-    """A batch on its way. A bare lock: a future's bookkeeping would show between two steps of a small model."""
+    """A batch on its way."""
 
-    __slots__ = ("_batch", "_done", "_error", "_result")
+    __slots__ = ("_batch", "_error", "_result")
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
         self._result: StepResult | None = None
         self._error: BaseException | None = None
-        self._done = Lock()
-        self._done.acquire()
 
     def run(self, function: _RunBatch, on_layers: Callable[[], None] | None) -> None:
         try:
@@ -80,13 +78,7 @@ class _Launched:
         except BaseException as err:
             self._error = err
 
-    def tell(self) -> None:
-        """Wake who waits. After `run`, once."""
-        self._done.release()
-
-    def wait(self) -> StepResult:
-        with self._done:
-            pass
+    def result(self) -> StepResult:
         if self._error is not None:
             raise self._error
         assert self._result is not None
@@ -108,9 +100,14 @@ class StepExecutor:
         """xtensor and num_slots are the KV cache's; is_async runs steps in a thread of their own."""
         self._device = _Device(runner, xtensor, num_slots, speculator)
         self._queue: SimpleQueue[_Launched | None] | None = None
+        self._done: SimpleQueue[_Launched | None] = SimpleQueue()
+        """Batches that have run, in order; None is an interruption. A future's bookkeeping would show between two steps
+        of a small model."""
+        self._is_interrupted = False
         if is_async:
             self._queue = SimpleQueue()
-            self._thread = Thread(target=_serve, args=(self._queue, self._device.run), name="xllm-device", daemon=True)
+            arguments = (self._queue, self._done, self._device.run)
+            self._thread = Thread(target=_serve, args=arguments, name="xllm-device", daemon=True)
             self._thread.start()
             # An executor that nobody closed ends its thread with itself.
             weakref.finalize(self, self._queue.put, None)
@@ -119,13 +116,30 @@ class StepExecutor:
     def is_async(self) -> bool:
         return self._queue is not None
 
-    def launch(self, batch: Batch) -> Callable[[], StepResult]:
-        """Start the step; the function waits for its result, and raises what the step raised."""
+    def launch(self, batch: Batch) -> Callable[[], StepResult | None]:
+        """Start the step; the function waits for its result, and raises what the step raised.
+
+        It returns None where it was interrupted, and is called again then. Steps are waited for in their order.
+        """
         if self._queue is None:
             return partial(self._device.run, batch)
         launched = _Launched(batch)
         self._queue.put(launched)
-        return launched.wait
+        return partial(self._wait, launched)
+
+    def interrupt(self) -> None:
+        """Have the engine's thread wait no longer, or not the next time. May be called from any thread."""
+        if self._queue is not None and not self._is_interrupted:
+            self._is_interrupted = True
+            self._done.put(None)
+
+    def _wait(self, launched: _Launched) -> StepResult | None:
+        done = self._done.get()
+        if done is None:
+            self._is_interrupted = False
+            return None
+        assert done is launched, "steps are waited for in their order"
+        return launched.result()
 
     def prepare_memory(self, page_ops: Int32Array, restores: Sequence[Restore]) -> None:
         """Make the copies and restores now, ahead of the next step. Nothing may be launched."""
@@ -139,13 +153,13 @@ class StepExecutor:
         self._device.close()
 
 
-def _serve(queue: "SimpleQueue[_Launched | None]", run: _RunBatch) -> None:
+def _serve(queue: "SimpleQueue[_Launched | None]", done: "SimpleQueue[_Launched | None]", run: _RunBatch) -> None:
     untold: list[_Launched] = []
     """The step that ended last, while nobody was told."""
 
     def tell() -> None:
         while untold:
-            untold.pop().tell()
+            done.put(untold.pop())
 
     while True:
         if queue.empty():

@@ -20,13 +20,13 @@ class LaunchedStep:
     load: StepLoad
     computed: list[tuple[Sequence, int]]
     """Sequences that are being handed over, with the tokens from their start whose KV is there afterwards."""
-    wait: Callable[[], StepResult]
+    wait: Callable[[], StepResult | None]
     ended: list[int] = field(default_factory=list)
     """Slots of sequences that ended after the launch: theirs until the step has run."""
 
 
 class StepsInFlight:
-    """Two at most, one between calls of `Engine.step`. Belongs to the engine's thread."""
+    """Two at most. Belongs to the engine's thread."""
 
     def __init__(self, executor: StepExecutor, kv_cache: KVCache) -> None:
         self._executor = executor
@@ -55,14 +55,18 @@ class StepsInFlight:
         wait = self._executor.launch(batch)
         self._steps.append(LaunchedStep(batch=batch, requests=requests, load=load, computed=computed, wait=wait))
 
-    def complete(self) -> tuple[LaunchedStep, StepResult]:
-        """Wait for the oldest step. Raises what it raised: then nothing counts of those behind it, which computed on
-        what it should have brought."""
+    def complete(self) -> tuple[LaunchedStep, StepResult] | None:
+        """Wait for the oldest step; None where the wait was interrupted.
+
+        Raises what it raised: then nothing counts of those behind it, which computed on what it should have brought.
+        """
         try:
             result = self._steps[0].wait()
         except BaseException:
             self._drop()
             raise
+        if result is None:
+            return None
         step = self._steps.popleft()
         self.num_completed += 1
         self.busy_s += result.ended_s - result.started_s
@@ -85,9 +89,11 @@ class StepsInFlight:
 
     def _drop(self) -> None:
         steps, self._steps = self._steps, deque()
-        for step in steps:
+        for index, step in enumerate(steps):
+            # The first is the one that was waited for.
             with suppress(Exception):
-                step.wait()
+                while index > 0 and step.wait() is None:
+                    pass
             self._free(step)
         self._kv_cache.forget()
 

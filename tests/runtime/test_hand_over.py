@@ -57,6 +57,26 @@ def test_chunks_are_sent_while_the_rest_is_computed(make_side: MakeSide) -> None
     d.rest()
 
 
+@pytest.mark.parametrize("make_engine", [True], indirect=True, ids=["async"])
+def test_whoever_was_handed_over_does_not_wait_for_the_steps_of_others(make_side: MakeSide) -> None:
+    p, d = make_side(max_num_batched_tokens=32), make_side()
+    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)))
+    p.engine.add_request("other", list(range(100, 140)), SamplingParams(max_tokens=4, **GREEDY))
+    while "prefill" not in p.outputs:
+        p.step()
+    assert "other" not in p.outputs
+    # A step of the other is under way, and does not end before the hand-over is told.
+    p.runner.gate.clear()
+    opener = threading.Timer(20.0, p.runner.gate.set)
+    opener.start()
+    last = p.run("prefill")[-1]
+    assert last.finished and last.num_kv_tokens == len(PROMPT)
+    assert not p.runner.gate.is_set()
+    opener.cancel()
+    p.runner.gate.set()
+    assert tokens_of(p.run("other")) == p.runner.greedy(list(range(100, 140)), 4)
+
+
 @pytest.mark.parametrize("arrived", [0, 3, 8, 24, 25, 99])
 def test_what_has_not_arrived_is_computed(make_side: MakeSide, arrived: int) -> None:
     p, d = make_side(), make_side()
