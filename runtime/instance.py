@@ -26,10 +26,11 @@ from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.policies.order import PolicyName
 from xllm_compile.runtime.promotion import PromotionConfig
+from xllm_compile.runtime.slowed_runner import SlowedRunner
 from xllm_compile.runtime.speculative.config import SpeculativeConfig
 from xllm_compile.runtime.speculative.open_speculator import open_speculator, read_draft_manifest
 from xllm_compile.runtime.step import ModelRunner
-from xllm_compile.runtime.step_predictor import prior_of
+from xllm_compile.runtime.step_predictor import StepPredictor, prior_of
 from xllm_compile.runtime.tensor_parallel import LeaderRunner, RankGroup, ReleaseMemory
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.transfer.endpoint import TransferEndpoint, open_endpoint
@@ -88,6 +89,8 @@ class InstanceConfig:
     """Run every graph once before the first request, which brings the weights in from disk."""
     verify_weights: bool = False
     """Check the weights file byte for byte before serving."""
+    slow_down: float = 1.0
+    """Above 1 a step lasts so many times what the build predicts for it, asleep for the rest (slowed_runner.py)."""
     transfers: tuple[str, ...] = ()
     """Ways to take KV from other instances and to send it to them (runtime/transfer); none by default."""
     transfer: TransferConfig | None = None
@@ -115,6 +118,8 @@ class InstanceConfig:
             raise ValueError(f"kv_store={self.kv_store} lies below host memory; give kv_host_bytes as well")
         if self.kv_host_bytes is not None and not self.prefix_cache:
             raise ValueError(f"kv_host_bytes={self.kv_host_bytes} needs prefix_cache, which is off; leave one out")
+        if self.slow_down < 1:
+            raise ValueError(f"slow_down={self.slow_down} must be at least 1, which is as fast as the machine is")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,6 +230,9 @@ def open_instance(
         weights_bytes=manifest.weights[0].num_bytes,
         max_num_batched_tokens=manifest.max_num_batched_tokens,
     )
+    if config.slow_down > 1:
+        believed = StepPredictor(prior)
+        runner = SlowedRunner(runner, lambda load: config.slow_down * believed.seconds(load))
     speculator = None
     if config.speculative is not None:
         speculator = open_speculator(

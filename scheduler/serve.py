@@ -199,6 +199,14 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     help="Instances on this machine: by default one has 1/N of its cores and of its free memory.",
 )
 @click.option(
+    "--slow-down",
+    type=click.FloatRange(1),
+    default=1.0,
+    metavar="FACTOR",
+    help="Have each step last so many times what the build predicts for it, mostly asleep: several instances behave on "
+    "few cores as each would on a slower device of its own.",
+)
+@click.option(
     "--async-scheduling/--no-async-scheduling",
     default=True,
     show_default=True,

@@ -209,6 +209,7 @@ def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
         promotion=promotion,
         warm_up=options["warm_up"],
         num_colocated=options["colocated"],
+        slow_down=options["slow_down"],
         speculative=_speculative(options),
         **transfer_options(options),
     )

@@ -1,0 +1,57 @@
+"""A device of a given speed, so that several instances on few cores behave as each would on a device of its own.
+
+A step is computed at once and its result kept back until the time that the device would take. What the cores are busy
+with does not show, as long as they are done in time: for a step that takes them longer, it is their time that counts.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from xllm_compile.runtime.outputs import GraphCacheStats
+from xllm_compile.runtime.policies.chunk import StepLoad
+from xllm_compile.runtime.step import ModelRunner, Step
+
+
+class SlowedRunner:
+    """A ModelRunner around another one."""
+
+    def __init__(self, runner: ModelRunner, seconds: Callable[[StepLoad], float]) -> None:
+        """seconds: how long a step lasts."""
+        self._runner = runner
+        self._seconds = seconds
+        self.vocab_size = runner.vocab_size
+        self.max_model_len = runner.max_model_len
+        self.max_num_seqs = runner.max_num_seqs
+        self.max_num_batched_tokens = runner.max_num_batched_tokens
+        self.embedding_size = runner.embedding_size
+
+    def execute(self, step: Step) -> Tensor:
+        """See ModelRunner.execute."""
+        due_s = time.monotonic() + self._seconds(load_of_step(step))
+        logits = self._runner.execute(step)
+        time.sleep(max(0.0, due_s - time.monotonic()))
+        return logits
+
+    def pooled(self) -> Tensor:
+        return self._runner.pooled()
+
+    def last_outcome(self) -> str:
+        return self._runner.last_outcome()
+
+    def graph_cache_stats(self) -> GraphCacheStats:
+        return self._runner.graph_cache_stats()
+
+
+def load_of_step(step: Step) -> StepLoad:
+    counts = np.diff(step.seq_start).astype(np.int64)
+    computed = step.context_len - counts
+    pairs = (counts - 1) * computed + counts * (counts - 1) // 2
+    return StepLoad(
+        num_tokens=len(step.token_ids),
+        num_seqs=len(step.slot),
+        num_keys=int(step.context_len.sum()),
+        num_pairs=int(pairs.sum()),
+    )
