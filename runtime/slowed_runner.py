@@ -28,10 +28,10 @@ class SlowedRunner:
         self.max_num_batched_tokens = runner.max_num_batched_tokens
         self.embedding_size = runner.embedding_size
 
-    def execute(self, step: Step) -> Tensor:
+    def execute(self, step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
         """See ModelRunner.execute."""
         due_s = time.monotonic() + self._seconds(load_of_step(step))
-        logits = self._runner.execute(step)
+        logits = self._runner.execute(step, on_layers)
         time.sleep(max(0.0, due_s - time.monotonic()))
         return logits
 

@@ -6,10 +6,12 @@ from typing import Any
 import click
 
 from xllm_compile.benchmarks.commands.options import (
+    F,
     command_line,
     planned_options,
     results_option,
     targets_options,
+    work_dir_option,
 )
 
 
@@ -77,6 +79,66 @@ def simulate_scale_command(trace: Path, ttft_slo: float, tpot_slo: float, result
     from xllm_compile.benchmarks.bench_simulate import Targets, run_scale
 
     run_scale(trace, results, command_line(), targets=Targets(ttft_slo_s=ttft_slo, tpot_slo_s=tpot_slo), **options)
+
+
+def live_options(function: F) -> F:
+    """Options of what runs services of slowed-down instances on this machine."""
+    for option in reversed(
+        (
+            work_dir_option("Where the artifact is kept between runs."),
+            click.option("--slow-down", type=click.FloatRange(1), default=32.0, help="As xllm-serve has it."),
+            click.option("--shrink", type=click.IntRange(1), default=4, help="Lengths are so many times shorter."),
+            click.option("--repeats", type=click.IntRange(1), default=2, help="Of what the simulator is to know."),
+            click.option("--seed", type=int, default=1, help="Of prompts."),
+            targets_options,
+            results_option,
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def _live_setting(options: dict[str, Any]) -> Any:
+    """Takes what belongs to it out of the options."""
+    from xllm_compile.benchmarks.bench_validate import LiveSetting
+
+    targets = {f"{name}_s": options.pop(name) for name in ("ttft_slo", "tpot_slo")}
+    return LiveSetting(**targets, **{name: options.pop(name) for name in ("slow_down", "shrink", "repeats", "seed")})
+
+
+@simulate.command("validate")
+@click.argument("traces", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--name", default="simulation_validated", help="Name of the record.")
+@click.option(
+    "--share",
+    "shares",
+    type=click.FloatRange(0, min_open=True),
+    multiple=True,
+    default=(0.6, 0.9),
+    help="Of the rate that the simulated service sustains; may be repeated.",
+)
+@click.option("--seconds", type=click.FloatRange(1), default=75.0, help="Of arrivals at each rate.")
+@live_options
+def simulate_validate_command(traces: tuple[Path, ...], **options: Any) -> None:
+    """The simulator against four live instances, on the same arrivals -> simulation_validated.json."""
+    from xllm_compile.benchmarks.bench_validate import run_validate
+
+    setting = _live_setting(options)
+    run_validate(traces, command=command_line(), setting=setting, **options)
+
+
+@simulate.command("live-roles")
+@click.argument("traces", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--name", default="live_roles", help="Name of the record.")
+@click.option("--seconds", type=click.FloatRange(1), default=9.0, help="Of each of two stretches, per rate.")
+@click.option("--tries", "max_tries", type=click.IntRange(1), default=3, help="Rates of each case on each trace.")
+@live_options
+def simulate_live_roles_command(traces: tuple[Path, ...], **options: Any) -> None:
+    """Rates that four live instances sustain, with dynamic roles and without -> live_roles.json and .html."""
+    from xllm_compile.benchmarks.bench_live_roles import run_live_roles
+
+    setting = _live_setting(options)
+    run_live_roles(traces, command=command_line(), setting=setting, **options)
 
 
 COMMANDS: tuple[click.Command, ...] = (simulate,)

@@ -8,6 +8,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from xllm_compile.benchmarks.simulation.hardware import Hardware
 from xllm_compile.benchmarks.simulation.instance import SimInstance
@@ -26,8 +27,6 @@ from xllm_compile.scheduler.policies.correction import Correction
 from xllm_compile.scheduler.policies.placements import Placements
 from xllm_compile.scheduler.policies.roles import RoleRules, Roles, decide
 from xllm_compile.scheduler.policies.routing import RoutingRules, route, shortlist
-
-_MAX_OUTPUT_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +71,7 @@ class Cluster:
     """Time, instances that take prefills, instances that take decodes; where they change."""
 
     def __post_init__(self) -> None:
-        truth = self.hardware.scaled(self.rules.truth_factor)
+        truth = self.hardware.truth(self.rules.truth_factor)
         self.instances: dict[str, SimInstance] = {}
         self.infos: dict[str, InstanceInfo] = {}
         self.pool_of: dict[str, Pool] = {}
@@ -141,7 +140,7 @@ class Cluster:
     def _arrive(self, request: SimRequest) -> None:
         shape = RequestShape(
             num_prompt_tokens=request.num_prompt_tokens,
-            max_output_tokens=_MAX_OUTPUT_TOKENS,
+            max_output_tokens=request.max_output_tokens,
             ttft_slo_s=request.ttft_slo_s,
             tpot_slo_s=request.tpot_slo_s,
             is_offline=request.is_offline and self.rules.colocation is not None,
@@ -155,13 +154,24 @@ class Cluster:
         request.prefill, request.decode = placement.prefill, placement.decode
         request.predicted_ttft_s = placement.ttft_s
         self._placements.place(str(request.number), shape, placement, self.now)
+        come = self._enqueue if request.prefill == request.decode else self._reserve
+        self._at(self.now + self.hardware.gateway_s, lambda: come(request))
+
+    def _enqueue(self, request: SimRequest) -> None:
         prefill = self.instances[request.prefill]
-        prefill.enqueue(request)
+        prefill.enqueue(request, self.now)
         self._plan(prefill)
+
+    def _reserve(self, request: SimRequest) -> None:
+        decode = self.instances[request.decode]
+        decode.reserve(request, self.now)
+        self._plan(decode)
 
     def _plan(self, instance: SimInstance) -> None:
         before = instance.version
         end_s = instance.plan(self.now)
+        for request in instance.granted():
+            self._at(self.now + self.hardware.reserve_s, partial(self._enqueue, request))
         if end_s is not None and instance.version != before:
             version = instance.version
             self._at(end_s, lambda: self._steps_end(instance, version))
@@ -193,7 +203,7 @@ class Cluster:
     def _handed_over(self, source: SimInstance, request: SimRequest) -> None:
         source.release(request)
         target = self.instances[request.decode]
-        target.hand_in(request)
+        target.hand_in(request, self.now)
         self._plan(source)
         self._plan(target)
 

@@ -27,6 +27,14 @@ class Hardware:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     max_model_len: int = 40_960
+    gap_s: float = 0.0
+    """The device waits for its host so long between two steps."""
+    gateway_s: float = 0.0
+    """From the client to an instance, and with the first token back."""
+    reserve_s: float = 0.0
+    """To ask for a place on the instance that is to decode, beside the wait for its device."""
+    is_async: bool = True
+    """Whether a step is planned while the one before it runs."""
 
     def hand_over_s(self, num_tokens: int) -> float:
         return self.link_latency_s + num_tokens * self.kv_bytes_per_token / self.link_bytes_per_s
@@ -45,12 +53,12 @@ class Hardware:
         linear_s = profile.sequence_s * num_output_tokens + profile.key_s * num_keys + profile.pair_s * num_pairs
         return token_s * num_tokens + linear_s
 
-    def scaled(self, factor: float) -> StepProfile:
-        """The profile with all times longer by the factor: predictions are off by as much."""
+    def truth(self, factor: float) -> StepProfile:
+        """What steps take from one to the next, where predictions are off by the factor."""
         profile = self.profile
         return replace(
             profile,
-            seconds=tuple(seconds * factor for seconds in profile.seconds),
+            seconds=tuple(self.gap_s + seconds * factor for seconds in profile.seconds),
             sequence_s=profile.sequence_s * factor,
             key_s=profile.key_s * factor,
             pair_s=profile.pair_s * factor,

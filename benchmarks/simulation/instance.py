@@ -3,7 +3,10 @@
 It plans as `runtime/local_scheduler.py` does, in closed form: decodes first, then prompts in order of arrival, cut so
 that the step keeps the TPOT target of what decodes, by the same functions; online before offline. Only where all is
 decoding are steps taken together: until the first sequence ends, or something arrives. A test holds it against the
-real scheduler.
+real scheduler, and `xllm-bench simulate validate` against instances that serve.
+
+With async scheduling a step is planned when the one before it begins. What arrives while a step runs rides in the one
+after the next, or in the next where otherwise there would be none.
 """
 
 import math
@@ -84,6 +87,8 @@ class SimInstance:
         self.waiting_offline: deque[SimRequest] = deque()
         self.arriving: deque[SimRequest] = deque()
         """Prefilled elsewhere, and waiting for a place."""
+        self.reserving: deque[SimRequest] = deque()
+        """Will be, and have asked for one: they are answered when the device is at rest, between two steps."""
         self.arriving_offline: deque[SimRequest] = deque()
         self.online, self.offline = DecodeBatch(), DecodeBatch()
         self.paused: list[SimRequest] = []
@@ -100,6 +105,9 @@ class SimInstance:
         self.is_strict = False
         """Whether online requests decode here."""
         self._run: _Run | None = None
+        self._known_s = math.inf
+        """The next steps are planned with what had arrived until then."""
+        self._granted: list[SimRequest] = []
         self._model = _Model(truth)
         self._rng = random.Random(seed)
         self._ttft, self._tpot = _Recent(), _Recent()
@@ -115,13 +123,25 @@ class SimInstance:
 
     # What comes and goes
 
-    def enqueue(self, request: SimRequest) -> None:
+    def enqueue(self, request: SimRequest, now: float) -> None:
         """To prefill it here."""
+        request.queued_s = now
         (self.waiting_offline if request.is_offline else self.waiting).append(request)
         self.num_waiting_tokens += request.num_left
 
-    def hand_in(self, request: SimRequest) -> None:
+    def reserve(self, request: SimRequest, now: float) -> None:
+        """Ask for a place where it can be decoded once it was prefilled elsewhere; `granted` says when there is one."""
+        request.queued_s = now
+        self.reserving.append(request)
+
+    def granted(self) -> list[SimRequest]:
+        """Reservations that `plan` has answered since the last call."""
+        granted, self._granted = self._granted, []
+        return granted
+
+    def hand_in(self, request: SimRequest, now: float) -> None:
         """To decode what was prefilled elsewhere."""
+        request.queued_s = now
         (self.arriving_offline if request.is_offline else self.arriving).append(request)
 
     def keep(self, request: SimRequest) -> None:
@@ -151,14 +171,16 @@ class SimInstance:
             self._cut_short(now)
             return self._run.end_s
         self._make_room()
-        self._admit_arriving()
-        self._balance_offline()
-        load = self._decode_load()
-        chunks, load = self._chunks(load, now)
-        num_decoding = self.num_decoding
+        self._grant()
+        chunks, load = self._next_step(now)
+        if not chunks and self.num_decoding == 0:
+            # There is no step that this one would have been planned beside.
+            self._known_s = math.inf
+            self._grant()
+            chunks, load = self._next_step(now)
         num_steps = 1
         if not chunks:
-            if num_decoding == 0:
+            if self.num_decoding == 0:
                 return None
             num_steps = self._decode_steps()
         noise = max(0.5, self._rng.gauss(1, _NOISE / math.sqrt(num_steps)))
@@ -172,6 +194,9 @@ class SimInstance:
         run, ended = self._run, Ended()
         assert run is not None
         self._run = None
+        if self.hardware.is_async:
+            before_last_s = self._decode_s(run.num_steps - 1) if run.num_steps > 1 else 0.0
+            self._known_s = run.started_s + run.noise * before_last_s
         self.busy_s += now - run.started_s
         num_decoding = self.num_decoding
         if num_decoding:
@@ -194,11 +219,13 @@ class SimInstance:
         num_waiting = len(self.waiting) + len(self.waiting_offline)
         num_offline = len(self.offline) + len(self.arriving_offline)
         num_offline_tokens = self.offline.num_context_tokens + sum(one.num_tokens for one in self.arriving_offline)
+        # A step's tokens count as computed from its launch on.
+        num_launched = sum(count for _, count in self._run.chunks) if self._run is not None else 0
         num_started = sum(not request.num_left for request in self.prefilling.values())
         return InstanceLoad(
             num_running=self.num_decoding + len(self.prefilling) - num_started,
             num_waiting=num_waiting,
-            num_waiting_tokens=self.num_waiting_tokens,
+            num_waiting_tokens=self.num_waiting_tokens - num_launched,
             num_decoding=len(self.online) + len(self.arriving) + num_offline,
             num_context_tokens=self.online.num_context_tokens
             + sum(request.num_tokens for request in self.arriving)
@@ -238,9 +265,25 @@ class SimInstance:
         else:
             ended.prefilled.append(request)
 
+    def _is_known(self, request: SimRequest) -> bool:
+        """Whether it had arrived when the next step was planned."""
+        return request.queued_s <= self._known_s
+
+    def _grant(self) -> None:
+        while self.reserving and self._is_known(self.reserving[0]):
+            self._granted.append(self.reserving.popleft())
+            # The device comes to rest for it: what is planned then is planned with all there is.
+            self._known_s = math.inf
+
+    def _next_step(self, now: float) -> tuple[list[tuple[SimRequest, int]], StepLoad]:
+        """Its prompts, and its load with those of what decodes."""
+        self._admit_arriving()
+        self._balance_offline()
+        return self._chunks(self._decode_load(), now)
+
     def _admit_arriving(self) -> None:
         for queue, batch in ((self.arriving, self.online), (self.arriving_offline, self.offline)):
-            while queue and self._has_room(queue[0]):
+            while queue and self._is_known(queue[0]) and self._has_room(queue[0]):
                 request = queue.popleft()
                 self.kv_used += request.num_tokens
                 batch.add(request)
@@ -302,6 +345,7 @@ class SimInstance:
         request.num_computed = 0
         request.num_preemptions += 1
         request.prefill = request.decode = self.name
+        request.queued_s = -math.inf
         queue = self.waiting_offline if request.is_offline else self.waiting
         # What is being prefilled stays first.
         queue.insert(1 if queue and queue[0].number in self.prefilling else 0, request)
@@ -323,6 +367,8 @@ class SimInstance:
                 most = offline_chunk_tokens(self.truth, load, self.colocation) - load.num_tokens
                 tokens_left = min(tokens_left, most)
             for request in queue:
+                if not self._is_known(request):
+                    break
                 if tokens_left <= 0 or (request.num_computed == 0 and not self._admit(request)):
                     return chunks, load
                 most = min(request.num_left, tokens_left)
@@ -372,6 +418,9 @@ class SimInstance:
 
     def _decode_steps(self) -> int:
         """Steps until something changes: an end, or no room for the next token."""
+        queues = (self.waiting, self.waiting_offline, self.arriving, self.arriving_offline, self.reserving)
+        if any(queue and not self._is_known(queue[-1]) for queue in queues):
+            return 1
         room = (self.hardware.kv_tokens - self.kv_used) // self.num_decoding
         if self.colocation is not None and len(self.offline):
             # Contexts grow, and with them the step.
@@ -386,7 +435,7 @@ class SimInstance:
         return num_steps * self.truth.step_s(load) + self.truth.key_s * grown
 
     def _cut_short(self, now: float) -> None:
-        """Somebody waits: the steps end with the one that is running."""
+        """Somebody waits: the steps end with the one that is running, or that is planned already."""
         run = self._run
         assert run is not None
         if run.chunks or run.num_steps == 1:
@@ -398,6 +447,7 @@ class SimInstance:
                 high = middle
             else:
                 low = middle + 1
+        low += self.hardware.is_async
         if low < run.num_steps:
             run.num_steps, run.end_s = low, run.started_s + run.noise * self._decode_s(low)
             self.version += 1

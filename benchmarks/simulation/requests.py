@@ -20,6 +20,10 @@ class SimRequest:
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     is_offline: bool = False
+    max_output_tokens: int = 2048
+    """As its client says, and so the gateway."""
+    queued_s: float = 0.0
+    """When it reached the instance that it is on."""
     prefill: str = ""
     """Instance, likewise decode."""
     decode: str = ""

@@ -9,7 +9,9 @@ from xllm_compile.scheduler.cluster.state import StepProfile
 PROFILE = StepProfile(num_tokens=(1, 64, 1024), seconds=(0.010, 0.012, 0.070), sequence_s=1e-5, key_s=2e-7, pair_s=1e-9)
 
 
-def hardware(kv_tokens: int = 100_000, max_num_seqs: int = 64, max_num_batched_tokens: int = 1024) -> Hardware:
+def hardware(
+    kv_tokens: int = 100_000, max_num_seqs: int = 64, max_num_batched_tokens: int = 1024, is_async: bool = True
+) -> Hardware:
     return Hardware(
         profile=PROFILE,
         kv_tokens=kv_tokens,
@@ -17,6 +19,7 @@ def hardware(kv_tokens: int = 100_000, max_num_seqs: int = 64, max_num_batched_t
         link_bytes_per_s=1e9,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        is_async=is_async,
     )
 
 

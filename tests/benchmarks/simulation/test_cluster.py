@@ -108,7 +108,7 @@ def test_a_wave_of_prompts_moves_instances_there_and_a_wave_of_decodes_back():
 
 
 def test_a_steady_load_flips_nothing_once_settled():
-    arrivals = requests(1500, 5.0)
+    arrivals = requests(1500, 5.0, seed=1)
     cluster = served(arrivals, [P] * 3 + [D] * 3, "slo", ROLES)
     assert cluster.num_flips <= 3
     assert all(time < 60 for time, _, _ in cluster.timeline)

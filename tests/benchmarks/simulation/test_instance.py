@@ -49,7 +49,7 @@ def served_by_the_real_scheduler(arrivals: list[SimRequest], device: Hardware) -
 
 @pytest.mark.parametrize(("rate", "tpot_slo_s"), [(2.0, 0.05), (5.0, 0.05), (7.0, 0.05), (5.0, 0.2)])
 def test_it_serves_as_the_real_scheduler_does(rate, tpot_slo_s):
-    device, arrivals = hardware(), requests(400, rate, tpot_slo_s=tpot_slo_s)
+    device, arrivals = hardware(is_async=False), requests(400, rate, tpot_slo_s=tpot_slo_s)
     ttfts, tpots = served_by_the_real_scheduler(arrivals, device)
     rules = ClusterRules(routing=RoutingRules(policy="load"), truth_factor=1.0)
     Cluster(hardware=device, pools=[Pool.MIX], rules=rules).run(arrivals)
