@@ -52,11 +52,11 @@ SCHEMAS: dict[str, str] = {
     # packed_linear on int8 values and one float32 scale [N] per output channel. The values are exact in x's dtype, the
     # scale multiplies the float32 sum.
     "int8_linear": ("(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features, bool f32_out) -> Tensor"),
-    # packed_linear on int4 values and bfloat16 scales of groups along the reduction axis: value * scale is rounded to
-    # x's dtype before it meets x.
+    # packed_linear on int4 values and bfloat16 scales of groups along the reduction axis, which multiply the sums of
+    # their groups.
     "int4_linear": ("(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features, bool f32_out) -> Tensor"),
-    # int4_linear with float32 scales and a bfloat16 zero point of each group: (value - zero) * scale is rounded to x's
-    # dtype. What checkpoints hold that are quantised already.
+    # int4_linear with float32 scales and a bfloat16 zero point of each group: weight = (value - zero) * scale. What
+    # checkpoints hold that are quantised already.
     "int4_zero_linear": (
         "(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor? bias, int out_features, bool f32_out) -> Tensor"
     ),

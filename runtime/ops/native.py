@@ -38,6 +38,7 @@ FEATURE_FLAGS: dict[str, str] = {
     "avx512vl": "-mavx512vl",
     "avx512_bf16": "-mavx512bf16",
     "avx512_vnni": "-mavx512vnni",
+    "avx512vbmi": "-mavx512vbmi",
     "amx_tile": "-mamx-tile",
     "amx_bf16": "-mamx-bf16",
 }

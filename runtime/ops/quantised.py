@@ -16,6 +16,9 @@ the matrix-vector kernel and tiled by the matrix-matrix kernel; N is padded with
   bytes, lowest first, the odd ones those of the high two: two shifts give a pair for the bfloat16 dot product.
 - int4 scale [N/32, C/group_size, 32].
 
+Products are sums of x times values, multiplied by the scale of the channel or group: no weight is rounded once more.
+Only AMX tiles, which keep one sum for all groups, multiply by bfloat16(value * scale) for int4.
+
 A checkpoint that is quantised already brings values, scales and zero points of its own:
 weight = (value - zero) * scale. int8 has no zero points. Those of int4 are packed like scales, which are float32 then:
 no float16 scale is rounded.

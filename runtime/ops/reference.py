@@ -206,7 +206,7 @@ def int4_linear(
     values = quantised.unpack_int4(weight, out_features)
     steps = quantised.unpack_scale(scale, out_features).float()
     dense = values.float() * steps.repeat_interleave(values.shape[1] // steps.shape[1], dim=1)
-    y = x.float() @ dense.to(x.dtype).float().T
+    y = x.float() @ dense.T
     return _with_bias(y, bias).to(torch.float32 if f32_out else x.dtype)
 
 
@@ -223,7 +223,7 @@ def int4_zero_linear(
     steps, zeros = (quantised.unpack_scale(part, out_features).float() for part in (scale, zero))
     group_size = values.shape[1] // steps.shape[1]
     dense = (values.float() - zeros.repeat_interleave(group_size, dim=1)) * steps.repeat_interleave(group_size, dim=1)
-    y = x.float() @ dense.to(x.dtype).float().T
+    y = x.float() @ dense.T
     return _with_bias(y, bias).to(torch.float32 if f32_out else x.dtype)
 
 

@@ -28,7 +28,7 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle x_handl
       job.columns = out_features;
       job.f32_out = f32_out != 0;
       job.out = out.ptr<void>();
-      linear<T>(x, job, PlainWeight{weight.ptr<const uint32_t>(), weight.strides[0] / kPair<T>});
+      linear<T>(x, job, PlainWeight<T>{weight.ptr<const uint32_t>(), weight.strides[0] / kPair<T>});
       out.release(ret0);
     });
   });

@@ -1,7 +1,8 @@
 // One matrix product with packed weights, as the kernels of packed_linear and of the quantised products share it.
 //
-// A weight answers panel(block, unit, units, scratch): `units` units of one block of columns, from unit `unit` on, in the
-// layout of packed weights. What is stored that way is read where it lies; what is quantised is unpacked to scratch.
+// A weight answers two questions. Register kernels ask for columns(): what makes operands of a block of columns, see
+// gemm_tile.h. AMX tiles ask for panel(block, unit, units, scratch): `units` units of one block, from unit `unit` on, in
+// the layout of packed weights. What is stored that way is read where it lies; what is quantised is unpacked to scratch.
 #pragma once
 
 #include "packed.h"
@@ -21,16 +22,6 @@ struct Product {
 
 // Units past a panel that unpacking may write: it goes by whole steps of the quantised layout.
 constexpr int64_t kUnpackSlack = 8 * kBlockColumns;
-
-struct PlainWeight {
-  static constexpr bool kIsStored = true;
-  const uint32_t* data;
-  // In units.
-  int64_t block_stride;
-  const uint32_t* panel(int64_t block, int64_t unit, int64_t, uint32_t*) const {
-    return data + block * block_stride + unit * kBlockColumns;
-  }
-};
 
 // What is done to the sums of up to kLanes columns from `first` on.
 struct Finish {

@@ -1,119 +1,244 @@
-// Quantised weights as panels of packed ones: see quantised.py for the layouts.
+// Quantised weights as columns of a product: see quantised.py for the layouts.
+//
+// Codes become operands in registers, by table look-up where the CPU can: an 8-bit or 4-bit integer is exact in bfloat16,
+// and its scale is left to the sums. So what is unpacked to cache and what never leaves registers is the same product.
 #pragma once
 
 #include <type_traits>
 
-#include "gemm.h"
+#include "gemm_tile.h"
 
 namespace xllm {
 
 // A step of the quantised layout is 4 bytes for each of the 32 columns of a block.
 constexpr int64_t kStepBytes = 4 * kBlockColumns;
 
-// Two rows of the operands of a column vector as one: pairs of bfloat16, rounded to nearest even.
-XLLM_INLINE vu pair_bits(vf even, vf odd) {
-#if defined(XLLM_AVX512) && defined(__AVX512BF16__)
-  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
-#else
-  return zero_extend(narrow(odd)) << 16 | zero_extend(narrow(even));
-#endif
-}
-
-// Two consecutive elements of the reduction axis to the units of T: one pair, or two rows of float32.
+// One step of kLanes columns; operand(unit) is one of its kUnits units.
 template <class T>
-XLLM_INLINE void store_elements(vf even, vf odd, uint32_t* to) {
-  if constexpr (kPair<T> == 2) {
-    store_raw(to, pair_bits(even, odd));
-  } else {
-    store_raw(to, even);
-    store_raw(to + kBlockColumns, odd);
+struct Int8Codes {
+  static constexpr int kUnits = 4 / kPair<T>;
+  Int8Codes() = default;
+  explicit XLLM_INLINE Int8Codes(const uint8_t* from) : codes(load_raw<vi>(from)) {}
+  XLLM_INLINE typename Dot<T>::Operand operand(int unit) const {
+    if constexpr (kPair<T> == 2)
+      return Dot<T>::pair(element(2 * unit), element(2 * unit + 1));
+    else
+      return element(unit);
   }
-}
+
+ private:
+  XLLM_INLINE vf element(int index) const { return to_floats(codes << (24 - 8 * index) >> 24); }
+  vi codes;
+};
+
+#if defined(XLLM_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+// The two bytes of a magnitude in bfloat16.
+struct MagnitudeBytes {
+  alignas(64) uint8_t low[128] = {}, high[128] = {};
+  constexpr MagnitudeBytes() {
+    for (int magnitude = 1; magnitude < 128; ++magnitude) {
+      int exponent = 0;
+      while (magnitude >> (exponent + 1)) ++exponent;
+      const int bits = (127 + exponent) << 7 | ((magnitude << 7 >> exponent) & 127);
+      low[magnitude] = uint8_t(bits & 255);
+      high[magnitude] = uint8_t(bits >> 8);
+    }
+  }
+};
+// Bytes of two vectors that make the units of a step: low and high byte of the elements of a pair.
+struct PairBytes {
+  alignas(64) uint8_t of_unit[2][64] = {};
+  constexpr PairBytes() {
+    for (int unit = 0; unit < 2; ++unit)
+      for (int byte = 0; byte < 64; ++byte)
+        of_unit[unit][byte] = uint8_t(byte / 4 * 4 + 2 * unit + byte % 4 / 2 + byte % 2 * 64);
+  }
+};
+
+template <>
+struct Int8Codes<bf16> {
+  static constexpr int kUnits = 2;
+  Int8Codes() = default;
+  explicit XLLM_INLINE Int8Codes(const uint8_t* from) {
+    static constexpr MagnitudeBytes kBytes;
+    const __m512i codes = _mm512_loadu_si512(from), magnitude = _mm512_abs_epi8(codes);
+    low = look_up(kBytes.low, magnitude);
+    // x & 0x80 | y
+    high = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(char(0x80)), look_up(kBytes.high, magnitude), 0xea);
+    // The magnitude of -128 is past the table.
+    high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(char(0xc3)));
+  }
+  XLLM_INLINE Dot<bf16>::Operand operand(int unit) const {
+    static constexpr PairBytes kPairs;
+    return (Dot<bf16>::Operand)_mm512_permutex2var_epi8(low, _mm512_load_si512(kPairs.of_unit[unit]), high);
+  }
+
+ private:
+  static XLLM_INLINE __m512i look_up(const uint8_t* table, __m512i index) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
+  }
+  __m512i low, high;
+};
+#endif
+
+template <class T>
+struct Int4Codes {
+  static constexpr int kUnits = 8 / kPair<T>;
+  Int4Codes() = default;
+  explicit XLLM_INLINE Int4Codes(const uint8_t* from) : codes(load_raw<vu>(from)) {}
+  XLLM_INLINE typename Dot<T>::Operand operand(int unit) const {
+#if defined(XLLM_AVX512) && defined(__AVX512BF16__)
+    if constexpr (kPair<T> == 2) {
+      // -8 .. 7 twice: the look-up reads five bits, and the fifth belongs to another code.
+      alignas(64) static constexpr uint16_t kValues[32] = {
+          0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+          0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+          0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+      return (typename Dot<T>::Operand)_mm512_permutexvar_epi16((__m512i)(codes >> 4 * unit), _mm512_load_si512(kValues));
+    }
+#endif
+    if constexpr (kPair<T> == 2)
+      return Dot<T>::pair(value(4 * unit), value(16 + 4 * unit));
+    else
+      return value(unit / 2 * 4 + unit % 2 * 16);
+  }
+  // The nibble at a shift, less 8.
+  XLLM_INLINE vf value(int shift) const { return to_floats((vi)(codes >> shift & 15u) - 8); }
+
+ private:
+  vu codes;
+};
+
+// Codes of all blocks of a weight; `block_bytes` lie between two.
+template <class T, template <class> class Codes>
+struct CodeColumns {
+  static constexpr bool kIsGrouped = false, kHasZero = false;
+  static constexpr int kUnits = Codes<T>::kUnits;
+  const uint8_t* data;
+  int64_t block_bytes;
+
+  template <int R, int NB>
+  XLLM_INLINE void multiply(const uint32_t* a, int64_t block, int64_t column, int64_t begin, int64_t end,
+                            vf (&acc)[R][NB * kTileVecs]) const {
+    const uint8_t* from = data + block * block_bytes + begin / kUnits * kStepBytes + 4 * column;
+    int64_t unit = begin;
+    for (; unit + kUnits <= end; unit += kUnits, from += kStepBytes, a += kUnits * R)
+      add_step<R, NB>(a, from, kUnits, acc);
+    if (unit < end) add_step<R, NB>(a, from, int(end - unit), acc);
+  }
+
+  // `units` units of a block, from unit `begin` on, in the layout of packed weights; whole steps are written.
+  XLLM_INLINE void unpack(int64_t block, int64_t begin, int64_t units, uint32_t* to) const {
+    const uint8_t* from = data + block * block_bytes + begin / kUnits * kStepBytes;
+    for (int64_t done = 0; done < units; done += kUnits, from += kStepBytes, to += kUnits * kBlockColumns) {
+      prefetch(from, kBlockColumns);
+      for (int64_t column = 0; column < kBlockColumns; column += kLanes) {
+        const Codes<T> codes(from + 4 * column);
+#pragma GCC unroll 16
+        for (int unit = 0; unit < kUnits; ++unit)
+          Dot<T>::store(to + unit * kBlockColumns + column, codes.operand(unit));
+      }
+    }
+  }
+
+ private:
+  static XLLM_INLINE void prefetch(const uint8_t* from, int64_t columns) {
+    for (int64_t line = 0; line < 4 * columns; line += 64) __builtin_prefetch(from + 48 * kStepBytes + line);
+  }
+
+  template <int R, int NB>
+  XLLM_INLINE void add_step(const uint32_t* a, const uint8_t* from, int units, vf (&acc)[R][NB * kTileVecs]) const {
+    Codes<T> codes[NB * kTileVecs];
+#pragma GCC unroll 16
+    for (int n = 0; n < NB; ++n) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kTileVecs; ++v)
+        codes[n * kTileVecs + v] = Codes<T>(from + n * block_bytes + 4 * v * kLanes);
+      prefetch(from + n * block_bytes, kTileColumns);
+    }
+#pragma GCC unroll 16
+    for (int unit = 0; unit < kUnits; ++unit) {
+      if (unit >= units) break;
+      typename Dot<T>::Operand columns[NB * kTileVecs];
+#pragma GCC unroll 16
+      for (int v = 0; v < NB * kTileVecs; ++v) columns[v] = codes[v].operand(unit);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const typename Dot<T>::Operand row = Dot<T>::broadcast(a + unit * R + r);
+#pragma GCC unroll 16
+        for (int v = 0; v < NB * kTileVecs; ++v) acc[r][v] = Dot<T>::add(acc[r][v], row, columns[v]);
+      }
+    }
+  }
+};
+
+// Columns whose sums are scaled group by group: the codes mean (code - zero) * scale. With zero points scales are
+// float32, see quantised.py.
+template <class Columns, bool kZero>
+struct GroupedColumns : Columns {
+  static constexpr bool kIsGrouped = true, kHasZero = kZero;
+  using Scale = std::conditional_t<kZero, float, bf16>;
+  const Scale* scales;
+  // Null without zero points.
+  const bf16* zeros;
+  // Between two blocks, of both.
+  int64_t block_scales;
+  int64_t units;
+  int64_t group_units() const { return units; }
+  XLLM_INLINE vf scale(int64_t block, int64_t group, int64_t column) const {
+    return load(scales + block * block_scales + group * kBlockColumns + column);
+  }
+  XLLM_INLINE vf zero(int64_t block, int64_t group, int64_t column) const {
+    return load(zeros + block * block_scales + group * kBlockColumns + column);
+  }
+};
 
 template <class T>
 struct Int8Weight {
   static constexpr bool kIsStored = false;
-  const uint8_t* data;
-  int64_t block_bytes;
-  // The values themselves: they are exact in T, and the scale is left to the sums.
+  CodeColumns<T, Int8Codes> codes;
+  const auto& columns() const { return codes; }
+  StoredColumns<T> unpacked(int64_t begin, int64_t end, int64_t units, uint32_t* to) const {
+    const int64_t stride = units * kBlockColumns + kUnpackSlack;
+    for (int64_t block = begin; block < end; ++block) codes.unpack(block, 0, units, to + (block - begin) * stride);
+    return {to, stride, begin};
+  }
+  // The values themselves: the scale is left to the sums.
   const uint32_t* panel(int64_t block, int64_t unit, int64_t units, uint32_t* to) const {
-    constexpr int64_t kUnits = 4 / kPair<T>;
-    const uint8_t* from = data + block * block_bytes + unit / kUnits * kStepBytes;
-    for (int64_t done = 0; done < units; done += kUnits, from += kStepBytes, to += kUnits * kBlockColumns) {
-      __builtin_prefetch(from + 16 * kStepBytes);
-      __builtin_prefetch(from + 16 * kStepBytes + 64);
-      for (int64_t column = 0; column < kBlockColumns; column += kLanes) {
-        const vi quad = load_raw<vi>(from + 4 * column);
-        const vf first = __builtin_convertvector(quad << 24 >> 24, vf);
-        const vf second = __builtin_convertvector(quad << 16 >> 24, vf);
-        const vf third = __builtin_convertvector(quad << 8 >> 24, vf);
-        const vf fourth = __builtin_convertvector(quad >> 24, vf);
-        store_elements<T>(first, second, to + column);
-        store_elements<T>(third, fourth, to + kUnits / 2 * kBlockColumns + column);
-      }
-    }
-    return to - (units + kUnits - 1) / kUnits * kUnits * kBlockColumns;
+    codes.unpack(block, unit, units, to);
+    return to;
   }
 };
 
-// With zero points scales are float32: see quantised.py.
 template <class T, bool kHasZero>
 struct Int4Weight {
   static constexpr bool kIsStored = false;
-  using Scale = std::conditional_t<kHasZero, float, bf16>;
-  const uint8_t* data;
-  int64_t block_bytes;
-  const Scale* scale;
-  int64_t block_scales;
-  // Where there are, as far apart as the scales.
-  const bf16* zero;
-  // Elements that share a scale, a multiple of 8.
-  int64_t group;
-  // (value - zero) * scale, rounded to T.
+  GroupedColumns<CodeColumns<T, Int4Codes>, kHasZero> codes;
+  using Scale = typename decltype(codes)::Scale;
+  const auto& columns() const { return codes; }
+  GroupedColumns<StoredColumns<T>, kHasZero> unpacked(int64_t begin, int64_t end, int64_t units, uint32_t* to) const {
+    const int64_t stride = units * kBlockColumns + kUnpackSlack;
+    for (int64_t block = begin; block < end; ++block) codes.unpack(block, 0, units, to + (block - begin) * stride);
+    return {{to, stride, begin}, codes.scales, codes.zeros, codes.block_scales, codes.units};
+  }
+  // (value - zero) * scale, rounded to T: AMX tiles keep the whole reduction axis in one sum.
   const uint32_t* panel(int64_t block, int64_t unit, int64_t units, uint32_t* to) const {
-    constexpr int64_t kUnits = 8 / kPair<T>;
-    constexpr int64_t kVectors = kBlockColumns / kLanes;
-    const int64_t group_units = group / kPair<T>;
-    const uint8_t* from = data + block * block_bytes + unit / kUnits * kStepBytes;
+    constexpr int kUnits = Int4Codes<T>::kUnits;
+    const uint8_t* from = codes.data + block * codes.block_bytes + unit / kUnits * kStepBytes;
     uint32_t* out = to;
-    vf scales[kVectors], zeros[kVectors] = {};
     for (int64_t done = unit; done < unit + units; done += kUnits, from += kStepBytes, out += kUnits * kBlockColumns) {
-      __builtin_prefetch(from + 16 * kStepBytes);
-      __builtin_prefetch(from + 16 * kStepBytes + 64);
-      if (done == unit || done % group_units == 0)
-        for (int64_t v = 0; v < kVectors; ++v) {
-          const int64_t at = block * block_scales + done / group_units * kBlockColumns + v * kLanes;
-          scales[v] = load(scale + at);
-          if constexpr (kHasZero) zeros[v] = load(zero + at);
-        }
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const vu codes = load_raw<vu>(from + 4 * v * kLanes);
-#pragma GCC unroll 4
-        for (int pair = 0; pair < 4; ++pair)
-          store_elements<T>(weight(codes >> 4 * pair, scales[v], zeros[v]),
-                            weight(codes >> (16 + 4 * pair), scales[v], zeros[v]),
-                            out + pair * (2 / kPair<T>)*kBlockColumns + v * kLanes);
+      const int64_t group = done / codes.units;
+      for (int64_t column = 0; column < kBlockColumns; column += kLanes) {
+        const Int4Codes<T> step(from + 4 * column);
+        const vf scale = codes.scale(block, group, column);
+        vf zero{};
+        if constexpr (kHasZero) zero = codes.zero(block, group, column);
+        for (int pair = 0; pair < kUnits; ++pair)
+          Dot<T>::store(out + pair * kBlockColumns + column,
+                        Dot<T>::pair((step.value(4 * pair) - zero) * scale, (step.value(16 + 4 * pair) - zero) * scale));
       }
     }
     return to;
-  }
-
- private:
-  static XLLM_INLINE vf weight(vu codes, vf scale, vf zero) {
-    if constexpr (kHasZero) return (value(codes) - zero) * scale;
-    return value(codes) * scale;
-  }
-  // The lowest nibble of each lane, less 8.
-  static XLLM_INLINE vf value(vu codes) {
-#if defined(XLLM_AVX512)
-    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return (vf)_mm512_permutexvar_ps((__m512i)codes, values);
-#else
-    return __builtin_convertvector((vi)(codes & 15u) - 8, vf);
-#endif
   }
 };
 

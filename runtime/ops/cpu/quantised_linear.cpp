@@ -1,7 +1,6 @@
 // int8_linear, int4_linear and int4_zero_linear: products with quantised weights and unrounded activations.
 //
-// A panel of weights is unpacked to cache and multiplied like packed ones, so that rows, threads and instruction sets are
-// what they are in packed_linear, and memory is read in the quantised form.
+// Rows, threads and instruction sets are what they are in packed_linear; memory is read in the quantised form.
 #include "linear.h"
 #include "quantised.h"
 #include "quantised_args.h"
@@ -21,7 +20,7 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_int8_linear(AtenTensorHandle x_handle,
     dispatch(x, [&](auto tag) {
       using T = decltype(tag);
       job.steps = units_of<T>(x.sizes[1]);
-      linear<T>(x, job, Int8Weight<T>{weight.ptr<const uint8_t>(), weight.strides[0]});
+      linear<T>(x, job, Int8Weight<T>{{weight.ptr<const uint8_t>(), weight.strides[0]}});
     });
     out.release(ret0);
   });
@@ -58,9 +57,9 @@ static void int4_linear(const View& x, const View& weight, const View& scale, co
     using T = decltype(tag);
     using Weight = Int4Weight<T, kHasZero>;
     job.steps = units_of<T>(in_features);
-    linear<T>(x, job, Weight{weight.ptr<const uint8_t>(), weight.strides[0],
-                             scale.ptr<const typename Weight::Scale>(), scale.strides[0], zeros,
-                             in_features / groups});
+    linear<T>(x, job, Weight{{{weight.ptr<const uint8_t>(), weight.strides[0]},
+                              scale.ptr<const typename Weight::Scale>(), zeros, scale.strides[0],
+                              in_features / groups / kPair<T>}});
   });
   out.release(ret0);
 }

@@ -34,6 +34,7 @@ struct Dot<float> {
     std::memcpy(&x, p, 4);
     return splat(x);
   }
+  static XLLM_INLINE void store(uint32_t* p, Operand x) { store_raw(p, x); }
   static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return a * b + acc; }
 };
 
@@ -52,6 +53,14 @@ struct Dot<bf16> {
   }
   static XLLM_INLINE Operand vector(const uint32_t* p) { return (Operand)_mm512_loadu_si512(p); }
   static XLLM_INLINE Operand broadcast(const uint32_t* p) { return (Operand)_mm512_set1_epi32(int(*p)); }
+  static XLLM_INLINE void store(uint32_t* p, Operand x) { store_raw(p, x); }
+  // Pairs of two rows of values, rounded to nearest even.
+  static XLLM_INLINE Operand pair(vf even, vf odd) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    return (Operand)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+  }
   static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
 #else
   struct Operand {
@@ -63,6 +72,9 @@ struct Dot<bf16> {
   static XLLM_INLINE Operand split(vu pairs) { return {as_float(pairs << 16), as_float(pairs & 0xffff0000u)}; }
   static XLLM_INLINE Operand vector(const uint32_t* p) { return split(load_raw<vu>(p)); }
   static XLLM_INLINE Operand broadcast(const uint32_t* p) { return split(vu{} + *p); }
+  static XLLM_INLINE vu round(vf x) { return zero_extend(narrow(x)); }
+  static XLLM_INLINE void store(uint32_t* p, Operand x) { store_raw(p, round(x.odd) << 16 | round(x.even)); }
+  static XLLM_INLINE Operand pair(vf even, vf odd) { return split(round(odd) << 16 | round(even)); }
   static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return a.odd * b.odd + (a.even * b.even + acc); }
 #endif
 };

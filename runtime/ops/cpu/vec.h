@@ -72,6 +72,16 @@ XLLM_INLINE vh truncate(vu v) {
 #endif
 }
 
+XLLM_INLINE vf to_floats(vi v) {
+#if defined(XLLM_AVX512)
+  return (vf)_mm512_cvtepi32_ps((__m512i)v);
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps((__m256i)v);
+#else
+  return __builtin_convertvector(v, vf);
+#endif
+}
+
 XLLM_INLINE vf widen(vh v) { return as_float(zero_extend(v) << 16); }
 
 XLLM_INLINE vh narrow(vf v) {
