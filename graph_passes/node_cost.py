@@ -353,6 +353,7 @@ _RULES: dict[str, Callable[[_Call], NodeCost]] = {
     "xllm::int8_dynamic_linear": _linear,
     "xllm::attention": _attention,
     "xllm::packed_embedding": _gather,
+    "xllm::int8_embedding": _gather,
     "xllm::kv_write": _kv_write,
     "xllm::qkv_rope_write": _qkv_rope_write,
     # Square, mean, scale, weight.

@@ -75,15 +75,8 @@ def cpu_pipeline(
     """The pipeline of the CPU target.
 
     tied_weights: embedding tables that the head shares. disabled: names of passes to leave out; ValueError for an
-    unknown or a required one. quantisation: adds the quantise pass; ValueError for a head that cannot be quantised.
+    unknown or a required one. quantisation: adds the quantise pass.
     """
-    if quantisation and quantisation.has_head and tied_weights:
-        raise ValueError(
-            "the head shares its weight with the embedding (tie_word_embeddings), which stays as it is;"
-            " leave --quantize-head out"
-        )
-    if quantisation and quantisation.stored_by and "quantise" in disabled:
-        raise ValueError("pass 'quantise' cannot be left out: the checkpoint's weights are quantised already")
     if quantisation and "quantise" in disabled:
         raise ValueError(f"--quantize {quantisation.scheme} asks for the pass 'quantise'; leave out one of the two")
     passes = [
@@ -107,7 +100,7 @@ def cpu_pipeline(
         _LAST_TOKEN_GATHER,
         _ADD_RMS_NORM,
         # The last two replace the aten.linear nodes that the patterns above look for; what is quantised is not packed.
-        *_quantise(quantisation),
+        *_quantise(quantisation, tied_weights),
         Pass(
             name="pack_linear",
             run=partial(pack_linear, tied_weights=tied_weights),
@@ -201,13 +194,13 @@ def _without(passes: list[Pass], disabled: frozenset[str], reason: str) -> list[
     return [step for step in passes if step.name not in disabled]
 
 
-def _quantise(quantisation: Quantisation | None) -> list[Pass]:
+def _quantise(quantisation: Quantisation | None, tied_weights: frozenset[str]) -> list[Pass]:
     if quantisation is None:
         return []
     return [
         Pass(
             name="quantise",
-            run=partial(quantise, quantisation=quantisation),
+            run=partial(quantise, quantisation=quantisation, tied_weights=tied_weights),
             summary=f"weights as {quantisation.label}",
             required_in="layer",
             numerics="changing",

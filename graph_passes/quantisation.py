@@ -16,7 +16,7 @@ class Quantisation:
     """int4: elements along the reduction axis that share a scale, 32 where it is not given. 4.5 bits a weight at 32,
     4.125 at 128."""
     has_head: bool = False
-    """Quantise the head too. One that shares its weight with the embedding cannot be."""
+    """Quantise the head too, as int8 in every scheme, and with it the embedding that shares its weight."""
     stored_by: str = ""
     """The method of a checkpoint whose layers are quantised already, and are taken as they are; int4 may have groups of
     any multiple of 8 then, or one scale per row (0), and has zero points."""

@@ -1,9 +1,11 @@
 """Quantised products: the weights of the layers, and of the head where asked, as int8 or int4 with scales.
 
-Matches: aten.linear on a plain weight in a layer region; in the head with ``has_head``.
+Matches: aten.linear on a plain weight in a layer region; with ``has_head`` in the head, and aten.embedding on the table
+    that a head shares.
 Rewrites: xllm::int8_linear, int4_linear or int8_dynamic_linear on the packed values and their scales, two weights made
     from the same sources; float32 is written directly where a cast to float32 is all that follows. Of a checkpoint that
-    is quantised already int4 becomes int4_zero_linear, on values, scales and zero points.
+    is quantised already int4 becomes int4_zero_linear, on values, scales and zero points. The head is int8 with int4
+    layers too, and a table it shares is read by xllm::int8_embedding.
 Skips: a weight that is computed in the graph or read by another node; the head where it was not asked for; fewer than
     32 outputs or inputs, which padding and scales would make no smaller; int4 where the reduction axis is no multiple
     of the group. What the checkpoint holds quantised cannot be skipped: that is an error.
@@ -36,22 +38,33 @@ _OPERATORS = {
 _STORED_OPERATORS = {**_OPERATORS, "int4": xllm.int4_zero_linear.default}
 
 
-def quantise(region: RegionGraph, *, quantisation: Quantisation) -> PassReport:
+def quantise(
+    region: RegionGraph, *, quantisation: Quantisation, tied_weights: frozenset[str] = frozenset()
+) -> PassReport:
+    """``tied_weights``: names of embedding tables that a head also multiplies by."""
     report = PassReport(name="quantise", region=region.name)
+    if not region.name.startswith("layer") and quantisation.scheme == "int4":
+        # Four bits of a head cost more accuracy than those of a layer, and a table's rows are read one by one.
+        quantisation = replace(quantisation, scheme="int8", group_size=None)
     for node in region.graph.find_nodes(op="call_function", target=aten.linear.default):
-        if _match(region, node, quantisation, report):
+        if _match(region, args_of(node)[1], quantisation, report):
             _rewrite(region, node, quantisation)
+            report.matches += 1
+    tables = region.graph.find_nodes(op="call_function", target=aten.embedding.default) if quantisation.has_head else ()
+    for node in tables:
+        spec = region.weight_of(args_of(node)[0])
+        if spec is not None and spec.name in tied_weights and _match(region, args_of(node)[0], quantisation, report):
+            _rewrite_embedding(region, node, quantisation)
             report.matches += 1
     region.finish()
     return report
 
 
-def _match(region: RegionGraph, node: fx.Node, quantisation: Quantisation, report: PassReport) -> bool:
-    weight = args_of(node)[1]
+def _match(region: RegionGraph, weight: fx.Node, quantisation: Quantisation, report: PassReport) -> bool:
     if region.weight_of(weight) is None or len(weight.users) > 1:
         report.skip("weight is computed or shared")
         return False
-    if not (region.name.startswith("layer") or (quantisation.has_head and region.name == "head")):
+    if not (region.name.startswith("layer") or quantisation.has_head):
         report.skip(f"{region.name} keeps its weight")
         return False
     out_features, in_features = weight.meta["val"].shape
@@ -90,6 +103,16 @@ def _rewrite(region: RegionGraph, node: fx.Node, quantisation: Quantisation) -> 
     (cast or node).replace_all_uses_with(new)
     if cast is not None:
         region.graph.erase_node(cast)
+    region.graph.erase_node(node)
+
+
+def _rewrite_embedding(region: RegionGraph, node: fx.Node, quantisation: Quantisation) -> None:
+    table, token_ids = args_of(node)[:2]
+    assert isinstance(table, fx.Node)
+    columns, is_float32 = table.meta["val"].shape[1], node.meta["val"].dtype == torch.float32
+    operands = _quantised_weights(region, table, quantisation)
+    new = insert_call(region.graph, node, xllm.int8_embedding.default, token_ids, *operands, columns, is_float32)
+    node.replace_all_uses_with(new)
     region.graph.erase_node(node)
 
 

@@ -64,7 +64,9 @@ def read_quantisation(scheme: str, group_size: int | None, has_head: bool) -> Qu
 )
 @click.option("--quantize", type=click.Choice(["none", *SCHEMES]), default="none", help="Round the layers' weights.")
 @click.option("--quantize-group", type=int, help="int4: weights that share a scale, 32 or 128.  [default: 32]")
-@click.option("--quantize-head", is_flag=True, help="Round the head's weight too.")
+@click.option(
+    "--quantize-head", is_flag=True, help="Round the head's weight too, to int8, and an embedding that shares it."
+)
 @click.option("--disable-pass", "disabled", multiple=True, metavar="NAME", help="Leave a pass out; may be repeated.")
 @click.option(
     "--explain", is_flag=True, help="Show what each pass does to this model, or why it is not run; compile nothing."

@@ -66,6 +66,8 @@ SCHEMAS: dict[str, str] = {
     ),
     # Rows token_ids [T] of a packed [vocab, columns] weight: a tied embedding is held once, in the head's layout.
     "packed_embedding": "(Tensor token_ids, Tensor weight, int columns) -> Tensor",
+    # Rows of a weight in the layout of int8_linear times their scales, as float32 or rounded to bfloat16.
+    "int8_embedding": "(Tensor token_ids, Tensor weight, Tensor scale, int columns, bool f32_out) -> Tensor",
 }
 
 # Held for the life of the process: a Library that is collected takes its operators with it.

@@ -186,6 +186,16 @@ def packed_embedding_meta(token_ids: Tensor, weight: Tensor, columns: int) -> Te
     return weight.new_empty(token_ids.shape[0], columns)
 
 
+def int8_embedding(token_ids: Tensor, weight: Tensor, scale: Tensor, columns: int, f32_out: bool) -> Tensor:
+    ids = token_ids.long()
+    values = weight[ids // PACK_COLUMNS, :, ids % PACK_COLUMNS].reshape(ids.shape[0], -1)[:, :columns]
+    return (values.float() * scale[ids, None]).to(torch.float32 if f32_out else torch.bfloat16)
+
+
+def int8_embedding_meta(token_ids: Tensor, weight: Tensor, scale: Tensor, columns: int, f32_out: bool) -> Tensor:
+    return scale.new_empty(token_ids.shape[0], columns, dtype=torch.float32 if f32_out else torch.bfloat16)
+
+
 def int8_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
 ) -> Tensor:

@@ -12,6 +12,7 @@ from tests.graph_passes.regions import (
     apply,
     assert_finds_nothing,
     assert_untouched,
+    embed_graph,
     family_config,
     head_graph,
     layer_graph,
@@ -26,11 +27,13 @@ from xllm_compile.graph_passes.pack_linear import pack_linear
 from xllm_compile.graph_passes.pipeline import RequiredPassError, cpu_pipeline, run_passes
 from xllm_compile.graph_passes.quantisation import SCHEMES, Quantisation
 from xllm_compile.graph_passes.quantise import quantise
+from xllm_compile.models.decoder import EMBED_WEIGHT
 from xllm_compile.runtime.ops.quantised import quantise_int4, quantise_int8
 
 # Every reduction axis is a multiple of 32.
 SHAPE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
 OPERATORS = {"int8": "int8_linear", "int4": "int4_linear", "int8-dynamic": "int8_dynamic_linear"}
+IN_HEAD = {"int8": "int8", "int4": "int8", "int8-dynamic": "int8-dynamic"}
 # Sums in another order.
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 # Activations of a few hundred elements rounded to 1/127 of the largest.
@@ -123,18 +126,32 @@ def test_the_head_where_it_is_asked_for_writes_float32_itself(scheme):
         canonicalise(region)
         last_token_gather(region)
     assert apply(run(scheme, has_head=True), after).matches == 1
-    assert after.op_counts()[f"xllm.{OPERATORS[scheme]}.default"] == 1
+    assert after.op_counts()[f"xllm.{OPERATORS[IN_HEAD[scheme]]}.default"] == 1
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.randn(7, config.hidden_size, generator=generator) for name in ("delta", "residual")}
     inputs["logits_at"] = torch.tensor([6, 0, 3], dtype=torch.int32)
-    expected, found = run_graph(before, inputs, change=rounded(scheme))["0"], run_graph(after, inputs)["0"]
+    expected, found = run_graph(before, inputs, change=rounded(IN_HEAD[scheme]))["0"], run_graph(after, inputs)["0"]
     assert found.dtype == torch.float32
     assert (found - expected).norm() <= (DYNAMIC_ERROR if scheme == "int8-dynamic" else 1e-5) * expected.norm()
 
 
-def test_a_tied_head_cannot_be_quantised():
-    with pytest.raises(ValueError, match=r"tie_word_embeddings.*leave --quantize-head out"):
-        cpu_pipeline(tied_weights=frozenset({"e"}), quantisation=Quantisation(scheme="int8", has_head=True))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_tied_head_and_its_embedding_share_one_rounded_weight(scheme):
+    config, tied = family_config("qwen3", **SHAPE, tie_word_embeddings=True), frozenset({EMBED_WEIGHT})
+    before, embed, head = embed_graph(config), embed_graph(config), head_graph(config)
+    passes = cpu_pipeline(tied_weights=tied, quantisation=Quantisation(scheme=scheme, has_head=True))
+    for region in (embed, head):
+        assert {report.name: report for report in run_passes(region, passes)}["quantise"].matches == 1
+    assert head.op_counts()[f"xllm.{OPERATORS[IN_HEAD[scheme]]}.default"] == 1
+    first, second = ({spec.name: spec for spec in region.weights.values()} for region in (embed, head))
+    for name in (EMBED_WEIGHT, f"{EMBED_WEIGHT}.scale"):
+        assert first[name] == second[name]
+    inputs = {"token_ids": torch.tensor([3, 0, 31, 32, 3]), "positions": torch.arange(5, dtype=torch.int32)}
+    inputs["rope_len"] = torch.full((5,), 5, dtype=torch.int32)
+    expected, found = run_graph(before, inputs, change=rounded("int8"))["0"], run_graph(embed, inputs)["0"]
+    assert torch.equal(found, expected)
+    run_passes(before, cpu_pipeline(tied_weights=tied, quantisation=Quantisation(scheme=scheme)))
+    assert before.op_counts()["xllm.packed_embedding.default"] == 1
 
 
 def near_miss(function, outputs=40, inputs=40):

@@ -100,6 +100,20 @@ def test_int4_without_zero_points_is_int4_with_zeros_of_nothing(ops: native.Kern
     assert torch.equal(got, ops.int4_linear(x, weight, scale, None, 70, True))
 
 
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_int8_embedding(ops: native.Kernels, index: torch.dtype) -> None:
+    weight, scale = weights("int8_linear", 100, 37)
+    ids = torch.tensor([0, 99, 31, 32, 32]).to(index)
+    for f32_out in (True, False):
+        got, want = both(ops, "int8_embedding", ids, weight, scale, 37, f32_out)
+        assert torch.equal(got, want)
+    rows = ops.int8_linear(torch.eye(37), weight, scale, None, 100, True).T
+    assert torch.equal(ops.int8_embedding(ids, weight, scale, 37, True), rows[ids.long()])
+    for token_id, limit in ((128, "128 rows"), (100, "100 scales")):
+        with pytest.raises(native.KernelError, match=rf"token_ids\[1\] is {token_id}, .* {limit}"):
+            ops.int8_embedding(torch.tensor([3, token_id]).to(index), weight, scale, 37, True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_many_blocks_and_threads(ops: native.Kernels, two_threads: None, dtype: torch.dtype, operator: str) -> None:

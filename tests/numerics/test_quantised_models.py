@@ -22,13 +22,13 @@ SHAPE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
 MAX_ERROR = {"int8": 1e-5, "int4": 1e-5, "int8-dynamic": 0.05}
 
 
-def rounded_copy(model_dir, target, scheme):
-    """The checkpoint with the layers' matrices as the scheme rounds them."""
+def rounded_copy(model_dir, target, scheme, has_head=False):
+    """The checkpoint with the layers' matrices as the scheme rounds them, and with them what the head multiplies by."""
     shutil.copytree(model_dir, target)
     tensors = load_file(target / "model.safetensors")
     for name, weight in tensors.items():
-        if ".layers." in name and weight.dim() == 2:
-            if scheme == "int4":
+        if weight.dim() == 2 and (has_head or ".layers." in name):
+            if scheme == "int4" and ".layers." in name:
                 values, scale = quantise_int4(weight, 32)
                 tensors[name] = values * scale.float().repeat_interleave(32, 1)
             else:
@@ -55,6 +55,19 @@ def test_equals_the_model_of_the_rounded_weights(scheme, family, tiny_model_dir,
         sum(weight.nbytes for name, weight in model.weights.items() if ".layers." in name) for model in (plain, ours)
     )
     assert after < (0.2 if scheme == "int4" else 0.3) * before
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_tied_head_is_rounded_with_its_embedding(scheme, tiny_model_dir, tmp_path, kernels):
+    model_dir = tiny_model_dir("qwen3", **SHAPE, tie_word_embeddings=True)
+    quantisation = Quantisation(scheme=scheme, has_head=True)
+    ours = eager_model(model_dir, tmp_path, quantisation=quantisation)
+    (tmp_path / "plain").mkdir()
+    reference = eager_model(rounded_copy(model_dir, tmp_path / "rounded", scheme, has_head=True), tmp_path / "plain")
+    (prompt,) = random_prompts((33,), ours.manifest.model.vocab_size)
+    expected, found = (all_logits(model, prompt) for model in (reference, ours))
+    assert rms(found - expected) <= MAX_ERROR[scheme] * rms(expected)
+    assert not any(weight.dtype == torch.float32 and weight.dim() == 2 for weight in ours.weights.values())
 
 
 def test_compiled(tiny_model_dir, tmp_path, kernels):

@@ -57,7 +57,6 @@ def assert_all_in(parts, line):
         (["--quantize", "fp8"], ["'fp8'", "int8-dynamic"]),
         (["--quantize", "int8", "--quantize-group", "32"], ["quantize-group=32 is for int4 only"]),
         (["--quantize", "int4", "--quantize-group", "64"], ["quantize-group=64", "supported: 32, 128"]),
-        (["--quantize", "int8", "--quantize-head"], ["tie_word_embeddings", "leave --quantize-head out"]),
         (["--quantize", "int8", "--disable-pass", "quantise"], ["leave out one of the two"]),
         (["--quantize-head"], ["--quantize-head needs --quantize int8, int4 or int8-dynamic"]),
         (["--jobs", "0"], ["jobs=0"]),
