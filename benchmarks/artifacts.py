@@ -25,10 +25,15 @@ def compile_model(
     return seconds
 
 
-def artifact_of_shape(shape: Shape, work_dir: Path, *, seed: int, dtype: str = "bfloat16") -> tuple[Path, Manifest]:
-    """The artifact of a checkpoint of this shape, up to date with the sources; built only where it is not."""
-    output = work_dir / "artifacts" / f"{shape.name}-{dtype}-seed{seed}.xllm"
-    compile_model(checkpoint(shape, work_dir, seed=seed), output, ["--dtype", dtype])
+def artifact_of_shape(
+    shape: Shape, work_dir: Path, *, seed: int, dtype: str = "bfloat16", quantize: str = "none"
+) -> tuple[Path, Manifest]:
+    """The artifact of a checkpoint of this shape, up to date with the sources; built only where it is not. ``quantize``
+    is a scheme of --quantize, for layers and head."""
+    precision = dtype if quantize == "none" else f"{dtype}-{quantize}"
+    output = work_dir / "artifacts" / f"{shape.name}-{precision}-seed{seed}.xllm"
+    options = ["--dtype", dtype] + (["--quantize", quantize, "--quantize-head"] if quantize != "none" else [])
+    compile_model(checkpoint(shape, work_dir, seed=seed), output, options)
     return output, read_manifest(output)
 
 

@@ -77,7 +77,7 @@ def run_latency(
     model_dir = checkpoint(shape, work_dir, seed=seed)
     say("comparing first tokens in float32")
     agreement = check_first_tokens(shape, work_dir, seed=seed, num_prompts=num_checked)
-    figures = _measure(artifact, model_dir, _prompts(shape, seed), rounds)
+    figures = _measure(artifact, model_dir, prompts_of(CASES, shape, seed), rounds)
     name = "latency_" + "".join(char if char.isalnum() else "_" for char in shape.name)
     bars = [*_limit_bars(figures, manifest), *_ratio_bars(figures)]
     bars.append(Bar(what="float32 first tokens equal to transformers'", value=agreement, unit="share", bar=">= 1"))
@@ -108,11 +108,12 @@ def check_first_tokens(shape: Shape, work_dir: Path, *, seed: int, num_prompts: 
     return num_equal / num_prompts
 
 
-def _prompts(shape: Shape, seed: int) -> dict[str, list[TokenIds]]:
+def prompts_of(cases: Sequence[Case], shape: Shape, seed: int) -> dict[str, list[TokenIds]]:
+    """Random tokens for each case."""
     rng = random.Random(seed)
     return {
         case.name: [[rng.randrange(shape.num_words) for _ in range(case.prompt_tokens)] for _ in range(case.num_seqs)]
-        for case in CASES
+        for case in cases
     }
 
 

@@ -32,6 +32,8 @@ class Limits:
     bf16_gemm_gflops: float
     """Best of torch.matmul over some sizes."""
     f32_gemm_gflops: float
+    bf16_packed_32_gflops: float
+    """Our product of 32 rows with a packed weight that stays in cache: what a decode step of 32 can reach."""
     bf16_register_gflops: float
     """Multiply-adds on registers only: no product is faster."""
     f32_register_gflops: float
@@ -53,7 +55,8 @@ def _measure_here(artifact: Path) -> Limits:
 
     from xllm_compile.runtime.artifact import WEIGHTS, cpu_kernels, read_manifest
 
-    library = ctypes.CDLL(str(artifact / cpu_kernels(artifact, read_manifest(artifact)).path))
+    kernels = cpu_kernels(artifact, read_manifest(artifact)).path
+    library = ctypes.CDLL(str(artifact / kernels))
     library.xllm_measure_read.restype = library.xllm_measure_multiply.restype = ctypes.c_double
     library.xllm_measure_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.xllm_measure_multiply.argtypes = [ctypes.c_int32, ctypes.c_int64]
@@ -62,6 +65,7 @@ def _measure_here(artifact: Path) -> Limits:
         read_gb_per_s=_read_rate(library.xllm_measure_read, artifact / WEIGHTS) / 1e9,
         bf16_gemm_gflops=_gemm_rate(torch.bfloat16) / 1e9,
         f32_gemm_gflops=_gemm_rate(torch.float32) / 1e9,
+        bf16_packed_32_gflops=_packed_rate(artifact / kernels, 32) / 1e9,
         bf16_register_gflops=max(library.xllm_measure_multiply(1, _MULTIPLY_STEPS) for _ in range(3)) / 1e9,
         f32_register_gflops=max(library.xllm_measure_multiply(0, _MULTIPLY_STEPS) for _ in range(3)) / 1e9,
     )
@@ -101,6 +105,19 @@ def _gemm_rate(dtype: Any) -> float:
         seconds = measure(partial(torch.matmul, a, b), warmup=1, repeats=3).median
         best = max(best, 2 * rows * inner * columns / seconds)
     return best
+
+
+def _packed_rate(kernels: Path, rows: int) -> float:
+    import torch
+
+    from xllm_compile.runtime.ops.native import Kernels
+    from xllm_compile.runtime.ops.reference import pack_weight
+
+    inner, columns, calls = 1024, 1024, 50
+    x, weight = torch.randn(rows, inner).bfloat16(), pack_weight(torch.randn(columns, inner).bfloat16())
+    multiply = Kernels(kernels).packed_linear
+    seconds = measure(lambda: [multiply(x, weight, None, columns, False) for _ in range(calls)], repeats=5).median
+    return 2 * rows * inner * columns * calls / seconds
 
 
 if __name__ == "__main__":

@@ -46,6 +46,16 @@ def latency_command(shape: str, work_dir: Path, seed: int, results: Path, rounds
     run_latency(shape_of(shape), work_dir, results, command_line(), seed=seed, rounds=rounds, num_checked=checked)
 
 
+@click.command("precisions")
+@model_options
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Rounds of all precisions in turns.")
+def precisions_command(shape: str, work_dir: Path, seed: int, results: Path, rounds: int) -> None:
+    """Prefill and decode of every precision against the machine's limits -> precisions_SHAPE.json."""
+    from xllm_compile.benchmarks.bench_precisions import run_precisions
+
+    run_precisions(shape_of(shape), work_dir, results, command_line(), seed=seed, rounds=rounds)
+
+
 @click.command("speculation")
 @click.option("--rounds", type=click.IntRange(1), default=7, help="Rounds of all methods in turns.")
 @click.option("--output-tokens", type=click.IntRange(2), default=256, help="Tokens to generate per prompt.")
@@ -140,6 +150,7 @@ COMMANDS: tuple[click.Command, ...] = (
     compile_command,
     startup_command,
     latency_command,
+    precisions_command,
     speculation_command,
     ablation_command,
     adaptive_command,

@@ -16,6 +16,7 @@ LIMITS = Limits(
     read_gb_per_s=40,
     bf16_gemm_gflops=400,
     f32_gemm_gflops=200,
+    bf16_packed_32_gflops=420,
     bf16_register_gflops=460,
     f32_register_gflops=230,
 )

@@ -1,0 +1,161 @@
+"""Prefill and decode at every precision against the machine's limits: bytes that a step reads, products that it makes.
+
+Each precision is an artifact of its own with layers and head rounded; all run in turns, the limits around each. A
+decode step reads all weights and the KV of its contexts, which is bfloat16 at every precision.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xllm_compile.benchmarks.artifacts import artifact_of_shape
+from xllm_compile.benchmarks.bench_latency import Case, prompts_of, shares
+from xllm_compile.benchmarks.checkpoints import Shape
+from xllm_compile.benchmarks.console import finish, say, show_table
+from xllm_compile.benchmarks.engine_process import EngineProcess
+from xllm_compile.benchmarks.limits import Limits, measure_limits
+from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
+from xllm_compile.benchmarks.record import Bar, make_record
+from xllm_compile.benchmarks.roofline import linear_parameters, prefill_flops
+from xllm_compile.benchmarks.timing import summarise
+from xllm_compile.models.config import DecoderConfig
+from xllm_compile.runtime.artifact import Manifest
+
+# Scheme of --quantize, and share of read bandwidth that decode at batch 1 is to reach.
+PRECISIONS = {"none": ">= 0.9", "int8": ">= 0.85", "int4": ">= 0.75", "int8-dynamic": ""}
+DECODE = Case(name="decode batch 1, context 128", num_seqs=1, prompt_tokens=128, num_tokens=48)
+LONG = Case(name="decode batch 1, context 2048", num_seqs=1, prompt_tokens=2048, num_tokens=32)
+WIDE = Case(name="decode batch 32, context 128", num_seqs=32, prompt_tokens=128, num_tokens=12)
+PREFILL = Case(name="prefill 512", num_seqs=1, prompt_tokens=512)
+LONG_PREFILL = Case(name="prefill 2048", num_seqs=1, prompt_tokens=LONG.prompt_tokens)
+CASES = (DECODE, LONG, WIDE, PREFILL, LONG_PREFILL)
+# The last is the first part of the second.
+_RUN = (DECODE, LONG, WIDE, PREFILL)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Figures:
+    """One precision on one case: tok/s of each round and the limits before and after."""
+
+    tokens_per_s: list[float] = field(default_factory=list)
+    limits: list[tuple[Limits, Limits]] = field(default_factory=list)
+    foreign_cores: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return summarise(self.tokens_per_s).median
+
+
+Figures = dict[str, dict[str, _Figures]]
+"""By precision, then by case."""
+
+
+def run_precisions(
+    shape: Shape, work_dir: Path, results: Path, command: Sequence[str], *, seed: int, rounds: int
+) -> None:
+    """Measure and write precisions_SHAPE.json."""
+    artifacts = {}
+    for precision in PRECISIONS:
+        say(f"building {shape.name}, {precision}")
+        artifacts[precision] = artifact_of_shape(shape, work_dir, seed=seed, quantize=precision)
+    figures = _measure(shape, {name: path for name, (path, _) in artifacts.items()}, rounds=rounds, seed=seed)
+    manifests = {name: manifest for name, (_, manifest) in artifacts.items()}
+    raw = {
+        "shape": shape.hf_config(),
+        "cases": [asdict(case) for case in CASES],
+        "weights_bytes": {name: manifest.memory_plan["weights_bytes"] for name, manifest in manifests.items()},
+        "tokens_per_s": {name: {case: _to_json(found) for case, found in of.items()} for name, of in figures.items()},
+    }
+    _show(shape, figures)
+    name = "precisions_" + "".join(char if char.isalnum() else "_" for char in shape.name)
+    finish(make_record(name, command, seed=seed, raw=raw, bars=_bars(figures, manifests)), results)
+
+
+def _measure(shape: Shape, artifacts: Mapping[str, Path], *, rounds: int, seed: int) -> Figures:
+    """All precisions on all cases in each round, the order turned around in every second."""
+    prompts = prompts_of(CASES, shape, seed)
+    figures: Figures = {name: {case.name: _Figures() for case in CASES} for name in artifacts}
+    with ExitStack() as stack:
+        engines = [
+            stack.enter_context(EngineProcess(name, "engine_xllm", [str(path)])) for name, path in artifacts.items()
+        ]
+        for engine in engines:
+            engine.wait_ready()
+            for case in _RUN:
+                engine.generate(prompts[case.name], 1 if case.is_prefill else 4)
+        for index in range(rounds):
+            before = measure_limits(artifacts["none"])
+            for engine in engines if index % 2 == 0 else reversed(engines):
+                wait_quiet()
+                for case in _RUN:
+                    with ForeignLoad() as load:
+                        done = engine.generate(prompts[case.name], 1 + case.num_tokens)
+                    prefill = case.prompt_tokens / done.first_s
+                    rates = {case.name: prefill if case.is_prefill else done.decode_tokens_per_s}
+                    if case is LONG:
+                        rates[LONG_PREFILL.name] = prefill
+                    for name, rate in rates.items():
+                        figures[engine.name][name].tokens_per_s.append(rate)
+                        figures[engine.name][name].foreign_cores.append(load.cores)
+                after = measure_limits(artifacts["none"])
+                for case in CASES:
+                    figures[engine.name][case.name].limits.append((before, after))
+                decode = figures[engine.name][DECODE.name].tokens_per_s[-1]
+                say(
+                    f"round {index + 1} of {rounds}, {engine.name}: decode {decode:.1f} tok/s; read"
+                    f" {before.read_gb_per_s:.0f} then {after.read_gb_per_s:.0f} GB/s"
+                )
+                before = after
+    return figures
+
+
+def _bars(figures: Figures, manifests: Mapping[str, Manifest]) -> list[Bar]:
+    config = DecoderConfig.from_json(manifests["none"].model_config)
+    bars = []
+    for name, bar in PRECISIONS.items():
+        memory = manifests[name].memory_plan
+        for case, limit in ((DECODE, bar), (LONG, ">= 0.92" if name == "none" else "")):
+            # The contexts of the tokens that are generated: half of them on average beyond the prompt.
+            context = case.prompt_tokens + case.num_tokens // 2
+            cost = memory["weights_bytes"] + context * memory["kv_bytes_per_token"]
+            bars.append(_share(figures, name, case, cost, "read_gb_per_s", "of read bandwidth", limit))
+    for case, limit in ((PREFILL, ">= 0.85"), (LONG_PREFILL, ">= 0.75")):
+        flops = prefill_flops(config, case.prompt_tokens) / case.prompt_tokens
+        bars.append(_share(figures, "none", case, flops, "bf16_gemm_gflops", "of the bf16 GEMM peak", limit))
+    products = 2 * (linear_parameters(config) + config.vocab_size * config.hidden_size)
+    of = "of the rate of 32 packed rows"
+    bars.append(_share(figures, "none", WIDE, products, "bf16_packed_32_gflops", of, ">= 0.8"))
+    for case in CASES:
+        for name in list(PRECISIONS)[1:]:
+            is_promised = (name, case) == ("int8-dynamic", PREFILL)
+            ratio = figures[name][case.name].median / figures["none"][case.name].median
+            what = f"{name}, {case.name}: against bfloat16"
+            bars.append(Bar(what=what, value=ratio, unit="x", bar=">= 1.6" if is_promised else ""))
+    return bars
+
+
+def _share(figures: Figures, name: str, case: Case, cost: float, limit: str, what: str, bar: str) -> Bar:
+    """``cost`` in bytes or operations of one token."""
+    found = figures[name][case.name]
+    value = summarise(shares(found.tokens_per_s, found.limits, cost, limit)).median
+    return Bar(what=f"{_label(name)}, {case.name}: {what}", value=value, unit="share", bar=bar)
+
+
+def _label(precision: str) -> str:
+    return "bfloat16" if precision == "none" else precision
+
+
+def _to_json(found: _Figures) -> dict[str, Any]:
+    return {
+        **summarise(found.tokens_per_s).to_json(),
+        # Of each value in turn.
+        "limits_before_and_after": [[asdict(before), asdict(after)] for before, after in found.limits],
+        "foreign_cores": found.foreign_cores,
+    }
+
+
+def _show(shape: Shape, figures: Figures) -> None:
+    rows = [(case.name, *(f"{figures[name][case.name].median:.1f}" for name in PRECISIONS)) for case in CASES]
+    show_table(f"{shape.name}, tok/s", ("case", *map(_label, PRECISIONS)), rows)

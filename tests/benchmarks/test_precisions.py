@@ -1,0 +1,47 @@
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.benchmarks.test_roofline import CONFIG, LIMITS
+from xllm_compile.benchmarks.bench_precisions import CASES, PRECISIONS, _bars, _Figures
+
+WEIGHTS = {"none": 1_000_000_000, "int8": 500_000_000, "int4": 250_000_000, "int8-dynamic": 500_000_000}
+MANIFESTS: dict[str, Any] = {
+    name: SimpleNamespace(
+        memory_plan={"weights_bytes": size, "kv_bytes_per_token": 100_000}, model_config=asdict(CONFIG)
+    )
+    for name, size in WEIGHTS.items()
+}
+
+
+def bars_of(rates):
+    """Every case of a precision at one rate in tok/s."""
+    figures = {
+        name: {
+            case.name: _Figures(tokens_per_s=[rates[name]] * 3, limits=[(LIMITS, LIMITS)] * 3, foreign_cores=[0.0] * 3)
+            for case in CASES
+        }
+        for name in PRECISIONS
+    }
+    return {bar.what: bar for bar in _bars(figures, MANIFESTS)}
+
+
+def test_a_decode_step_reads_weights_and_the_kv_of_its_context():
+    bars = bars_of({"none": 38.0, "int8": 70.0, "int4": 100.0, "int8-dynamic": 60.0})
+    short = bars["bfloat16, decode batch 1, context 128: of read bandwidth"]
+    # 128 tokens and half of the 48 that follow.
+    assert short.value == pytest.approx(38 * (1e9 + 152 * 1e5) / 40e9) and short.met
+    long = bars["bfloat16, decode batch 1, context 2048: of read bandwidth"]
+    assert long.value == pytest.approx(38 * (1e9 + 2064 * 1e5) / 40e9)
+    assert bars["int4, decode batch 1, context 128: of read bandwidth"].met is False
+    assert bars["int8, decode batch 1, context 128: of read bandwidth"].met is True
+
+
+def test_only_what_was_promised_has_a_bar():
+    bars = bars_of({"none": 100.0, "int8": 100.0, "int4": 100.0, "int8-dynamic": 165.0})
+    against = {what: bar.met for what, bar in bars.items() if what.endswith("against bfloat16")}
+    assert {what for what, met in against.items() if met is not None} == {"int8-dynamic, prefill 512: against bfloat16"}
+    assert against["int8-dynamic, prefill 512: against bfloat16"]
+    assert bars["bfloat16, decode batch 32, context 128: of the rate of 32 packed rows"].bar == ">= 0.8"
