@@ -75,8 +75,10 @@ def cpu_pipeline(
     """The pipeline of the CPU target.
 
     tied_weights: embedding tables that the head shares. disabled: names of passes to leave out; ValueError for an
-    unknown or a required one. quantisation: adds the quantise pass.
+    unknown or a required one. quantisation: adds the quantise pass, which cannot be left out then.
     """
+    if quantisation and quantisation.stored_by and "quantise" in disabled:
+        raise ValueError("pass 'quantise' cannot be left out: the checkpoint's weights are quantised already")
     if quantisation and "quantise" in disabled:
         raise ValueError(f"--quantize {quantisation.scheme} asks for the pass 'quantise'; leave out one of the two")
     passes = [
