@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -137,8 +137,8 @@ async def test_a_model_without_room_sleeps_on_and_says_who_has_it(
     await one.engine.sleep(mode="abort")
     execute = two.runner.execute
 
-    def stop_when_all_decode(step: Step) -> Tensor:
-        logits = execute(step)
+    def stop_when_all_decode(step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
+        logits = execute(step, on_layers)
         if len(step.slot) == 5:
             two.runner.gate.clear()
             monkeypatch.setattr(two.runner, "execute", execute)
