@@ -313,8 +313,9 @@ class Deadly:
         return await line_request.ask(service, endpoint, body)
 
     async def runs(self, prompts):
+        """In any order: lines are read by several threads."""
         async with asyncio.timeout(10):
-            while self.running != prompts:
+            while sorted(self.running) != sorted(prompts):
                 await asyncio.sleep(0.005)
 
 
