@@ -138,10 +138,10 @@ def _profile(
     ]
 
 
-def _timed(execute: Callable[[Any], Any], spans: list[tuple[float, float, int]]) -> Callable[[Any], Any]:
-    def timed(step: Any) -> Any:
+def _timed(execute: Callable[..., Any], spans: list[tuple[float, float, int]]) -> Callable[..., Any]:
+    def timed(step: Any, *arguments: Any) -> Any:
         began = time.monotonic()
-        result = execute(step)
+        result = execute(step, *arguments)
         spans.append((began, time.monotonic(), len(step.token_ids)))
         return result
 

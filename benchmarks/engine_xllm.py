@@ -15,7 +15,10 @@ _MAX_MODEL_LEN = 4096
 
 class XllmAdapter:
     def __init__(self, artifact: Path, *, enforce_eager: bool = False) -> None:
-        config = InstanceConfig(max_model_len=_MAX_MODEL_LEN, max_num_seqs=32, enforce_eager=enforce_eager)
+        # Prompts are repeated, and each time is to be computed.
+        config = InstanceConfig(
+            max_model_len=_MAX_MODEL_LEN, max_num_seqs=32, enforce_eager=enforce_eager, prefix_cache=False
+        )
         self._engine = open_instance(artifact, config).engine
 
     def generate(self, prompts: list[TokenIds], num_tokens: int) -> Generation:
