@@ -99,7 +99,13 @@ def _profile(
     from xllm_compile.runtime.sampling_params import SamplingParams
 
     room = prompt_tokens + output_tokens + 1
-    config = InstanceConfig(max_num_seqs=batch, max_model_len=min(manifest.model.max_model_len, room))
+    # A step's kernels are found by when it ran, so none is planned beside another; repeated prompts are computed.
+    config = InstanceConfig(
+        max_num_seqs=batch,
+        max_model_len=min(manifest.model.max_model_len, room),
+        async_scheduling=False,
+        prefix_cache=False,
+    )
     engine: Engine = open_instance(artifact, config).engine
     rng = random.Random(seed)
     prompts = [[rng.randrange(manifest.model.vocab_size) for _ in range(prompt_tokens)] for _ in range(batch)]
