@@ -92,7 +92,7 @@ async def run_server(
         http_port = http_socket.getsockname()[1]
         await grpc.start()
         await http.ready.wait()
-        # What there is now lives as long as the process: passing over it was a twentieth of a gateway's time.
+        # What there is now lives as long as the process: the collector need not pass over it again and again.
         gc.freeze()
         async with nullcontext() if member is None else member.listed():
             on_ready(http_port, grpc_port)
