@@ -99,8 +99,8 @@ def cache() -> KVCache:
     return make_kv_cache()
 
 
-def test_a_step_is_told_when_the_next_one_reaches_its_layers(cache: KVCache) -> None:
-    runner = PausingRunner()
+def _two_steps(runner: PausingRunner, cache: KVCache) -> tuple[StepExecutor, Waiter, Waiter]:
+    """Both launched: the first is over, the second stands before its layers."""
     executor = StepExecutor(runner, cache.xtensor, cache.num_slots, is_async=True)
     first = Waiter(executor.launch(_batch()))
     second = Waiter(executor.launch(_batch()))
@@ -108,6 +108,12 @@ def test_a_step_is_told_when_the_next_one_reaches_its_layers(cache: KVCache) -> 
     runner.ends.release()
     for _ in range(2):
         assert runner.at_start.acquire(timeout=30)
+    return executor, first, second
+
+
+def test_a_step_is_told_when_the_next_one_reaches_its_layers(cache: KVCache) -> None:
+    runner = PausingRunner()
+    executor, first, second = _two_steps(runner, cache)
     # The first one is over: the second stands before its layers, with Python's lock for itself.
     assert not first.heard.is_set()
     runner.starts.release()
@@ -122,13 +128,7 @@ def test_a_step_is_told_when_the_next_one_reaches_its_layers(cache: KVCache) -> 
 
 def test_a_step_is_told_although_the_next_one_fails_before_its_layers(cache: KVCache) -> None:
     runner = PausingRunner()
-    executor = StepExecutor(runner, cache.xtensor, cache.num_slots, is_async=True)
-    first = Waiter(executor.launch(_batch()))
-    second = Waiter(executor.launch(_batch()))
-    runner.starts.release()
-    runner.ends.release()
-    for _ in range(2):
-        assert runner.at_start.acquire(timeout=30)
+    executor, first, second = _two_steps(runner, cache)
     runner.fails = True
     runner.starts.release()
     first.join()
