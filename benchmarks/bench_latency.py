@@ -58,15 +58,23 @@ CASES = (
 
 
 @dataclass(kw_only=True, slots=True)
-class _Figures:
+class LimitedRates:
     """tok/s of one engine on one case, and the limits measured around each of them."""
 
     tokens_per_s: list[float] = field(default_factory=list)
     limits: list[tuple[Limits, Limits]] = field(default_factory=list)
     foreign_cores: list[float] = field(default_factory=list)
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **summarise(self.tokens_per_s).to_json(),
+            # Of each value in turn.
+            "limits_before_and_after": [[asdict(before), asdict(after)] for before, after in self.limits],
+            "foreign_cores": self.foreign_cores,
+        }
 
-Figures = dict[str, dict[str, _Figures]]
+
+Figures = dict[str, dict[str, LimitedRates]]
 
 
 def run_latency(
@@ -78,7 +86,7 @@ def run_latency(
     say("comparing first tokens in float32")
     agreement = check_first_tokens(shape, work_dir, seed=seed, num_prompts=num_checked)
     figures = _measure(artifact, model_dir, prompts_of(CASES, shape, seed), rounds)
-    name = "latency_" + "".join(char if char.isalnum() else "_" for char in shape.name)
+    name = f"latency_{shape.record_name}"
     bars = [*_limit_bars(figures, manifest), *_ratio_bars(figures)]
     bars.append(Bar(what="float32 first tokens equal to transformers'", value=agreement, unit="share", bar=">= 1"))
     raw = {
@@ -86,7 +94,9 @@ def run_latency(
         "cases": [asdict(case) for case in CASES],
         "weights_bytes": manifest.memory_plan["weights_bytes"],
         "prefill_flops": prefill_flops(DecoderConfig.from_json(manifest.model_config), PREFILL.prompt_tokens),
-        "tokens_per_s": {case: _to_json(engines) for case, engines in figures.items()},
+        "tokens_per_s": {
+            case: {name: found.to_json() for name, found in engines.items()} for case, engines in figures.items()
+        },
         "num_first_tokens_checked": num_checked,
     }
     _show(shape, figures)
@@ -119,7 +129,7 @@ def prompts_of(cases: Sequence[Case], shape: Shape, seed: int) -> dict[str, list
 
 def _measure(artifact: Path, model_dir: Path, prompts: Mapping[str, list[TokenIds]], rounds: int) -> Figures:
     """Every engine on every case, one after the other in each round, the order turned around in every second."""
-    figures: Figures = {case.name: {engine: _Figures() for engine in case.engines} for case in CASES}
+    figures: Figures = {case.name: {engine: LimitedRates() for engine in case.engines} for case in CASES}
     with ExitStack() as stack:
         arguments = {
             OURS: ("engine_xllm", [str(artifact)]),
@@ -208,18 +218,6 @@ def _ratio_bars(figures: Figures) -> list[Bar]:
             bar = "> 1" if case in (PREFILL, DECODE) else ""
             bars.append(Bar(what=f"{case.name}: against {engine}", value=ratio, unit="x", bar=bar))
     return bars
-
-
-def _to_json(engines: Mapping[str, _Figures]) -> dict[str, Any]:
-    return {
-        name: {
-            **summarise(found.tokens_per_s).to_json(),
-            # Of each value in turn.
-            "limits_before_and_after": [[asdict(before), asdict(after)] for before, after in found.limits],
-            "foreign_cores": found.foreign_cores,
-        }
-        for name, found in engines.items()
-    }
 
 
 def _show(shape: Shape, figures: Figures) -> None:

@@ -6,16 +6,15 @@ decode step reads all weights and the KV of its contexts, which is bfloat16 at e
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from xllm_compile.benchmarks.artifacts import artifact_of_shape
-from xllm_compile.benchmarks.bench_latency import Case, prompts_of, shares
+from xllm_compile.benchmarks.bench_latency import Case, LimitedRates, prompts_of, shares
 from xllm_compile.benchmarks.checkpoints import Shape
 from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.engine_process import EngineProcess
-from xllm_compile.benchmarks.limits import Limits, measure_limits
+from xllm_compile.benchmarks.limits import measure_limits
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.roofline import linear_parameters, prefill_flops
@@ -35,20 +34,7 @@ CASES = (DECODE, LONG, WIDE, PREFILL, LONG_PREFILL)
 _RUN = (DECODE, LONG, WIDE, PREFILL)
 
 
-@dataclass(kw_only=True, slots=True)
-class _Figures:
-    """One precision on one case: tok/s of each round and the limits before and after."""
-
-    tokens_per_s: list[float] = field(default_factory=list)
-    limits: list[tuple[Limits, Limits]] = field(default_factory=list)
-    foreign_cores: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return summarise(self.tokens_per_s).median
-
-
-Figures = dict[str, dict[str, _Figures]]
+Figures = dict[str, dict[str, LimitedRates]]
 """By precision, then by case."""
 
 
@@ -66,17 +52,19 @@ def run_precisions(
         "shape": shape.hf_config(),
         "cases": [asdict(case) for case in CASES],
         "weights_bytes": {name: manifest.memory_plan["weights_bytes"] for name, manifest in manifests.items()},
-        "tokens_per_s": {name: {case: _to_json(found) for case, found in of.items()} for name, of in figures.items()},
+        "tokens_per_s": {name: {case: found.to_json() for case, found in of.items()} for name, of in figures.items()},
     }
     _show(shape, figures)
-    name = "precisions_" + "".join(char if char.isalnum() else "_" for char in shape.name)
-    finish(make_record(name, command, seed=seed, raw=raw, bars=_bars(figures, manifests)), results)
+    finish(
+        make_record(f"precisions_{shape.record_name}", command, seed=seed, raw=raw, bars=_bars(figures, manifests)),
+        results,
+    )
 
 
 def _measure(shape: Shape, artifacts: Mapping[str, Path], *, rounds: int, seed: int) -> Figures:
     """All precisions on all cases in each round, the order turned around in every second."""
     prompts = prompts_of(CASES, shape, seed)
-    figures: Figures = {name: {case.name: _Figures() for case in CASES} for name in artifacts}
+    figures: Figures = {name: {case.name: LimitedRates() for case in CASES} for name in artifacts}
     with ExitStack() as stack:
         engines = [
             stack.enter_context(EngineProcess(name, "engine_xllm", [str(path)])) for name, path in artifacts.items()
@@ -130,7 +118,7 @@ def _bars(figures: Figures, manifests: Mapping[str, Manifest]) -> list[Bar]:
     for case in CASES:
         for name in list(PRECISIONS)[1:]:
             is_promised = (name, case) == ("int8-dynamic", PREFILL)
-            ratio = figures[name][case.name].median / figures["none"][case.name].median
+            ratio = _median(figures[name][case.name]) / _median(figures["none"][case.name])
             what = f"{name}, {case.name}: against bfloat16"
             bars.append(Bar(what=what, value=ratio, unit="x", bar=">= 1.6" if is_promised else ""))
     return bars
@@ -143,19 +131,14 @@ def _share(figures: Figures, name: str, case: Case, cost: float, limit: str, wha
     return Bar(what=f"{_label(name)}, {case.name}: {what}", value=value, unit="share", bar=bar)
 
 
+def _median(found: LimitedRates) -> float:
+    return summarise(found.tokens_per_s).median
+
+
 def _label(precision: str) -> str:
     return "bfloat16" if precision == "none" else precision
 
 
-def _to_json(found: _Figures) -> dict[str, Any]:
-    return {
-        **summarise(found.tokens_per_s).to_json(),
-        # Of each value in turn.
-        "limits_before_and_after": [[asdict(before), asdict(after)] for before, after in found.limits],
-        "foreign_cores": found.foreign_cores,
-    }
-
-
 def _show(shape: Shape, figures: Figures) -> None:
-    rows = [(case.name, *(f"{figures[name][case.name].median:.1f}" for name in PRECISIONS)) for case in CASES]
+    rows = [(case.name, *(f"{_median(figures[name][case.name]):.1f}" for name in PRECISIONS)) for case in CASES]
     show_table(f"{shape.name}, tok/s", ("case", *map(_label, PRECISIONS)), rows)

@@ -47,6 +47,11 @@ class Shape:
     max_position_embeddings: int
     rope_theta: float
 
+    @property
+    def record_name(self) -> str:
+        """The name as part of a record's."""
+        return "".join(char if char.isalnum() else "_" for char in self.name)
+
     def with_layers(self, num_layers: int) -> "Shape":
         return replace(self, name=f"{self.name}-{num_layers}l", num_layers=num_layers)
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.test_roofline import CONFIG, LIMITS
-from xllm_compile.benchmarks.bench_precisions import CASES, PRECISIONS, _bars, _Figures
+from xllm_compile.benchmarks.bench_latency import LimitedRates
+from xllm_compile.benchmarks.bench_precisions import CASES, PRECISIONS, _bars
 
 WEIGHTS = {"none": 1_000_000_000, "int8": 500_000_000, "int4": 250_000_000, "int8-dynamic": 500_000_000}
 MANIFESTS: dict[str, Any] = {
@@ -20,7 +21,9 @@ def bars_of(rates):
     """Every case of a precision at one rate in tok/s."""
     figures = {
         name: {
-            case.name: _Figures(tokens_per_s=[rates[name]] * 3, limits=[(LIMITS, LIMITS)] * 3, foreign_cores=[0.0] * 3)
+            case.name: LimitedRates(
+                tokens_per_s=[rates[name]] * 3, limits=[(LIMITS, LIMITS)] * 3, foreign_cores=[0.0] * 3
+            )
             for case in CASES
         }
         for name in PRECISIONS
