@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "packed.h"
+#include "quantised_args.h"
 
 namespace xllm {
 namespace {
@@ -67,9 +68,8 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_int8_embedding(AtenTensorHandle ids_ha
                                                          int32_t f32_out, AtenTensorHandle* ret0) {
   return run("int8_embedding", [&] {
     const View ids("token_ids", ids_handle), weight("weight", weight_handle), scale("scale", scale_handle);
-    weight.expect_dtype(aoti_torch_dtype_int8()).expect_dim(4).expect_size(1, (columns + 3) / 4);
-    weight.expect_size(2, kBlockColumns).expect_size(3, 4);
-    expect_contiguous_blocks(weight);
+    weight.expect_dtype(aoti_torch_dtype_int8()).expect_dim(4);
+    check_steps(weight, (columns + 3) / 4);
     scale.expect_dtype(aoti_torch_dtype_float32()).expect_dim(1).expect_last_contiguous();
     const Rows rows(ids, weight);
     for (int64_t i = 0; i < rows.count; ++i)

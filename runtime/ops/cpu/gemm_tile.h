@@ -67,6 +67,7 @@ void block_tile(const TileJob& job, const Columns& columns, const uint32_t* a, i
     vf result[R][kVectors];
     if constexpr (Columns::kIsGrouped) {
       vf total[R][kVectors] = {};
+      const int64_t groups = Columns::kHasZero ? job.steps / columns.group_units() : 0;
       for (int64_t group = 0, unit = 0; unit < job.steps; ++group, unit += columns.group_units()) {
         vf acc[R][kVectors] = {};
         columns.template multiply<R, NB>(a + unit * R, block, sub, unit, unit + columns.group_units(), acc);
@@ -77,12 +78,9 @@ void block_tile(const TileJob& job, const Columns& columns, const uint32_t* a, i
           for (int r = 0; r < R; ++r) total[r][v] = multiply_add(acc[r][v], scale, total[r][v]);
           if constexpr (Columns::kHasZero) {
             const vf offset = -scale * columns.zero(block + v / kTileVecs, group, sub + v % kTileVecs * kLanes);
-            const float* sums = job.group_sums + row * (job.steps / columns.group_units()) + group;
+            const float* sums = job.group_sums + row * groups + group;
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-              const vf sum = splat(sums[r * (job.steps / columns.group_units())]);
-              total[r][v] = multiply_add(sum, offset, total[r][v]);
-            }
+            for (int r = 0; r < R; ++r) total[r][v] = multiply_add(splat(sums[r * groups]), offset, total[r][v]);
           }
         }
       }

@@ -141,6 +141,13 @@ struct CodeColumns {
     }
   }
 
+  // Blocks [begin, end) whole.
+  StoredColumns<T> unpacked(int64_t begin, int64_t end, int64_t units, uint32_t* to) const {
+    const int64_t stride = units * kBlockColumns + kUnpackSlack;
+    for (int64_t block = begin; block < end; ++block) unpack(block, 0, units, to + (block - begin) * stride);
+    return {to, stride, begin};
+  }
+
  private:
   static XLLM_INLINE void prefetch(const uint8_t* from, int64_t columns) {
     for (int64_t line = 0; line < 4 * columns; line += 64) __builtin_prefetch(from + 48 * kStepBytes + line);
@@ -199,9 +206,7 @@ struct Int8Weight {
   CodeColumns<T, Int8Codes> codes;
   const auto& columns() const { return codes; }
   StoredColumns<T> unpacked(int64_t begin, int64_t end, int64_t units, uint32_t* to) const {
-    const int64_t stride = units * kBlockColumns + kUnpackSlack;
-    for (int64_t block = begin; block < end; ++block) codes.unpack(block, 0, units, to + (block - begin) * stride);
-    return {to, stride, begin};
+    return codes.unpacked(begin, end, units, to);
   }
   // The values themselves: the scale is left to the sums.
   const uint32_t* panel(int64_t block, int64_t unit, int64_t units, uint32_t* to) const {
@@ -217,9 +222,7 @@ struct Int4Weight {
   using Scale = typename decltype(codes)::Scale;
   const auto& columns() const { return codes; }
   GroupedColumns<StoredColumns<T>, kHasZero> unpacked(int64_t begin, int64_t end, int64_t units, uint32_t* to) const {
-    const int64_t stride = units * kBlockColumns + kUnpackSlack;
-    for (int64_t block = begin; block < end; ++block) codes.unpack(block, 0, units, to + (block - begin) * stride);
-    return {{to, stride, begin}, codes.scales, codes.zeros, codes.block_scales, codes.units};
+    return {codes.unpacked(begin, end, units, to), codes.scales, codes.zeros, codes.block_scales, codes.units};
   }
   // (value - zero) * scale, rounded to T: AMX tiles keep the whole reduction axis in one sum.
   const uint32_t* panel(int64_t block, int64_t unit, int64_t units, uint32_t* to) const {
