@@ -2,12 +2,31 @@
 
 import json
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import httpx
 
 from tests.integration.helpers import until
 from tests.integration.serve_process import ServeProcess
+
+
+@contextmanager
+def clusters(artifact):
+    """A function that starts one; all end with the context."""
+    with ExitStack() as stack:
+
+        def start(*roles, options=(), gateway_options=()):
+            cluster = Cluster(artifact, roles, *options, gateway_options=gateway_options)
+            stack.callback(cluster.close)
+            return cluster
+
+        yield start
+
+
+def answers_alone(artifact, prompts):
+    """What a server without others answers: 400 tokens to each prompt."""
+    with ServeProcess(artifact, "--threads", "1") as server:
+        return {prompt: complete(server, prompt, max_tokens=400)[0] for prompt in prompts}
 
 
 class Cluster:

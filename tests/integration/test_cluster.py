@@ -1,15 +1,14 @@
 """A gateway and its instances as processes."""
 
 import signal
-from contextlib import ExitStack
 
 import httpx
 import openai
 import pytest
 
-from tests.integration.cluster_processes import Cluster, Stream, busiest, complete
+from tests.integration.cluster_processes import Stream, answers_alone, busiest, clusters, complete
 from tests.integration.helpers import until
-from tests.integration.serve_process import ServeProcess, run_refused
+from tests.integration.serve_process import run_refused
 
 pytestmark = pytest.mark.integration
 
@@ -23,20 +22,12 @@ def artifact(family_artifact):
 
 @pytest.fixture(scope="module")
 def expected(artifact):
-    """What a server without others answers: 400 tokens to each prompt."""
-    with ServeProcess(artifact, "--threads", "1") as server:
-        return {prompt: complete(server, prompt, max_tokens=400)[0] for prompt in PROMPTS}
+    return answers_alone(artifact, PROMPTS)
 
 
 @pytest.fixture
 def start_cluster(artifact):
-    with ExitStack() as stack:
-
-        def start(*roles, options=()):
-            cluster = Cluster(artifact, roles, *options)
-            stack.callback(cluster.close)
-            return cluster
-
+    with clusters(artifact) as start:
         yield start
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from tests.integration.cluster_processes import Cluster, Stream, complete
+from tests.integration.cluster_processes import Stream, answers_alone, clusters, complete
 from tests.integration.helpers import until
-from tests.integration.serve_process import ServeProcess
 
 pytestmark = pytest.mark.integration
 
@@ -18,22 +17,13 @@ def artifact(family_artifact):
 
 @pytest.fixture(scope="module")
 def expected(artifact):
-    """What a server without others answers: 400 tokens to each prompt."""
-    with ServeProcess(artifact, "--threads", "1") as server:
-        return {prompt: complete(server, prompt, max_tokens=400)[0] for prompt in PROMPTS}
+    return answers_alone(artifact, PROMPTS)
 
 
 @pytest.fixture
 def start_cluster(artifact):
-    clusters = []
-
-    def start(*roles, gateway_options=()):
-        clusters.append(Cluster(artifact, roles, gateway_options=gateway_options))
-        return clusters[-1]
-
-    yield start
-    for cluster in clusters:
-        cluster.close()
+    with clusters(artifact) as start:
+        yield start
 
 
 def offline_streams(server, prompts):

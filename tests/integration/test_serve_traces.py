@@ -1,13 +1,14 @@
 """One trace of a request through a gateway and its instances, at a real OTLP receiver."""
 
 import signal
+from functools import partial
 
 import httpx
 import pytest
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="OpenTelemetry is not installed")
 
-from tests.integration.cluster_processes import Cluster, Stream, busiest
+from tests.integration.cluster_processes import Stream, busiest, clusters
 from tests.integration.helpers import PROMPT, until
 from tests.integration.serve_process import ServeProcess
 from tests.otlp_receiver import otlp_receiver
@@ -29,15 +30,8 @@ def receiver(monkeypatch):
 @pytest.fixture
 def start_cluster(family_artifact, receiver):
     options = ("--otlp-traces-endpoint", receiver.endpoint)
-    clusters = []
-
-    def start(*roles):
-        clusters.append(Cluster(family_artifact("qwen3"), roles, *options, gateway_options=options))
-        return clusters[-1]
-
-    yield start
-    for cluster in clusters:
-        cluster.close()
+    with clusters(family_artifact("qwen3")) as start:
+        yield partial(start, options=options, gateway_options=options)
 
 
 def test_a_trace_spans_gateway_prefill_and_decode(start_cluster, receiver):
