@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -307,7 +308,9 @@ def test_an_interrupted_build(model, tmp_path, own_cache):
     """Ctrl-C is no error of the user's: exit code 130, no traceback, and no wait for what is being compiled."""
     output = tmp_path / "tiny.xllm"
     command = [sys.executable, "-m", "xllm_compile.cli", str(model), "-o", str(output), "--dtype", "float32"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A suite that runs in the background of a shell was told to ignore the signal, and so are its children.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     until(lambda: any(own_cache.root.glob(".inductor-*")) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     workers = children_of(process.pid)

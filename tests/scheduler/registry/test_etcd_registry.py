@@ -102,7 +102,7 @@ async def test_a_served_registry_that_restarts_is_empty_and_says_so(user):
 
 async def test_calls_that_broke_leave_nothing_behind(etcd, caplog):
     """What gRPC leaves of a call is found by the collector, and asyncio complains of it in the log."""
-    async with client(etcd.endpoint, timeout_s=0.5) as registry:
+    async with client(etcd.endpoint, timeout_s=2) as registry:
         lease_id = await registry.grant_lease(30)
         waiting = asyncio.ensure_future(take(registry.watch("/", 0), 1))
         await registry.keep_alive(lease_id)
