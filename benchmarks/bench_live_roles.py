@@ -7,7 +7,7 @@ can be trusted.
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from xllm_compile.benchmarks.bench_validate import (
 from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.live_cluster import LiveCluster, Replay
 from xllm_compile.benchmarks.load import ForeignLoad
+from xllm_compile.benchmarks.rate_search import bracket, crossing
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.simulation.chart import attainment_chart, page, timeline_chart
 from xllm_compile.benchmarks.simulation.cluster import ClusterRules
@@ -39,8 +40,6 @@ from xllm_compile.scheduler.policies.routing import PolicyName, RoutingRules
 
 OURS = "dynamic SLO-aware"
 _STRETCHES = 2
-_STEP = 1.25
-"""From one rate to the next that is tried."""
 _EQUAL = 0.97
 
 
@@ -191,7 +190,7 @@ class _Player:
             say(f"{what}: {share:.1%} met at {rate:.2f} requests/s")
             return share
 
-        bracket(measure, start=self._expected, max_tries=max_tries)
+        bracket(measure, ENOUGH, start=self._expected, max_tries=max_tries)
         return search
 
     def timelines(self, rate: float) -> _Timelines:
@@ -216,38 +215,6 @@ class _Player:
 
     def _arrivals(self, stretch: Sequence[TraceRequest], rate: float) -> list[SimRequest]:
         return window(stretch, rate, len(stretch) / rate, self._setting)
-
-
-def bracket(measure: Callable[[float], float], *, start: float, max_tries: int) -> None:
-    """Measure at rates around that at which the share falls below ENOUGH: by steps until it lies between two, then
-    between those."""
-    low, high, rate = 0.0, math.inf, start
-    for _ in range(max_tries):
-        if measure(rate) >= ENOUGH:
-            low = rate
-        else:
-            high = rate
-        if high == math.inf:
-            rate = low * _STEP
-        elif low == 0.0:
-            rate = high / _STEP
-        else:
-            rate = math.sqrt(low * high)
-
-
-def crossing(points: Mapping[float, float], enough: float) -> float:
-    """The rate at which the share falls to enough, on the line between the two rates around it; the last one tried
-    where it does not, and in proportion below the first where nothing was enough."""
-    tried = sorted(points)
-    falls = [rate for rate in tried if points[rate] < enough]
-    if not falls:
-        return tried[-1]
-    high = falls[0]
-    below = [rate for rate in tried if rate < high]
-    if not below:
-        return high * points[high] / enough
-    low = below[-1]
-    return low + (high - low) * (points[low] - enough) / (points[low] - points[high])
 
 
 def _bars(stem: str, searches: Mapping[str, Search]) -> list[Bar]:

@@ -65,7 +65,7 @@ def run_serve(
         say(f"sending {len(requests)} requests, at most {options.concurrency} at a time")
         with ForeignLoad() as load:
             began = time.monotonic()
-            done = asyncio.run(_drive(partial(send, host, port), requests, options))
+            done = asyncio.run(drive(partial(send, host, port), requests, options))
             wall_s = time.monotonic() - began
     found = summarise_run(done, wall_s, options)
     rows = [
@@ -88,7 +88,7 @@ def run_serve(
     finish(make_record(name, command, seed=options.seed, raw=raw, bars=bars), results)
 
 
-async def _drive(
+async def drive(
     send: Callable[[TokenIds, int], Awaitable[StreamResult]], requests: Sequence[PlannedRequest], options: ServeOptions
 ) -> list[StreamResult]:
     """Send each request at its time; results in the order of the requests."""
@@ -134,6 +134,7 @@ def summarise_run(done: Sequence[StreamResult], wall_s: float, options: ServeOpt
     return {
         "wall_s": wall_s,
         "num_requests": len(done),
+        "num_good": len(good),
         "num_failed": len(failed),
         "errors": sorted({str(result.error) for result in failed})[:5],
         "output_tokens_per_s": sum(result.num_output_tokens for result in whole) / wall_s,

@@ -1,5 +1,6 @@
 """Requests to send: when, how long the prompt, how many tokens back. From fixed lengths or from a recorded trace."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,24 @@ def fixed_requests(
         PlannedRequest(arrival_s=arrival, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
         for arrival in arrivals
     ]
+
+
+def mixed_requests(count: int, *, rate: float | None, seed: int) -> list[PlannedRequest]:
+    """Prompts of 16 to 1,024 tokens (median 256), outputs of 8 to 128 (median 64), log-normal; a higher rate packs the
+    same requests closer, None sends all at once."""
+    rng = random.Random(seed)
+    requests, now = [], 0.0
+    for _ in range(count):
+        requests.append(
+            PlannedRequest(
+                arrival_s=now,
+                prompt_tokens=min(1024, max(16, round(rng.lognormvariate(math.log(256), 0.7)))),
+                output_tokens=min(128, max(8, round(rng.lognormvariate(math.log(64), 0.5)))),
+            )
+        )
+        gap = rng.expovariate(1.0)
+        now += gap / rate if rate else 0.0
+    return requests
 
 
 def trace_requests(path: Path, *, limit: int, max_model_len: int, speedup: float = 1.0) -> list[PlannedRequest]:

@@ -62,6 +62,39 @@ def serve_command(target: str, results: Path, **options: Any) -> None:
     run_serve(target, requests, how, results, command_line(), name=name, api_key=api_key, tls=tls)
 
 
+@click.command("serving-rate")
+@click.argument("artifact", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    metavar="NAME[@MODEL]=COMMAND",
+    help="Another server with /health and OpenAI's completions, {port} in its command; may be repeated.",
+)
+@click.option("--name", default="serving_rate", help="Name of the record.")
+@click.option("--rounds", type=click.IntRange(1), default=1, help="Searches of each server, in turns.")
+@click.option("--tries", "max_tries", type=click.IntRange(1), default=6, help="Rates in each search.")
+@click.option("--seconds", type=click.FloatRange(1), default=30.0, help="Of arrivals at each rate.")
+@click.option("--slo-ttft", "slo_ttft_s", type=click.FloatRange(0, min_open=True), default=10.0, help="Seconds.")
+@click.option("--slo-tpot", "slo_tpot_s", type=click.FloatRange(0, min_open=True), default=0.1, help="Seconds a token.")
+@click.option("--vocab-size", type=click.IntRange(1), default=30000, help="Prompts are random ids below it.")
+@click.option("--seed", type=int, default=1234, help="Of prompts and arrivals.")
+@results_option
+def serving_rate_command(artifact: Path, peers: tuple[str, ...], name: str, results: Path, **options: Any) -> None:
+    """Requests a second that xllm-serve and others sustain with tokens in time -> NAME.json and NAME.html."""
+    from xllm_compile.benchmarks.bench_serving_rate import Contender, RateSetting, run_serving_rate
+
+    setting = RateSetting(**options)
+    try:
+        contenders = [Contender.ours(artifact, setting.slo_tpot_s), *map(Contender.parse, peers)]
+    except ValueError as err:
+        raise click.UsageError(f"--peer {err}") from err
+    names = [contender.name for contender in contenders]
+    if len(set(names)) < len(names):
+        raise click.UsageError(f"--peer names {names} must differ")
+    run_serving_rate(contenders, setting, results, command_line(), name=name)
+
+
 @click.command("soak-requests")
 @work_dir_option("Scratch; some GB.")
 @click.option("--seed", type=int, default=1234, help="Of the requests.")
@@ -153,6 +186,7 @@ def registry_command(results: Path, operations: int, kills: int) -> None:
 
 COMMANDS: tuple[click.Command, ...] = (
     serve_command,
+    serving_rate_command,
     request_soak_command,
     chaos_command,
     gateway_command,
