@@ -5,6 +5,7 @@ Plain arithmetic over plain data: the runtime may import this.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -78,11 +79,18 @@ class DeviceSpec:
     """Time of the dynamic-shape graph over that of a graph for the very size."""
     efficiency: Mapping[str, Efficiency] = field(default_factory=dict)
     """By family of operators; a family left out reaches the peak."""
+    core_bytes_per_s: float | None = None
+    """Most that one core reads; None: any one can have the whole bandwidth."""
+    most_bytes_per_s: float | None = None
+    """Bandwidth that more cores do not raise; None: each core brings its own."""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes_per_s", "cache_bytes", "cache_bytes_per_s", "link_bytes_per_s"):
             if not getattr(self, name) > 0:
                 raise DeviceSpecError(f"device spec {self.name}: {name}={getattr(self, name)} must be above 0")
+        for name in ("core_bytes_per_s", "most_bytes_per_s"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise DeviceSpecError(f"device spec {self.name}: {name}={getattr(self, name)} must be above 0, or null")
         if min(self.link_latency_s, self.launch_s, self.step_overhead_s) < 0 or self.dynamic_overhead < 1:
             raise DeviceSpecError(
                 f"device spec {self.name}: link_latency_s, launch_s and step_overhead_s must be at least 0"
@@ -103,12 +111,13 @@ class DeviceSpec:
         return self.cores[unit] * rates.get(dtype, min(rates.values()))
 
     def with_cores(self, num_cores: int) -> "DeviceSpec":
-        """The same machine with another number of cores for either unit; memory bandwidth scales along."""
+        """The same machine with another number of cores for either unit; memory bandwidth scales along, to its most."""
         scale = num_cores / self.cores["cube"]
+        most = math.inf if self.most_bytes_per_s is None else self.most_bytes_per_s
         return replace(
             self,
             cores=dict.fromkeys(("cube", "vector"), num_cores),
-            memory_bytes_per_s=self.memory_bytes_per_s * scale,
+            memory_bytes_per_s=min(self.memory_bytes_per_s * scale, most),
             cache_bytes_per_s=self.cache_bytes_per_s * scale,
         )
 

@@ -98,6 +98,16 @@ def balance_command(device: str, traces: Path | None, results: Path) -> None:
     run_balance(results, command_line(), device=device, traces=traces)
 
 
+@click.command("cores")
+@click.option("--model", "models", multiple=True, default=("qwen3-0.6b", "qwen3-8b"), help="Planned; may be repeated.")
+@results_option
+def cores_command(models: tuple[str, ...], results: Path) -> None:
+    """Planned steps on 1 to 64 cores, and on two NUMA nodes -> cpu_cores_planned.json and .html."""
+    from xllm_compile.benchmarks.bench_cores import run_cores
+
+    run_cores(results, command_line(), models=models)
+
+
 @click.command("overlap")
 @model_options
 @click.option("--layers", type=click.IntRange(1), default=6, help="Layers of the shape that are run.")
@@ -139,5 +149,6 @@ COMMANDS: tuple[click.Command, ...] = (
     call_overhead_command,
     calibrate_command,
     balance_command,
+    cores_command,
     overlap_command,
 )

@@ -19,6 +19,18 @@ def attainment_chart(title: str, curves: Mapping[str, Sequence[tuple[float, floa
     return _svg(parts)
 
 
+def curves_chart(title: str, what: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Values of at least 0 over ``what``, one line per name."""
+    longest = max(x for points in curves.values() for x, _ in points)
+    most = max(y for points in curves.values() for _, y in points)
+    parts = [_axes(title, f"{what}, to {longest:.3g}", f"{most:.3g}")]
+    for index, (name, points) in enumerate(curves.items()):
+        colour = _PALETTE[index % len(_PALETTE)]
+        parts.append(_line([(x / longest, y / most) for x, y in points], colour))
+        parts.append(_label(index, name, colour))
+    return _svg(parts)
+
+
 def timeline_chart(title: str, timeline: Sequence[tuple[float, int, int]], end_s: float) -> str:
     """Instances that take prefills (blue) and decodes (orange), as steps over time."""
     most = max(max(prefills, decodes) for _, prefills, decodes in timeline)

@@ -6,6 +6,7 @@ import pytest
 
 from xllm_compile.benchmarks.bench_balance import run_balance
 from xllm_compile.benchmarks.bench_buckets import run_buckets
+from xllm_compile.benchmarks.bench_cores import CORES, run_cores
 from xllm_compile.benchmarks.record import read_record
 from xllm_compile.request_trace import TraceError
 
@@ -42,3 +43,17 @@ def test_balance(tmp_path):
         for when in ("before", "after"):
             assert all(0 <= share <= 1 for share in case[when]["idle_share"].values())
             assert max(end for *_, end in case[when]["nodes"]) == case[when]["seconds"]
+
+
+def test_cores(tmp_path):
+    run_cores(tmp_path, ["x"], models=("qwen3-0.6b",))
+    planned = read_record(tmp_path / "cpu_cores_planned.json").raw["models"]["qwen3-0.6b"]
+    prefill, decode = (
+        [planned[case][str(cores)] for cores in CORES] for case in ("prefill 512", "decode batch 1, context 128")
+    )
+    # Products grow with the cores; reading ends at the bandwidth, and starting kernels costs more with each core.
+    assert prefill == sorted(prefill, reverse=True) and prefill[0] / prefill[-1] > 40
+    assert decode[0] / min(decode) < 12 and decode[-1] > min(decode)
+    rates = planned["two nodes"]
+    assert rates["weights on one node"] < rates["weights interleaved"] < rates["an instance on each node"]
+    assert (tmp_path / "cpu_cores_planned.html").read_text().count("<svg") == 1

@@ -73,6 +73,14 @@ def test_a_share_of_the_cores_takes_longer_in_proportion():
         MODEL.seconds(LINEAR, share=0.0)
 
 
+def test_cores_that_have_no_tile_bring_no_bandwidth():
+    """Four tiles for eight cores: four of them read, each at its own rate."""
+    cost = NodeCost(unit="cube", family="linear", dtype="float32", bytes_read=8e6, bytes_cold=8e6, outputs=(1, 1, 128))
+    tiled = {"linear": Efficiency(tile_rows=12, tile_columns=32)}
+    spec = replace(SPEC, cores={"cube": 8, "vector": 8}, efficiency=tiled, core_bytes_per_s=SPEC.memory_bytes_per_s / 8)
+    assert CostModel(spec=spec).seconds(cost) == pytest.approx(8e6 / (4 * SPEC.memory_bytes_per_s / 8))
+
+
 @pytest.mark.parametrize("path", sorted(DEVICES.glob("*.json")), ids=lambda path: path.stem)
 def test_every_device_file_says_where_its_figures_come_from(path):
     spec = read_device_spec(path)
@@ -95,6 +103,7 @@ def test_cpus_by_features():
     wide = cpu_device_spec(("avx2",), 8)
     assert wide.name == "cpu-avx2" and wide.cores["cube"] == 8
     assert wide.memory_bytes_per_s == 4 * device_spec("cpu-avx2").memory_bytes_per_s
+    assert cpu_device_spec(("avx2",), 128).memory_bytes_per_s == wide.most_bytes_per_s
 
 
 def test_written_and_read_back(tmp_path):
@@ -117,6 +126,7 @@ def test_what_is_sent_while_computing_costs_the_longer_of_the_two():
     ("change", "said"),
     [
         ({"memory_bytes_per_s": 0}, "memory_bytes_per_s=0"),
+        ({"most_bytes_per_s": -1}, "most_bytes_per_s=-1"),
         ({"cores": {"cube": 0, "vector": 1}}, "cube needs at least one core"),
         ({"dynamic_overhead": 0.5}, "dynamic_overhead=0.5"),
         ({"efficiency": {"linaer": {}}}, "'linaer'; families: linear"),
