@@ -1,4 +1,4 @@
-"""Compiled graphs, one at a time, in a chain or in a loop of decode steps, called with Python's lock released.
+"""Compiled graphs, one at a time, in a chain or as whole steps, called with Python's lock released.
 
 torch's own runner holds the lock while a graph runs. Without it the host plans the next step while the device runs
 this one; and a graph with collectives, waiting for the next one, would wait for ever for the thread that carries them
@@ -100,26 +100,40 @@ class GraphChain:
         return _take_tensors(results)
 
 
-class DecodeLoop:
-    """Decode steps on a model's graphs, each on the most probable tokens of the one before: one call runs them all."""
+class CompiledStep:
+    """All graphs of a step in one native call, or of decode steps, each on the most probable tokens of the one before.
+
+    A step comes as token_ids, positions, rope_len, seq_start, context_len, slot and logits_at of a `Step`, padded as
+    the graphs want it. RuntimeError means that a graph failed; running a step again is safe.
+    """
 
     def __init__(self, graphs: Sequence[CompiledGraph], own: Sequence[Sequence[Tensor]]) -> None:
         """graphs: embed, the layers' and the head's, with the tensors that each always gets."""
         self._graphs = _Graphs(graphs, own)
         # The embedding's other two outputs are cosine and sine.
         self._num_state = ctypes.c_int64(graphs[0].num_outputs - 2)
-        self._run = native.decode_greedily()
+        self._run = native.run_step()
+        self._decode = native.decode_greedily()
 
-    def __call__(self, step: Sequence[Tensor], num_seqs: int, num_steps: int) -> npt.NDArray[np.int32]:
-        """The tokens [num_steps, num_seqs]. step: token_ids, positions, rope_len, seq_start, context_len, slot and
-        logits_at of a `Step`, padded as the graphs want it; it is where the last step left it afterwards.
+    def __call__(self, step: Sequence[Tensor]) -> Tensor:
+        """The logits of the rows at logits_at, padded like them."""
+        handles = _new_handles(step)
+        logits = (ctypes.c_void_p * 1)()
+        try:
+            status = self._run(*self._graphs.arguments, self._num_state, handles, logits)
+        finally:
+            _delete_handles(handles)
+        if status != 0:
+            raise RuntimeError(native.last_error())
+        return _take_tensors(logits)[0]
 
-        Raises RuntimeError when a graph fails; running the steps again is safe.
-        """
+    def decode_greedily(self, step: Sequence[Tensor], num_seqs: int, num_steps: int) -> npt.NDArray[np.int32]:
+        """The tokens [num_steps, num_seqs]. The step, which has one token of each sequence, is where the last step left
+        it afterwards."""
         chosen = np.empty((num_steps, num_seqs), dtype=np.int32)
         handles = _new_handles(step)
         try:
-            num_run = self._run(
+            num_run = self._decode(
                 *self._graphs.arguments,
                 self._num_state,
                 handles,

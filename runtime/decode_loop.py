@@ -4,15 +4,13 @@ A draft model's step is so short that what surrounds it in Python takes as long.
 one native call; `decode_by_steps` is what it does, and what stands in for it where a graph is missing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from xllm_compile.runtime.compiled_graph import DecodeLoop
-from xllm_compile.runtime.graph_cache import DYNAMIC, GraphCache, GraphChoice
 from xllm_compile.runtime.step import Int32Array, ModelRunner, Step
 
 
@@ -39,27 +37,3 @@ def decode_by_steps(execute: Callable[[Step], Tensor], step: Step, num_steps: in
             context_len=context_len,
         )
     return chosen
-
-
-class DecodeLoops:
-    """Loops over the graphs of one model, one for each pair of sizes that layers and head have had; made anew when the
-    graphs change."""
-
-    def __init__(self, layers: Sequence[tuple[str, list[Tensor]]], head: list[Tensor]) -> None:
-        """The regions of embed and layers in order, each with the tensors that it always gets; those of the head."""
-        self._layers = layers
-        self._own = [*(own for _, own in layers), head]
-        self._loops: dict[tuple[int, int], tuple[tuple[int, int], DecodeLoop | None]] = {}
-        """With the generations of the graphs that it has."""
-
-    def of(self, graphs: GraphCache, layers: GraphChoice, heads: GraphCache, head: GraphChoice) -> DecodeLoop | None:
-        """None where a region has no compiled graph for these choices."""
-        key = layers.size if layers.is_bucket else DYNAMIC, head.size if head.is_bucket else DYNAMIC
-        generations = graphs.generation, heads.generation
-        known = self._loops.get(key)
-        if known is None or known[0] != generations:
-            found = graphs.compiled([region for region, _ in self._layers], layers)
-            last = heads.compiled(["head"], head)
-            loop = None if found is None or last is None else DecodeLoop([*found, *last], self._own)
-            known = self._loops[key] = generations, loop
-        return known[1]

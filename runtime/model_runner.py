@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from xllm_compile.runtime.artifact import Manifest
-from xllm_compile.runtime.compiled_graph import GraphChain
-from xllm_compile.runtime.decode_loop import DecodeLoops, decode_by_steps
-from xllm_compile.runtime.graph_cache import DYNAMIC, GraphCache, GraphChoice, build_cache
+from xllm_compile.runtime.compiled_steps import Chains, CompiledSteps
+from xllm_compile.runtime.decode_loop import decode_by_steps
+from xllm_compile.runtime.graph_cache import GraphCache, GraphChoice, build_cache
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.ops.spec import SPLIT_SUFFIX
 from xllm_compile.runtime.outputs import GraphCacheStats
@@ -67,8 +67,8 @@ class CompiledModelRunner:
         self._pool_weights = _region_weights(programs["pool"], weights)
         self._pooled = torch.empty(0, self.embedding_size)
         self._layers = _layer_plan(manifest.programs, weights, kv_layers)
-        self._chains = _Chains(self._layers)
-        self._loops = DecodeLoops(
+        self._chains = Chains(self._layers)
+        self._whole_steps = CompiledSteps(
             [("embed", self._embed_weights), *((region, [kv, *own]) for region, kv, own in self._layers)],
             self._head_weights,
         )
@@ -86,8 +86,16 @@ class CompiledModelRunner:
             # Let go before the step, so that the pool is empty.
             self._pooled = torch.empty(0, self.embedding_size)
         with self.pool:
-            state, split = self._run_layers(step, on_layers)
-            logits = self._run_head(step, state, split)
+            layers = self._token_graphs.choose(len(step.token_ids))
+            is_split = layers.is_bucket and layers.size in self._split_buckets
+            head = self._head_graphs.choose(len(step.logits_at)) if len(step.logits_at) and not is_split else None
+            # Embeddings want more than logits; ranks wait for each other's sums between the graphs.
+            if head is not None and not (len(step.pool_at) or self._waits_for_state):
+                logits = self._run_whole(step, layers, head, on_layers)
+                if logits is not None:
+                    return logits
+            state, split = self._run_layers(step, layers, on_layers)
+            logits = self._run_head(step, state, split, head)
             if len(step.pool_at):
                 self._pooled = self._run_pool(step, state)
             return logits
@@ -96,35 +104,59 @@ class CompiledModelRunner:
         """See DraftRunner.decode_greedily. Raises what `execute` raises."""
         num_seqs = len(step.slot)
         layers, head = self._token_graphs.choose(num_seqs), self._head_graphs.choose(num_seqs)
-        # Graphs of several ranks wait for each other's sums.
-        loop = None if self._waits_for_state else self._loops.of(self._token_graphs, layers, self._head_graphs, head)
-        if loop is not None:
-            size = layers.size if layers.is_bucket and self._has_padded_seqs else num_seqs
-            padded = (
-                _padded(step.token_ids, layers.size),
-                _padded(step.positions, layers.size),
-                _padded(step.rope_len, layers.size, 1),
-                _padded(step.seq_start, size + 1, num_seqs),
-                _padded(step.context_len, size),
-                _padded(step.slot, size),
-                _padded(step.logits_at, head.size),
-            )
+        whole = None
+        if not self._waits_for_state:
+            whole = self._whole_steps.of(self._token_graphs, layers, self._head_graphs, head)
+        if whole is not None:
             # Step by step, the graph that failed is found and given up. Writing the same KV again is safe.
             with suppress(RuntimeError), self.pool:
                 # Copies, which the loop goes on writing.
-                return loop([tensor.clone() for tensor in padded], num_seqs, num_steps)
+                inputs = [tensor.clone() for tensor in self._inputs(step, layers, head)]
+                return whole.decode_greedily(inputs, num_seqs, num_steps)
         return decode_by_steps(self.execute, step, num_steps)
 
-    def _run_layers(self, step: Step, on_layers: Callable[[], None] | None) -> tuple[list[Tensor], GraphChoice | None]:
+    def _run_whole(
+        self, step: Step, layers: GraphChoice, head: GraphChoice, on_layers: Callable[[], None] | None
+    ) -> Tensor | None:
+        """Logits [R, V] by one call for all graphs; None where one is missing or failed."""
+        whole = self._whole_steps.of(self._token_graphs, layers, self._head_graphs, head)
+        if whole is None:
+            return None
+        inputs = self._inputs(step, layers, head)
+        if on_layers is not None:
+            on_layers()
+        # Region by region, the graph that failed is found and given up. Writing the same KV again is safe.
+        with suppress(RuntimeError):
+            return whole(inputs)[: len(step.logits_at)]
+        return None
+
+    def _inputs(self, step: Step, layers: GraphChoice, head: GraphChoice) -> list[Tensor]:
+        """Of all graphs together, padded."""
+        num_seqs = self._num_seqs(step, layers)
+        return [
+            _padded(step.token_ids, layers.size),
+            _padded(step.positions, layers.size),
+            _padded(step.rope_len, layers.size, 1),
+            # Padding sequences are empty: they start where the last one ends.
+            _padded(step.seq_start, num_seqs + 1, len(step.token_ids)),
+            _padded(step.context_len, num_seqs),
+            _padded(step.slot, num_seqs),
+            _padded(step.logits_at, head.size),
+        ]
+
+    def _num_seqs(self, step: Step, choice: GraphChoice) -> int:
+        # A bucket's graphs fix S to T: there are never more sequences than tokens.
+        return choice.size if choice.is_bucket and self._has_padded_seqs else len(step.slot)
+
+    def _run_layers(
+        self, step: Step, choice: GraphChoice, on_layers: Callable[[], None] | None
+    ) -> tuple[list[Tensor], GraphChoice | None]:
         """The state after the last layer: delta and residual, [T, E] each, padded; with a choice, in halves."""
-        num_tokens = len(step.token_ids)
         graphs = self._token_graphs
-        choice = graphs.choose(num_tokens)
         suffix, is_split = "", choice.is_bucket and choice.size in self._split_buckets
         if is_split:
             graphs, suffix = self._split_graphs, SPLIT_SUFFIX
-        # A bucket's graphs fix S to T: there are never more sequences than tokens.
-        num_seqs = choice.size if choice.is_bucket and self._has_padded_seqs else len(step.slot)
+        num_seqs = self._num_seqs(step, choice)
         positions = _padded(step.positions, choice.size)
         tokens = [_padded(step.token_ids, choice.size), positions, _padded(step.rope_len, choice.size, 1)]
         *state, cos, sin = graphs.run("embed" + suffix, choice, [*tokens, *self._embed_weights])
@@ -132,8 +164,7 @@ class CompiledModelRunner:
             cos,
             sin,
             positions,
-            # Padding sequences are empty: they start where the last one ends.
-            _padded(step.seq_start, num_seqs + 1, num_tokens),
+            _padded(step.seq_start, num_seqs + 1, len(step.token_ids)),
             _padded(step.context_len, num_seqs),
             _padded(step.slot, num_seqs),
         ]
@@ -158,9 +189,8 @@ class CompiledModelRunner:
             state = graphs.run(region + suffix, choice, [*state, *metadata, kv_cache, *weights])
         return state
 
-    def _run_head(self, step: Step, state: list[Tensor], split: GraphChoice | None) -> Tensor:
-        num_rows = len(step.logits_at)
-        if num_rows == 0:
+    def _run_head(self, step: Step, state: list[Tensor], split: GraphChoice | None, head: GraphChoice | None) -> Tensor:
+        if len(step.logits_at) == 0:
             # A chunk in the middle of a prompt: the head's weights, a good part of the model, need not be read.
             if self._waits_for_state:
                 for tensor in state:
@@ -169,10 +199,10 @@ class CompiledModelRunner:
         if split is not None:
             rows = torch.from_numpy(step.logits_at)
             return self._split_graphs.run("head" + SPLIT_SUFFIX, split, [*state, rows, *self._head_weights])[0]
-        head = self._head_graphs.choose(num_rows)
+        assert head is not None
         rows = _padded(step.logits_at, head.size)
         (logits,) = self._head_graphs.run("head", head, [*state, rows, *self._head_weights])
-        return logits[:num_rows]
+        return logits[: len(step.logits_at)]
 
     def _run_pool(self, step: Step, state: list[Tensor]) -> Tensor:
         if self._waits_for_state:
@@ -228,28 +258,6 @@ class CompiledModelRunner:
         """End what runs in the background."""
         if self._promoter is not None:
             self._promoter.close()
-
-
-class _Chains:
-    """The layers' graphs as chains, one for each size that steps have had, made anew when the graphs change."""
-
-    def __init__(self, layers: Sequence[tuple[str, Tensor, list[Tensor]]]) -> None:
-        self._regions = [region for region, _, _ in layers]
-        self._own = [[kv_cache, *weights] for _, kv_cache, weights in layers]
-        self._chains: dict[tuple[str, int], GraphChain | None] = {}
-        self._generations: dict[str, int] = {}
-
-    def of(self, graphs: GraphCache, suffix: str, choice: GraphChoice) -> GraphChain | None:
-        """None where a layer has no compiled graph for this choice."""
-        if self._generations.get(suffix) != graphs.generation:
-            self._generations[suffix] = graphs.generation
-            self._chains = {key: chain for key, chain in self._chains.items() if key[0] != suffix}
-        # All sizes that are no bucket share the dynamic graph.
-        key = suffix, choice.size if choice.is_bucket else DYNAMIC
-        if key not in self._chains:
-            compiled = graphs.compiled([region + suffix for region in self._regions], choice)
-            self._chains[key] = None if compiled is None else GraphChain(compiled, self._own)
-        return self._chains[key]
 
 
 def _padded(values: Int32Array, size: int, fill: int = 0) -> Tensor:

@@ -324,12 +324,30 @@ def graph_chain() -> Any:
     return function
 
 
+def run_step() -> Any:
+    """The C function that runs all graphs of a step, see cpu/graph_chain.cpp."""
+    assert _loaded is not None, "load_kernels comes first"
+    return _loaded[1]._library.xllm_run_step
+
+
 def decode_greedily() -> Any:
     """The C function that runs decode steps in a loop, see cpu/graph_chain.cpp."""
     assert _loaded is not None, "load_kernels comes first"
     function = _loaded[1]._library.xllm_decode_greedily
     function.restype = ctypes.c_int64
     return function
+
+
+def draw() -> Any:
+    """The C function that draws tokens from rows of logits, see cpu/draw.cpp."""
+    assert _loaded is not None, "load_kernels comes first"
+    return _loaded[1]._library.xllm_draw
+
+
+def last_error() -> str:
+    """What the last native call of this thread that failed says."""
+    assert _loaded is not None, "load_kernels comes first"
+    return cast(bytes, _loaded[1]._library.xllm_last_error()).decode()
 
 
 def delete_handle(handle: int) -> None:

@@ -1,4 +1,4 @@
-"""Greedy decode steps in one native call: the tokens and the KV of the same steps one by one."""
+"""Steps as one native call, and greedy decode steps in a row: what the same graphs give one by one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,13 +46,31 @@ def test_a_loop_is_the_same_steps_one_by_one(artifact: Path, lengths: list[int])
     given = [array.copy() for array in (step.token_ids, step.positions, step.rope_len, step.context_len)]
     expected = decode_by_steps(stepping.execute, decode_step(stepping, lengths), NUM_STEPS)
     chosen = looping.decode_greedily(step, NUM_STEPS)
-    assert looping._loops._loops, "no native loop was made"
+    assert looping._whole_steps._steps, "no native loop was made"
     assert chosen.shape == (NUM_STEPS, len(lengths)) and (chosen == expected).all()
     for ours, theirs in zip(kv_of_loop, kv_of_steps, strict=True):
         assert torch.equal(ours, theirs)
     # The step is the caller's.
     for before, after in zip(given, (step.token_ids, step.positions, step.rope_len, step.context_len), strict=True):
         assert (before == after).all()
+
+
+@pytest.mark.parametrize("lengths", [[1], [4], [5, 1], [3, 9, 1]])
+def test_a_whole_step_is_its_graphs_one_by_one(
+    artifact: Path, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _, kv_of_whole = compiled_runner(artifact)
+    apart, _, kv_of_parts = compiled_runner(artifact)
+    monkeypatch.setattr(apart._whole_steps, "of", lambda *_: None)
+    step = step_of(lengths, whole.vocab_size, 5)
+    told: list[str] = []
+    logits = whole.execute(step, lambda: told.append("layers"))
+    assert whole._whole_steps._steps, "the step was not one native call"
+    assert told == ["layers"]
+    assert torch.equal(logits, apart.execute(step))
+    for ours, theirs in zip(kv_of_whole, kv_of_parts, strict=True):
+        assert torch.equal(ours, theirs)
+    assert whole.graph_cache_stats() == apart.graph_cache_stats()
 
 
 def test_a_graph_that_is_gone_leaves_the_tokens_as_they_are(artifact: Path) -> None:

@@ -1,5 +1,5 @@
-// Runs compiled graphs one after the other in a single call: the layers of a step, or whole decode steps of which each
-// goes on with the most probable tokens of the one before.
+// Runs compiled graphs one after the other in a single call: the layers of a step, a whole step, or decode steps of which
+// each goes on with the most probable tokens of the one before.
 #include <algorithm>
 #include <vector>
 
@@ -56,6 +56,17 @@ void run_graph(const Graphs& graphs, int64_t at, const Handle* metadata, int64_t
   check(failed == 0, "graph %lld failed", static_cast<long long>(at));
 }
 
+// The head's output for a step: graphs are embed, the layers and the head.
+void run_step(const Graphs& graphs, int64_t num_state, const Handle* step, Handles& state) {
+  run_graph(graphs, 0, step, 3, num_state + 2, state);
+  Handles rope;
+  rope.assign(state.end() - 2, state.end());
+  state.resize(size_t(num_state));
+  const Handle metadata[] = {rope[0], rope[1], step[1], step[3], step[4], step[5]};
+  for (int64_t at = 1; at < graphs.count - 1; ++at) run_graph(graphs, at, metadata, 6, num_state, state);
+  run_graph(graphs, graphs.count - 1, step + 6, 1, 1, state);
+}
+
 // The first index of the largest of count numbers; a NaN is never the largest.
 int32_t argmax(const float* row, int64_t count) {
   const int64_t whole = count / kLanes * kLanes;
@@ -91,9 +102,21 @@ XLLM_EXPORT int64_t xllm_run_chain(int64_t num_graphs, const xllm::RunGraph* run
 }
 
 // The graphs are embed, the layers and the head. step: int32 token_ids, positions, rope_len, seq_start, context_len, slot
-// and logits_at of runtime/step.py, of a step with one token of each of num_seqs sequences, which may be padded. Their
-// first num_seqs entries go on with the steps. chosen [num_steps, num_seqs] is what each step found most probable.
-// Returns the number of steps that ran.
+// and logits_at of runtime/step.py, which may be padded. *logits becomes the caller's. Returns 0, or not.
+XLLM_EXPORT int32_t xllm_run_step(int64_t num_graphs, const xllm::RunGraph* runs, void* const* containers,
+                                  const xllm::Handle* own, const int64_t* own_at, int64_t num_state,
+                                  const xllm::Handle* step, xllm::Handle* logits) {
+  using namespace xllm;
+  return run("step", [&] {
+    Handles state;
+    run_step(Graphs{num_graphs, runs, containers, own, own_at}, num_state, step, state);
+    *logits = state[0];
+    state.clear();
+  });
+}
+
+// The step, as of xllm_run_step, has one token of each of num_seqs sequences. Their first num_seqs entries go on with the
+// steps. chosen [num_steps, num_seqs] is what each step found most probable. Returns the number of steps that ran.
 XLLM_EXPORT int64_t xllm_decode_greedily(int64_t num_graphs, const xllm::RunGraph* runs, void* const* containers,
                                          const xllm::Handle* own, const int64_t* own_at, int64_t num_state,
                                          const xllm::Handle* step, int64_t num_seqs, int64_t num_steps,
@@ -108,13 +131,7 @@ XLLM_EXPORT int64_t xllm_decode_greedily(int64_t num_graphs, const xllm::RunGrap
     int32_t* const context_len = View("context_len", step[4]).ptr<int32_t>();
     for (; done < num_steps; ++done, chosen += num_seqs) {
       Handles state;
-      run_graph(graphs, 0, step, 3, num_state + 2, state);
-      Handles rope;
-      rope.assign(state.end() - 2, state.end());
-      state.resize(size_t(num_state));
-      const Handle metadata[] = {rope[0], rope[1], step[1], step[3], step[4], step[5]};
-      for (int64_t at = 1; at < num_graphs - 1; ++at) run_graph(graphs, at, metadata, 6, num_state, state);
-      run_graph(graphs, num_graphs - 1, step + 6, 1, 1, state);
+      run_step(graphs, num_state, step, state);
       const View logits("logits", state[0]);
       logits.expect_dim(2).expect_dtype(aoti_torch_dtype_float32()).expect_last_contiguous();
       for (int64_t s = 0; s < num_seqs; ++s) {
