@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xllm_compile.runtime.sampling_params import SamplingParams
+
 CANDIDATE_COUNTS = (256, 4096)
 
 
@@ -24,6 +26,13 @@ class Kept:
 
     weights: Tensor
     token_ids: Tensor | None
+
+
+def request_candidates(row: Tensor, params: SamplingParams) -> Kept:
+    """The distribution that the request draws from, of its logits [V]."""
+    return keep_candidates(
+        row, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
+    )
 
 
 def keep_candidates(row: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> Kept:

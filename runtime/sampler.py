@@ -1,8 +1,7 @@
 """Logits to tokens. Each row depends on its own state only, so a seeded request never notices the batch around it.
 
-A row is drawn by inverting its cumulative distribution at one uniform number from its own generator. Top-k, top-p and
-min-p all keep a prefix of the tokens sorted by probability; `candidates` finds that prefix without sorting the
-vocabulary. Order of the steps: penalties, logit_bias, min_tokens, grammar; temperature; min-p, top-k, top-p.
+A row is drawn by inverting its cumulative distribution at one uniform number from its own generator (`draw`). Order of
+the steps: penalties, logit_bias, min_tokens, grammar; temperature; min-p, top-k, top-p.
 
 Log-probabilities are those of the model: before penalties, biases and temperature.
 
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from xllm_compile.runtime.candidates import Kept, keep_candidates
+from xllm_compile.runtime.draw import Draw, draw_tokens
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.token_matcher import GrammarError, TokenMatcher
 
@@ -164,7 +163,38 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
     if all(state.is_plain_greedy for state in states):
         return argmax_rows(logits, [state.matcher for state in states])
     with one_thread():
-        return [sample_row(row, state) for row, state in zip(logits, states, strict=True)]
+        edited = [
+            prepare_row(row, state) if state.edits_logits or state.matcher is not None else row
+            for row, state in zip(logits, states, strict=True)
+        ]
+        draws = {
+            at: Draw(row, state.params, state.uniform())
+            for at, (row, state) in enumerate(zip(edited, states, strict=True))
+            if isinstance(row, Tensor) and not state.params.is_greedy
+        }
+        drawn = dict(zip(draws, draw_tokens(list(draws.values())), strict=True))
+        results: list[SampledToken | SamplingFailure] = []
+        for at, (row, state) in enumerate(zip(edited, states, strict=True)):
+            if isinstance(row, SamplingFailure):
+                results.append(row)
+                continue
+            token_id = drawn[at] if at in drawn else largest(row)
+            results.append(_failure(logits[at]) if token_id is None else sampled_token(logits[at], token_id, state))
+        return results
+
+
+def sample_row(row: Tensor, state: SamplingState) -> SampledToken | SamplingFailure:
+    """Choose one token from the logits [V] of one sequence."""
+    (sampled,) = sample(row[None], [state])
+    return sampled
+
+
+def largest(row: Tensor) -> int | None:
+    """The most probable token of the row [V]; None where it holds a NaN or has no finite maximum."""
+    values = row.numpy()
+    # It points at a NaN wherever the row has one.
+    token_id = int(values.argmax())
+    return token_id if math.isfinite(values[token_id]) else None
 
 
 @contextmanager
@@ -220,16 +250,6 @@ def greedy_in_grammar(row: npt.NDArray[np.float32], best: int, matcher: TokenMat
     return SampledToken(token_id=token_id)
 
 
-def sample_row(row: Tensor, state: SamplingState) -> SampledToken | SamplingFailure:
-    """Choose one token from the logits [V] of one sequence."""
-    edited = prepare_row(row, state)
-    if isinstance(edited, SamplingFailure):
-        return edited
-    if state.params.is_greedy:
-        return sampled_token(row, int(edited.numpy().argmax()), state)
-    return sampled_token(row, draw(request_candidates(edited, state.params), state), state)
-
-
 def prepare_row(row: Tensor, state: SamplingState) -> Tensor | SamplingFailure:
     """The logits [V] as the request edits them; the model's own where it does not."""
     # numpy's calls cost a fraction of torch's: a row of a small model is otherwise mostly calls.
@@ -253,24 +273,6 @@ def sampled_token(row: Tensor, token_id: int, state: SamplingState) -> SampledTo
     num_top = state.params.logprobs
     logprobs = None if num_top is None else token_logprobs(row, token_id, num_top)
     return SampledToken(token_id=token_id, logprobs=logprobs)
-
-
-def request_candidates(row: Tensor, params: SamplingParams) -> Kept:
-    """The distribution that the request draws from, of the edited logits [V]."""
-    return keep_candidates(
-        row, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
-    )
-
-
-def draw(kept: Kept, state: SamplingState) -> int:
-    """One token id, by the next random number of the sequence."""
-    # In float64 the sum over a large vocabulary keeps its small terms.
-    cumulative = kept.weights.numpy().cumsum(dtype=np.float64)
-    # At most 1 - 2**-53 times the total, which float64 rounds to a number below it: the search ends inside.
-    target = state.uniform() * cumulative[-1]
-    # "right" passes over tokens of weight zero.
-    at = int(cumulative.searchsorted(target, side="right"))
-    return at if kept.token_ids is None else int(kept.token_ids[at])
 
 
 def _grammar_failure(err: GrammarError) -> SamplingFailure:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from xllm_compile.runtime.candidates import Kept
+from xllm_compile.runtime.candidates import Kept, request_candidates
 from xllm_compile.runtime.decode_loop import DraftRunner
+from xllm_compile.runtime.draw import invert
 from xllm_compile.runtime.kv_cache import KVCache
-from xllm_compile.runtime.sampler import one_thread, request_candidates
+from xllm_compile.runtime.sampler import one_thread
 from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft, Speculation
 from xllm_compile.runtime.step import Step
 
@@ -49,6 +49,14 @@ class _Job:
     drafted: list[int]
     drawn_from: list[Kept] | None
 
+    @property
+    def num_left_steps(self) -> int:
+        """Steps to go with a token each. What is not drawn is computed up to the draft's last token: where all of it is
+        accepted, the next draft begins with one token again, and is one native call."""
+        if self.drawn_from is not None:
+            return self.length - len(self.drafted)
+        return len(self.sequence.token_ids) + self.length - self.begin
+
 
 class DraftModel:
     """A proposer on a model runner of its own."""
@@ -71,7 +79,7 @@ class DraftModel:
         jobs: list[_Job] = []
         for sequence, wanted in zip(sequences, lengths, strict=True):
             length = min(wanted, self._runner.max_model_len - len(sequence.token_ids))
-            if length > 0 and self._has_room(sequence, len(sequence.token_ids) + length - 1, len(jobs)):
+            if length > 0 and self._has_room(sequence, len(sequence.token_ids) + length, len(jobs)):
                 jobs.append(self._start(sequence, length))
         if jobs:
             self._catch_up(jobs)
@@ -130,22 +138,23 @@ class DraftModel:
         while active:
             if all(len(job.new_tokens) == 1 and job.drawn_from is None for job in active):
                 self._extend_greedily(active)
-                active = [job for job in active if len(job.drafted) < job.length]
-                continue
-            logits = self._run([(job, job.new_tokens) for job in active], wants_logits=True)
-            best = logits.numpy().argmax(axis=1).tolist()
-            for row, job in enumerate(active):
-                token = best[row] if job.drawn_from is None else self._draw(logits[row], job)
-                job.drafted.append(token)
-                job.new_tokens = [token]
-            active = [job for job in active if len(job.drafted) < job.length]
+            else:
+                logits = self._run([(job, job.new_tokens) for job in active], wants_logits=True)
+                best = logits.numpy().argmax(axis=1).tolist()
+                for row, job in enumerate(active):
+                    token = best[row] if job.drawn_from is None else self._draw(logits[row], job)
+                    job.drafted.append(token)
+                    job.new_tokens = [token]
+            active = [job for job in active if job.num_left_steps > 0]
         for job in jobs:
             tenant = self._tenants[job.sequence]
-            tenant.num_known, tenant.drafted = len(job.sequence.token_ids), job.drafted[:-1]
+            tenant.num_known = len(job.sequence.token_ids)
+            tenant.drafted = job.drafted[: job.begin - tenant.num_known]
+            del job.drafted[job.length :]
 
     def _extend_greedily(self, jobs: Sequence[_Job]) -> None:
         """By as many tokens as all of them want, in one call."""
-        num_steps = min(job.length - len(job.drafted) for job in jobs)
+        num_steps = min(job.num_left_steps for job in jobs)
         step = self._step([(job, job.new_tokens) for job in jobs], wants_logits=True)
         chosen = self._runner.decode_greedily(step, num_steps)
         for job, tokens in zip(jobs, chosen.T.tolist(), strict=True):
@@ -158,9 +167,7 @@ class DraftModel:
         with one_thread():
             kept = request_candidates(row, job.sequence.params)
         job.drawn_from.append(kept)
-        cumulative = kept.weights.cumsum(0, dtype=torch.float64).numpy()
-        at = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
-        return at if kept.token_ids is None else int(kept.token_ids[at])
+        return invert(kept, self._random.random())
 
     def _run(self, parts: Sequence[tuple[_Job, list[int]]], *, wants_logits: bool) -> Tensor:
         """Compute these tokens of each; the logits of each one's last."""

@@ -18,17 +18,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xllm_compile.runtime.candidates import Kept
+from xllm_compile.runtime.candidates import Kept, request_candidates
+from xllm_compile.runtime.draw import invert
 from xllm_compile.runtime.sampler import (
     SampledToken,
     SamplingFailure,
     SamplingState,
     argmax_rows,
-    draw,
     greedy_in_grammar,
     one_thread,
     prepare_row,
-    request_candidates,
     sample_row,
     sampled_token,
 )
@@ -104,7 +103,7 @@ def _accept_or_redraw(row: Tensor, state: SamplingState, drafted: int, source: K
     missing[drafted] = 0
     if not missing.any():
         return sampled_token(row, drafted, state)
-    return sampled_token(row, draw(Kept(missing, None), state), state)
+    return sampled_token(row, invert(Kept(missing, None), state.uniform()), state)
 
 
 def _probabilities(kept: Kept, vocab_size: int) -> Tensor:
