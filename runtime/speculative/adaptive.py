@@ -5,7 +5,7 @@ the first j are all accepted, it brings 1 + s_1 + ... + s_k tokens instead of on
 Source of the model: Leviathan et al., arXiv:2211.17192, section 3.3; by position, because guesses get worse with it.
 """
 
-from bisect import bisect, insort
+from bisect import bisect
 from collections.abc import Callable, Sequence
 
 # Chance of acceptance before anything is known, and the weight of a prior in observations.
@@ -18,12 +18,12 @@ _SHARED_DECAY = 0.99
 _MARGIN = 1.05
 # Guesses less likely than this never pay.
 _LEAST_CHANCE = 0.02
-# Chances for a draft between two probes, while none pays: those of all sequences. It doubles with every probe in vain.
+# Chances for a draft between two probes, while none pays: those of all sequences. It doubles with every probe that is
+# refused; where one was accepted the next comes soon.
 _FIRST_PROBE_AFTER = 64
 _LAST_PROBE_AFTER = 1024
-_PROBE_LENGTH = 2
-# Steps between two looks at whether drafts pay again, while nothing new is known of them.
-_LOOK_EVERY = 16
+_NEXT_PROBE_AFTER = 8
+PROBE_LENGTH = 2
 # After so many looks in vain the next ones come half as often; and steps between two at the most, as a power of 2.
 _VAIN_LOOKS = 8
 _LONGEST_PERIOD_LOG2 = 3
@@ -41,8 +41,6 @@ class Acceptance:
         """Chance that the first 1, 2, ... tokens of a draft are all accepted."""
         self._prior = prior
         self._decay = _SHARED_DECAY if prior is None else _DECAY
-        self._probe_after = _FIRST_PROBE_AFTER
-        self._num_passed = self._look_at = 0
         self._update_survival()
 
     def update(self, num_drafted: int, num_accepted: int) -> None:
@@ -60,35 +58,31 @@ class Acceptance:
         prior = _OPTIMISM if self._prior is None else self._prior.rate(position)
         return (self.accepted[position] + _PRIOR_WEIGHT * prior) / (self.tried[position] + _PRIOR_WEIGHT)
 
-    @property
-    def is_resting(self) -> bool:
-        """Whether drafts did not pay a moment ago, which needs no second look in every step."""
-        return self._num_passed < self._look_at
-
-    def probed(self, length: int, num_steps: int = 1) -> int:
-        """The length to draft where ``length`` is what pays: now and then some although nothing does, to notice when
-        that changes. num_steps: since it was asked last."""
-        if length > 0:
-            self._probe_after, self._num_passed, self._look_at = _FIRST_PROBE_AFTER, 0, 0
-            if self._prior is not None:
-                self._prior.probed(length)
-            return length
-        if not self.is_resting:
-            self._look_at = self._num_passed + _LOOK_EVERY
-        self._num_passed += num_steps
-        if self._prior is not None:
-            return self._prior.probed(0, num_steps)
-        if self._num_passed < self._probe_after:
-            return 0
-        self._num_passed = self._look_at = 0
-        self._probe_after = min(2 * self._probe_after, _LAST_PROBE_AFTER)
-        return min(_PROBE_LENGTH, len(self.tried))
-
     def _update_survival(self) -> None:
         chance, self.survival = 1.0, []
         for position in range(len(self.tried)):
             chance *= self.rate(position)
             self.survival.append(chance)
+
+
+class Probes:
+    """When to try a draft although none pays, to notice when that changes: for all sequences together."""
+
+    def __init__(self) -> None:
+        self._after = _FIRST_PROBE_AFTER
+        self._num_passed = 0
+
+    def is_due(self, num_steps: int) -> bool:
+        """Whether to try one now. Asked where none pays, with the steps since it was asked last."""
+        self._num_passed += num_steps
+        if self._num_passed < self._after:
+            return False
+        self._num_passed = 0
+        return True
+
+    def verified(self, *, is_accepted: bool) -> None:
+        """What came of a draft, a probe or one that was expected to pay."""
+        self._after = _NEXT_PROBE_AFTER if is_accepted else min(2 * self._after, _LAST_PROBE_AFTER)
 
 
 class Looks:
@@ -118,13 +112,18 @@ class Looks:
         self._num_vain = 0 if pays else self._num_vain + 1
         self.period = self._num_left = 2 ** min(self._num_vain // _VAIN_LOOKS, _LONGEST_PERIOD_LOG2)
 
+    def hurry(self) -> None:
+        """A draft was accepted, so others may pay: look after the step that just ended."""
+        self._num_vain = 0
+        self._num_left = 1
+
 
 class StepSeconds:
     """Seconds of a step by its rows, or of a draft by its length: as measured, or as ``predict`` says in proportion to
     what was measured.
 
-    A step is never taken to be slower than a larger one. What was not measured for long, or once in a bad moment, is to
-    be measured again before it is compared with what is measured all the time: see `is_stale`.
+    A step is never taken to be slower than a larger one. The first of a size does not count: its code comes in from
+    disk. What was measured long ago is forgotten, or one bad moment would keep drafts of that length away for ever.
     """
 
     def __init__(self, predict: Callable[[int], float]) -> None:
@@ -152,24 +151,28 @@ class StepSeconds:
 
     def is_stale(self, num_rows: int) -> bool:
         """Whether a step of so many rows should run now, to know what it takes."""
-        at = self._measured_at.get(num_rows)
-        return at is None or self._num_observed - at > _STALE_AFTER
+        return num_rows not in self._measured
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """Take in what a step of so many rows took."""
-        is_stale = self.is_stale(num_rows)
         self._num_observed += 1
+        is_first = num_rows not in self._measured_at
         self._measured_at[num_rows] = self._num_observed
-        ratio = smoothed(self._ratio, seconds / self._predict(num_rows))
-        self._ratio = ratio
-        if num_rows not in self._measured:
-            insort(self._sizes, num_rows)
-        usual = ratio * self._predict(num_rows)
-        self._measured[num_rows] = min(seconds, 2 * usual) if is_stale else smoothed(self._measured[num_rows], seconds)
+        if is_first:
+            return
+        self._ratio = smoothed(self._ratio, seconds / self._predict(num_rows))
+        known = self._measured.get(num_rows)
+        if known is None:
+            self._measured[num_rows] = min(seconds, 2 * self._ratio * self._predict(num_rows))
+        else:
+            self._measured[num_rows] = smoothed(known, seconds)
+        for size in [size for size in self._measured if self._num_observed - self._measured_at[size] > _STALE_AFTER]:
+            del self._measured[size]
+        self._sizes = sorted(self._measured)
         least = float("inf")
+        self._believed = {}
         for size in reversed(self._sizes):
-            least = min(least, self._measured[size])
-            self._believed[size] = least
+            least = self._believed[size] = min(least, self._measured[size])
 
 
 def smoothed(known: float | None, measured: float) -> float:

@@ -44,8 +44,15 @@ class Speculation:
     forced: list[int] = field(default_factory=list)
     """What its grammar forces to come next, which is the draft then."""
     looks: Looks = field(default_factory=Looks)
+    num_shown: int = 0
+    """Its tokens when the proposer was last asked for a draft."""
     num_wanted: int = 0
     """Drafted tokens worth verifying in the next step. The host reads it, one step late."""
+
+    @property
+    def heat(self) -> int:
+        """Classes of temperature: greedy, up to that of the model, above."""
+        return 0 if self.params.is_greedy else 1 if self.params.temperature <= 1 else 2
 
     @property
     def num_left_tokens(self) -> int:

@@ -12,7 +12,7 @@ from xllm_compile.runtime.batch import Batch
 from xllm_compile.runtime.outputs import SpeculationStats
 from xllm_compile.runtime.sampler import SampledToken
 from xllm_compile.runtime.sampling_params import SamplingParams
-from xllm_compile.runtime.speculative.adaptive import Acceptance, StepSeconds, draft_lengths
+from xllm_compile.runtime.speculative.adaptive import PROBE_LENGTH, Acceptance, Probes, StepSeconds, draft_lengths
 from xllm_compile.runtime.speculative.draft_step import with_drafts
 from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft, Proposer, Speculation
 from xllm_compile.runtime.speculative.verify import Verified
@@ -20,7 +20,7 @@ from xllm_compile.runtime.step import Step
 from xllm_compile.runtime.token_matcher import TokenMatcher
 
 _WEIGHT = 0.1
-# Of drafts that a grammar forces; proposers count theirs from 0.
+# The kind of drafts that a grammar forces; proposers count theirs from 0.
 _FORCED = -1
 # Steps between two whose time is taken in, while nothing is drafted.
 _OBSERVE_EVERY = 8
@@ -45,7 +45,8 @@ class Speculator:
         # With its first token come those that the proposer has not seen.
         self._draft_seconds = StepSeconds(lambda longest: 1.0 + longest)
         self._num_idle = 0
-        self._shared: dict[int, Acceptance] = {}
+        self._shared: dict[tuple[int, int], tuple[Acceptance, Probes]] = {}
+        """By kind and heat: what is accepted of greedy texts says little of others."""
         self._ended: deque[Speculation] = deque()
         self._stats = SpeculationStats(drafted_by_position=[0] * max_length, accepted_by_position=[0] * max_length)
 
@@ -107,19 +108,24 @@ class Speculator:
 
     def learn(self, batch: Batch, drafts: Sequence[Draft], verified: Sequence[Verified], seconds: float) -> None:
         """Take the tokens of a step in, and decide what the next one should draft. seconds: without the drafting."""
-        sequences: list[Speculation] = []
+        due: list[Speculation] = []
+        num_drafted = 0
         for sequence, draft, results in zip(batch.sampled, drafts, verified, strict=True):
             speculation = sequence.speculation
             assert speculation is not None
-            sequences.append(speculation)
-            matcher = sequence.sampling.matcher
-            speculation.forced = [] if matcher is None else matcher.forced()
             speculation.token_ids += [result.token_id if isinstance(result, SampledToken) else 0 for result in results]
             if draft.token_ids:
+                num_drafted += len(draft.token_ids)
                 self._count(speculation, len(draft.token_ids), len(results) - 1)
+            matcher = sequence.sampling.matcher
+            speculation.forced = [] if matcher is None else matcher.forced()
+            speculation.num_wanted = 0
+            if speculation.looks.is_due() or speculation.forced:
+                due.append(speculation)
         if batch.is_decode_only:
-            self._observe(sum(1 + len(draft.token_ids) for draft in drafts), len(drafts), seconds)
-        self._choose_lengths(sequences)
+            self._observe(len(drafts) + num_drafted, len(drafts), seconds)
+        if due:
+            self._choose_lengths(due, len(drafts))
         # The host ends a sequence with one step under way at most, which is this one.
         while self._ended:
             self._proposer.forget(self._ended.popleft())
@@ -147,10 +153,12 @@ class Speculator:
         longest = max(len(draft.token_ids) for draft in drafts)
         if self._proposer.is_costly and longest:
             seconds = self._clock() - began
-            if not self._draft_seconds.is_known:
-                # The first draft of a text computes all of it: a start from what is likely takes that for an outlier.
-                self._draft_seconds.observe(1, self._likely_draft_seconds(1))
-            self._draft_seconds.observe(longest, seconds)
+            # One that comes after a rest, or first, computes all that came meanwhile: no length would change that.
+            asked = [sequence for sequence, length in zip(sequences, lengths, strict=True) if length]
+            if all(len(each.token_ids) - each.num_shown <= self.max_length + 1 for each in asked):
+                self._draft_seconds.observe(longest, seconds)
+            for each in asked:
+                each.num_shown = len(each.token_ids)
         return drafts
 
     def _observe(self, num_rows: int, num_sequences: int, seconds: float) -> None:
@@ -160,8 +168,11 @@ class Speculator:
         self._step_seconds.observe(num_rows, seconds)
 
     def _count(self, sequence: Speculation, num_drafted: int, num_accepted: int) -> None:
-        assert sequence.kind is not None
-        self._acceptance(sequence).update(num_drafted, num_accepted)
+        acceptance, probes = self._record(sequence)
+        acceptance.update(num_drafted, num_accepted)
+        probes.verified(is_accepted=num_accepted > 0)
+        if num_accepted:
+            sequence.looks.hurry()
         stats = self._stats
         stats.num_drafts += 1
         stats.draft_length += _WEIGHT * (num_drafted - stats.draft_length)
@@ -169,45 +180,43 @@ class Speculator:
             stats.drafted_by_position[position] += 1
             stats.accepted_by_position[position] += position < num_accepted
 
-    def _acceptance(self, sequence: Speculation) -> Acceptance:
-        kind = sequence.kind
-        assert kind is not None
-        found = sequence.acceptance.get(kind)
-        if found is None:
-            shared = self._shared.get(kind)
-            if shared is None:
-                shared = self._shared[kind] = Acceptance(self.max_length)
-            found = sequence.acceptance[kind] = Acceptance(self.max_length, shared)
-        return found
+    def _record(self, sequence: Speculation) -> tuple[Acceptance, Probes]:
+        """Of drafts of the sequence's kind: how its own fared, and when to probe any."""
+        assert sequence.kind is not None
+        kind = sequence.kind, sequence.heat
+        shared = self._shared.get(kind)
+        if shared is None:
+            shared = self._shared[kind] = Acceptance(self.max_length), Probes()
+        prior, probes = shared
+        own = sequence.acceptance.get(sequence.kind)
+        if own is None:
+            own = sequence.acceptance[sequence.kind] = Acceptance(self.max_length, prior)
+        return own, probes
 
-    def _choose_lengths(self, sequences: Sequence[Speculation]) -> None:
+    def _choose_lengths(self, sequences: Sequence[Speculation], num_in_step: int) -> None:
+        """Of the drafts of these, in a step of num_in_step sequences."""
         candidates = []
         for sequence in sequences:
-            sequence.num_wanted = 0
-            if not (sequence.looks.is_due() or sequence.forced):
-                continue
             # The last token needs no draft, and a request for one token no look at its prompt.
             sequence.kind = self._kind(sequence)
             if sequence.kind is None:
                 sequence.looks.found(pays=False)
             else:
-                candidates.append((sequence, self._acceptance(sequence)))
-        if not candidates or self._step_seconds.is_stale(len(sequences)):
+                candidates.append((sequence, *self._record(sequence)))
+        if not candidates or self._step_seconds.is_stale(num_in_step):
             return
-        awake = [(sequence, acceptance) for sequence, acceptance in candidates if not acceptance.is_resting]
-        if awake:
-            lengths = draft_lengths(
-                [acceptance.survival for _, acceptance in awake],
-                num_others=len(sequences) - len(awake),
-                step_seconds=self._step_seconds,
-                draft_seconds=self._expected_draft_seconds,
-            )
-            for (sequence, _), length in zip(awake, lengths, strict=True):
-                sequence.num_wanted = length
-        for sequence, acceptance in candidates:
+        lengths = draft_lengths(
+            [acceptance.survival for _, acceptance, _ in candidates],
+            num_others=num_in_step - len(candidates),
+            step_seconds=self._step_seconds,
+            draft_seconds=self._expected_draft_seconds,
+        )
+        for (sequence, _, probes), length in zip(candidates, lengths, strict=True):
             num_steps = sequence.looks.period
-            sequence.looks.found(pays=sequence.num_wanted > 0)
-            sequence.num_wanted = acceptance.probed(sequence.num_wanted, num_steps)
+            sequence.looks.found(pays=length > 0)
+            sequence.num_wanted = length
+            if length == 0 and probes.is_due(num_steps):
+                sequence.num_wanted = min(PROBE_LENGTH, self.max_length)
 
     def _kind(self, sequence: Speculation) -> int | None:
         if sequence.num_left_tokens <= 1:

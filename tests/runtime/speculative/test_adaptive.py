@@ -1,3 +1,4 @@
+import itertools
 from itertools import pairwise
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_compile.runtime.speculative.adaptive import Acceptance, Looks, StepSeconds, draft_lengths
+from xllm_compile.runtime.speculative.adaptive import Acceptance, Looks, Probes, StepSeconds, draft_lengths
 
 
 def lengths(survivals: list[list[float]], *, row: float = 0.05, draft: float = 0.0, others: int = 0) -> list[int]:
@@ -62,29 +63,21 @@ def test_acceptance_follows_what_happens_and_a_new_sequence_starts_from_the_othe
     assert sequence.rate(0) < 0.2
 
 
-def test_probes_come_ever_more_rarely_until_drafts_pay() -> None:
-    acceptance = Acceptance(8, Acceptance(8))
-    gaps, gap = [], 0
-    for _ in range(400):
-        gap += 1
-        if acceptance.probed(0):
-            gaps.append(gap)
-            gap = 0
-    assert gaps == [64, 128]
-    assert acceptance.probed(5) == 5
-    assert [acceptance.probed(0) for _ in range(64)] == [0] * 63 + [2]
+def test_probes_come_ever_more_rarely_until_one_is_accepted() -> None:
+    probes = Probes()
 
+    def gap(num_steps: int = 1) -> int:
+        return num_steps * next(asked for asked in itertools.count(1) if probes.is_due(num_steps))
 
-def test_what_did_not_pay_is_looked_at_again_every_few_steps() -> None:
-    acceptance = Acceptance(8, Acceptance(8))
-    looks = []
-    for step in range(40):
-        if not acceptance.is_resting:
-            looks.append(step)
-        acceptance.probed(0)
-    assert looks == [0, 16, 32]
-    acceptance.probed(3)
-    assert not acceptance.is_resting
+    gaps = []
+    for _ in range(6):
+        gaps.append(gap())
+        probes.verified(is_accepted=False)
+    assert gaps == [64, 128, 256, 512, 1024, 1024]
+    # As frequent where it is asked rarely.
+    assert gap(8) == 1024
+    probes.verified(is_accepted=True)
+    assert gap() == 8
 
 
 def test_a_text_without_drafts_is_looked_at_ever_more_rarely_until_one_pays() -> None:
@@ -106,10 +99,14 @@ def test_a_text_without_drafts_is_looked_at_ever_more_rarely_until_one_pays() ->
         looks.found(pays=True)
 
 
-def test_probes_are_as_frequent_when_looks_are_rare() -> None:
-    often, rarely = Acceptance(4), Acceptance(4)
-    num_probes = [sum(often.probed(0) > 0 for _ in range(1024)), sum(rarely.probed(0, 8) > 0 for _ in range(128))]
-    assert num_probes[0] == num_probes[1] > 2
+def test_an_accepted_draft_has_a_text_looked_at_at_once() -> None:
+    looks = Looks()
+    for _ in range(100):
+        if looks.is_due():
+            looks.found(pays=False)
+    assert looks.is_far
+    looks.hurry()
+    assert looks.is_due()
 
 
 def test_step_times_are_measured_and_the_rest_is_scaled() -> None:
@@ -125,17 +122,29 @@ def test_step_times_are_measured_and_the_rest_is_scaled() -> None:
     # A step that something else interrupted hardly moves the estimate.
     seconds.observe(1, 500.0)
     assert seconds(1) <= 2.2 * 1.06
-    # A first one that was is soon forgotten.
-    seconds = StepSeconds(lambda rows: 1.0)
-    for taken in (80.0, *[1.0] * 20):
-        seconds.observe(1, taken)
-    assert seconds(1) == pytest.approx(1.0, rel=0.1)
+    # The very first does not count, and the next one not for long.
+    for taken in ((80.0, 1.0), (80.0, 80.0, *[1.0] * 20)):
+        seconds = StepSeconds(lambda rows: 1.0)
+        for each in taken:
+            seconds.observe(1, each)
+        assert seconds(1) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_bad_moment_of_one_size_is_forgotten() -> None:
+    seconds = StepSeconds(lambda rows: 1 + 0.01 * rows)
+    for rows in (1, 1, 5, 5):
+        seconds.observe(rows, 1.0 if rows == 1 else 9.0)
+    assert seconds(5) > 1.5
+    for _ in range(200):
+        seconds.observe(1, 1.0)
+    assert seconds(5) < 1.2
 
 
 def test_a_small_step_is_not_taken_to_be_slower_than_a_larger_one() -> None:
     seconds = StepSeconds(lambda rows: 1 + 0.001 * rows)
-    assert seconds.is_stale(1)
-    seconds.observe(1, 90.0)
+    for _ in range(2):
+        assert seconds.is_stale(1)
+        seconds.observe(1, 90.0)
     for _ in range(100):
         seconds.observe(5, 2.0)
     # Nothing but drafts of four tokens since: plain decoding must not look dear for ever.
