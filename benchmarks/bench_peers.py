@@ -30,7 +30,6 @@ from xllm_compile.benchmarks.timing import summarise
 
 SERVE = "xllm-serve"
 _START_TOKENS = 32
-_NUM_REQUESTS = 64
 
 Results = Mapping[str, Mapping[str, Found]]
 """By precision, then by contestant."""
@@ -49,14 +48,15 @@ def run_peers(
     num_checked: int,
     precisions: Sequence[str],
     pythons: Mapping[str, Path],
+    num_requests: int,
     workload: Path | None,
 ) -> None:
     """Measure and write peers_SHAPE.json and .html; with some precisions only, their names are added."""
     peers = find_peers(pythons)
     requests = (
-        random_workload(_NUM_REQUESTS, shape.num_words, seed=seed)
+        random_workload(num_requests, shape.num_words, seed=seed)
         if workload is None
-        else read_workload(workload, shape.vocab_size)
+        else read_workload(workload, num_requests, shape.vocab_size)
     )
     engines = {precision: contestants(shape, precision, peers, work_dir, seed=seed) for precision in precisions}
     limits_of, _ = artifact_of_shape(shape, work_dir, seed=seed)

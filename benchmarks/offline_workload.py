@@ -39,10 +39,13 @@ def random_workload(num_requests: int, vocab_size: int, *, seed: int) -> Offline
     return OfflineWorkload(prompts=prompts, lengths=lengths)
 
 
-def read_workload(path: Path, vocab_size: int) -> OfflineWorkload:
-    """A JSON file with a list "mixed" of {"prompt_ids": [...], "max_tokens": n}. Raises ValueError naming the file."""
+def read_workload(path: Path, num_requests: int, vocab_size: int) -> OfflineWorkload:
+    """The first requests of a JSON file with a list "mixed" of {"prompt_ids": [...], "max_tokens": n}.
+
+    Raises ValueError naming the file.
+    """
     try:
-        requests = json.loads(path.read_text())["mixed"]
+        requests = json.loads(path.read_text())["mixed"][:num_requests]
         prompts = [[int(token) for token in request["prompt_ids"]] for request in requests]
         lengths = [int(request["max_tokens"]) for request in requests]
     except (ValueError, KeyError, TypeError) as err:

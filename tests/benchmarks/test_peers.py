@@ -89,11 +89,13 @@ def test_a_workload_is_drawn_from_its_seed() -> None:
 
 def test_a_workload_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "workload.json"
-    path.write_text(json.dumps({"mixed": [{"prompt_ids": [1, 2], "max_tokens": 3}], "other": 1}))
-    workload = read_workload(path, 3)
-    assert (workload.prompts, workload.lengths) == ([[1, 2]], [3])
+    requests = [{"prompt_ids": [1, 2], "max_tokens": 3}, {"prompt_ids": [0], "max_tokens": 4}]
+    path.write_text(json.dumps({"mixed": requests, "other": 1}))
+    workload = read_workload(path, 64, 3)
+    assert (workload.prompts, workload.lengths) == ([[1, 2], [0]], [3, 4])
+    assert read_workload(path, 1, 3).lengths == [3]
     with pytest.raises(ValueError, match="has token 2, the model's are below 2"):
-        read_workload(path, 2)
+        read_workload(path, 64, 2)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_bad_workload_is_named(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "workload.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"workload.json.*{says}"):
-        read_workload(path, 100)
+        read_workload(path, 64, 100)
 
 
 def test_a_python_without_its_engine_is_refused(tmp_path: Path) -> None:
