@@ -9,14 +9,18 @@ import ctypes
 import weakref
 from _ctypes import dlclose
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from xllm_compile.runtime.ops import native
+from xllm_compile.runtime.step import Int32Array, Step
+
+# As graph_chain.cpp has it: a line of the caches.
+_ALIGNED_INTS = 16
 
 
 class CompiledGraph:
@@ -100,11 +104,52 @@ class GraphChain:
         return _take_tensors(results)
 
 
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """The arrays of a `Step` in one, as the native calls take them, padded to the sizes that the graphs want."""
+
+    values: Int32Array
+    num_tokens: int
+    num_seqs: int
+    num_rows: int
+
+    @property
+    def arguments(self) -> tuple[ctypes.c_void_p | ctypes.c_int64, ...]:
+        sizes = self.num_tokens, self.num_seqs, self.num_rows
+        return ctypes.c_void_p(self.values.ctypes.data), *map(ctypes.c_int64, sizes)
+
+
+def pack_step(step: Step, *, num_tokens: int, num_seqs: int, num_rows: int) -> PackedStep:
+    """A copy of the step."""
+    parts = (
+        (step.token_ids, num_tokens, 0),
+        (step.positions, num_tokens, 0),
+        (step.rope_len, num_tokens, 1),
+        # Padding sequences are empty: they start where the last one ends.
+        (step.seq_start, num_seqs + 1, len(step.token_ids)),
+        (step.context_len, num_seqs, 0),
+        (step.slot, num_seqs, 0),
+        (step.logits_at, num_rows, 0),
+    )
+    values = np.zeros(sum(_aligned(size) for _, size, _ in parts), dtype=np.int32)
+    at = 0
+    for part, size, fill in parts:
+        end = at + len(part)
+        values[at:end] = part
+        if fill:
+            values[end : at + size] = fill
+        at += _aligned(size)
+    return PackedStep(values, num_tokens, num_seqs, num_rows)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED_INTS) * _ALIGNED_INTS
+
+
 class CompiledStep:
     """All graphs of a step in one native call, or of decode steps, each on the most probable tokens of the one before.
 
-    A step comes as token_ids, positions, rope_len, seq_start, context_len, slot and logits_at of a `Step`, padded as
-    the graphs want it. RuntimeError means that a graph failed; running a step again is safe.
+    RuntimeError means that a graph failed; running a step again is safe.
     """
 
     def __init__(self, graphs: Sequence[CompiledGraph], own: Sequence[Sequence[Tensor]]) -> None:
@@ -115,34 +160,25 @@ class CompiledStep:
         self._run = native.run_step()
         self._decode = native.decode_greedily()
 
-    def __call__(self, step: Sequence[Tensor]) -> Tensor:
-        """The logits of the rows at logits_at, padded like them."""
-        handles = _new_handles(step)
+    def __call__(self, step: PackedStep) -> Tensor:
+        """The logits [num_rows, V]."""
         logits = (ctypes.c_void_p * 1)()
-        try:
-            status = self._run(*self._graphs.arguments, self._num_state, handles, logits)
-        finally:
-            _delete_handles(handles)
-        if status != 0:
+        if self._run(*self._graphs.arguments, self._num_state, *step.arguments, logits) != 0:
             raise RuntimeError(native.last_error())
         return _take_tensors(logits)[0]
 
-    def decode_greedily(self, step: Sequence[Tensor], num_seqs: int, num_steps: int) -> npt.NDArray[np.int32]:
+    def decode_greedily(self, step: PackedStep, num_seqs: int, num_steps: int) -> Int32Array:
         """The tokens [num_steps, num_seqs]. The step, which has one token of each sequence, is where the last step left
         it afterwards."""
         chosen = np.empty((num_steps, num_seqs), dtype=np.int32)
-        handles = _new_handles(step)
-        try:
-            num_run = self._decode(
-                *self._graphs.arguments,
-                self._num_state,
-                handles,
-                ctypes.c_int64(num_seqs),
-                ctypes.c_int64(num_steps),
-                ctypes.c_void_p(chosen.ctypes.data),
-            )
-        finally:
-            _delete_handles(handles)
+        num_run = self._decode(
+            *self._graphs.arguments,
+            self._num_state,
+            *step.arguments,
+            ctypes.c_int64(num_seqs),
+            ctypes.c_int64(num_steps),
+            ctypes.c_void_p(chosen.ctypes.data),
+        )
         if num_run != num_steps:
             raise RuntimeError(f"decode step {num_run} of {num_steps} failed")
         return chosen

@@ -73,6 +73,8 @@ class GraphCache:
     _eager: dict[str, GraphFunction] = field(default_factory=dict)
     _has_dynamic: bool = False
     _choice: GraphChoice | None = None
+    _choices: dict[int, GraphChoice] = field(default_factory=dict)
+    """By size, until the graphs change."""
     generation: int = 0
     """Counts the changes to ``graphs``."""
 
@@ -81,7 +83,9 @@ class GraphCache:
 
     def choose(self, size: int) -> GraphChoice:
         """Choose for a step of ``size`` and count the choice."""
-        choice = self._choose(size)
+        choice = self._choices.get(size)
+        if choice is None:
+            choice = self._choices[size] = self._choose(size)
         self.counts[choice.outcome, choice.reason] += 1
         self.demand[size] += 1
         self._choice = choice
@@ -202,6 +206,7 @@ class GraphCache:
 
     def _index(self) -> None:
         self.generation += 1
+        self._choices.clear()
         compiled = [name for name, program in self.programs.items() if not program.is_eager]
         sized = {region for region, size in [*self.graphs, *self.failed] if size != DYNAMIC}
         sizes = sorted({size for _, size in self.graphs} - {DYNAMIC})

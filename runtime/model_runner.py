@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xllm_compile.runtime.artifact import Manifest
+from xllm_compile.runtime.compiled_graph import PackedStep, pack_step
 from xllm_compile.runtime.compiled_steps import Chains, CompiledSteps
 from xllm_compile.runtime.decode_loop import decode_by_steps
 from xllm_compile.runtime.graph_cache import GraphCache, GraphChoice, build_cache
@@ -110,9 +111,7 @@ class CompiledModelRunner:
         if whole is not None:
             # Step by step, the graph that failed is found and given up. Writing the same KV again is safe.
             with suppress(RuntimeError), self.pool:
-                # Copies, which the loop goes on writing.
-                inputs = [tensor.clone() for tensor in self._inputs(step, layers, head)]
-                return whole.decode_greedily(inputs, num_seqs, num_steps)
+                return whole.decode_greedily(self._packed(step, layers, head), num_seqs, num_steps)
         return decode_by_steps(self.execute, step, num_steps)
 
     def _run_whole(
@@ -122,27 +121,17 @@ class CompiledModelRunner:
         whole = self._whole_steps.of(self._token_graphs, layers, self._head_graphs, head)
         if whole is None:
             return None
-        inputs = self._inputs(step, layers, head)
+        packed = self._packed(step, layers, head)
         if on_layers is not None:
             on_layers()
         # Region by region, the graph that failed is found and given up. Writing the same KV again is safe.
         with suppress(RuntimeError):
-            return whole(inputs)[: len(step.logits_at)]
+            logits = whole(packed)
+            return logits if len(logits) == len(step.logits_at) else logits[: len(step.logits_at)]
         return None
 
-    def _inputs(self, step: Step, layers: GraphChoice, head: GraphChoice) -> list[Tensor]:
-        """Of all graphs together, padded."""
-        num_seqs = self._num_seqs(step, layers)
-        return [
-            _padded(step.token_ids, layers.size),
-            _padded(step.positions, layers.size),
-            _padded(step.rope_len, layers.size, 1),
-            # Padding sequences are empty: they start where the last one ends.
-            _padded(step.seq_start, num_seqs + 1, len(step.token_ids)),
-            _padded(step.context_len, num_seqs),
-            _padded(step.slot, num_seqs),
-            _padded(step.logits_at, head.size),
-        ]
+    def _packed(self, step: Step, layers: GraphChoice, head: GraphChoice) -> PackedStep:
+        return pack_step(step, num_tokens=layers.size, num_seqs=self._num_seqs(step, layers), num_rows=head.size)
 
     def _num_seqs(self, step: Step, choice: GraphChoice) -> int:
         # A bucket's graphs fix S to T: there are never more sequences than tokens.
@@ -164,6 +153,7 @@ class CompiledModelRunner:
             cos,
             sin,
             positions,
+            # Padding sequences are empty: they start where the last one ends.
             _padded(step.seq_start, num_seqs + 1, len(step.token_ids)),
             _padded(step.context_len, num_seqs),
             _padded(step.slot, num_seqs),
@@ -253,6 +243,7 @@ class CompiledModelRunner:
         """From now on no compiled graph runs; steps take the sizes and the halves they would have taken."""
         for cache in (self._token_graphs, self._head_graphs, self._pool_graphs, self._split_graphs):
             cache.graphs.clear()
+            cache.generation += 1
 
     def close(self) -> None:
         """End what runs in the background."""

@@ -159,7 +159,9 @@ class Kernels:
         try:
             self._library = ctypes.CDLL(str(path), mode=mode)
             self._library.xllm_last_error.restype = ctypes.c_char_p
-            self._delete = self._library.aoti_torch_delete_tensor_object
+            # Too quick to let go of Python's lock for: another thread would have it for long.
+            self.locked = ctypes.PyDLL(str(path), handle=self._library._handle)
+            self._delete = self.locked.aoti_torch_delete_tensor_object
             self._functions = {name: self._bind(name) for name in SCHEMAS if self._has(name)}
         except (OSError, AttributeError) as err:
             raise KernelLoadError(f"{path} is not a kernel library for this torch: {err}; rebuild it") from err
@@ -281,7 +283,7 @@ class ActivationPool:
     def __init__(self, num_bytes: int) -> None:
         assert _loaded is not None, "load_kernels comes first"
         library = _loaded[1]._library
-        self._enter, self._leave = library.xllm_pool_enter, library.xllm_pool_leave
+        self._enter, self._leave = _loaded[1].locked.xllm_pool_enter, _loaded[1].locked.xllm_pool_leave
         self._stats, self._reset = library.xllm_pool_stats, library.xllm_pool_reset_peak
         library.xllm_pool_reserve.argtypes = [ctypes.c_int64]
         if library.xllm_pool_reserve(num_bytes) != 0:

@@ -8,8 +8,9 @@ Source of the model: Leviathan et al., arXiv:2211.17192, section 3.3; by positio
 from bisect import bisect
 from collections.abc import Callable, Sequence
 
-# Chance of acceptance before anything is known, and the weight of a prior in observations.
-_OPTIMISM = 0.7
+# Chance of acceptance before anything is known, and the weight of a prior in observations. Text that is sampled at more
+# than the model's own temperature is hardly ever guessed.
+OPTIMISM, HOT_OPTIMISM = 0.7, 0.2
 _PRIOR_WEIGHT = 3.0
 # How much of the past is kept per draft: about 20 drafts of a sequence, 100 of all.
 _DECAY = 0.95
@@ -20,7 +21,7 @@ _MARGIN = 1.05
 _LEAST_CHANCE = 0.02
 # Chances for a draft between two probes, while none pays: those of all sequences. It doubles with every probe that is
 # refused; where one was accepted the next comes soon.
-_FIRST_PROBE_AFTER = 64
+_FIRST_PROBE_AFTER = 128
 _LAST_PROBE_AFTER = 1024
 _NEXT_PROBE_AFTER = 8
 PROBE_LENGTH = 2
@@ -29,17 +30,20 @@ _VAIN_LOOKS = 8
 _LONGEST_PERIOD_LOG2 = 3
 # Steps after which what one without drafts takes is measured again.
 _STALE_AFTER = 128
+# Observations of a size before it is believed to take longer than predicted.
+_FIRST = 4
 
 
 class Acceptance:
     """How drafts of one kind fare, by position. Without ``prior`` it is that of all sequences."""
 
-    def __init__(self, max_length: int, prior: "Acceptance | None" = None) -> None:
+    def __init__(self, max_length: int, prior: "Acceptance | None" = None, *, optimism: float = OPTIMISM) -> None:
         self.tried = [0.0] * max_length
         self.accepted = [0.0] * max_length
         self.survival: list[float] = []
         """Chance that the first 1, 2, ... tokens of a draft are all accepted."""
         self._prior = prior
+        self._optimism = optimism
         self._decay = _SHARED_DECAY if prior is None else _DECAY
         self._update_survival()
 
@@ -55,7 +59,7 @@ class Acceptance:
 
     def rate(self, position: int) -> float:
         """Chance of acceptance at a position, given that all before it were accepted."""
-        prior = _OPTIMISM if self._prior is None else self._prior.rate(position)
+        prior = self._optimism if self._prior is None else self._prior.rate(position)
         return (self.accepted[position] + _PRIOR_WEIGHT * prior) / (self.tried[position] + _PRIOR_WEIGHT)
 
     def _update_survival(self) -> None:
@@ -122,19 +126,22 @@ class StepSeconds:
     """Seconds of a step by its rows, or of a draft by its length: as measured, or as ``predict`` says in proportion to
     what was measured.
 
-    A step is never taken to be slower than a larger one. The first of a size does not count: its code comes in from
-    disk. What was measured long ago is forgotten, or one bad moment would keep drafts of that length away for ever.
+    A step is never taken to be slower than a larger one. Of the first few of a size the quickest counts, and none as
+    slower than predicted: their code comes in from disk. What was measured long ago is forgotten, or one bad moment
+    would keep drafts of that length away for ever.
     """
 
-    def __init__(self, predict: Callable[[int], float]) -> None:
+    def __init__(self, predict: Callable[[int], float], *, ratio: float | None = None) -> None:
+        """ratio is what measured times are believed to be of predicted ones; None: as the first are."""
         self._predict = predict
         self._measured: dict[int, float] = {}
         self._believed: dict[int, float] = {}
         self._sizes: list[int] = []
         """Those measured, ascending."""
         self._measured_at: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
         self._num_observed = 0
-        self._ratio: float | None = None
+        self._ratio = ratio
 
     def __call__(self, num_rows: int) -> float:
         believed = self._believed.get(num_rows)
@@ -144,11 +151,6 @@ class StepSeconds:
         at = bisect(self._sizes, num_rows)
         return max(predicted, self._believed[self._sizes[at - 1]]) if at else predicted
 
-    @property
-    def is_known(self) -> bool:
-        """Whether anything was measured."""
-        return self._ratio is not None
-
     def is_stale(self, num_rows: int) -> bool:
         """Whether a step of so many rows should run now, to know what it takes."""
         return num_rows not in self._measured
@@ -156,23 +158,28 @@ class StepSeconds:
     def observe(self, num_rows: int, seconds: float) -> None:
         """Take in what a step of so many rows took."""
         self._num_observed += 1
-        is_first = num_rows not in self._measured_at
         self._measured_at[num_rows] = self._num_observed
-        if is_first:
-            return
-        self._ratio = smoothed(self._ratio, seconds / self._predict(num_rows))
+        count = self._counts[num_rows] = self._counts.get(num_rows, 0) + 1
+        ratio = seconds / self._predict(num_rows)
+        if self._ratio is None or self._num_observed <= _FIRST:
+            self._ratio = min(ratio, self._ratio or ratio)
+        else:
+            self._ratio = smoothed(self._ratio, ratio)
         known = self._measured.get(num_rows)
-        if known is None:
-            self._measured[num_rows] = min(seconds, 2 * self._ratio * self._predict(num_rows))
+        if known is None or count <= _FIRST:
+            self._measured[num_rows] = min(seconds, known or seconds)
         else:
             self._measured[num_rows] = smoothed(known, seconds)
         for size in [size for size in self._measured if self._num_observed - self._measured_at[size] > _STALE_AFTER]:
-            del self._measured[size]
+            del self._measured[size], self._counts[size]
         self._sizes = sorted(self._measured)
         least = float("inf")
         self._believed = {}
         for size in reversed(self._sizes):
-            least = self._believed[size] = min(least, self._measured[size])
+            least = min(least, self._measured[size])
+            if self._counts[size] < _FIRST:
+                least = min(least, self._predict(size) * self._ratio)
+            self._believed[size] = least
 
 
 def smoothed(known: float | None, measured: float) -> float:

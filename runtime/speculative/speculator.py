@@ -12,7 +12,15 @@ from xllm_compile.runtime.batch import Batch
 from xllm_compile.runtime.outputs import SpeculationStats
 from xllm_compile.runtime.sampler import SampledToken
 from xllm_compile.runtime.sampling_params import SamplingParams
-from xllm_compile.runtime.speculative.adaptive import PROBE_LENGTH, Acceptance, Probes, StepSeconds, draft_lengths
+from xllm_compile.runtime.speculative.adaptive import (
+    HOT_OPTIMISM,
+    OPTIMISM,
+    PROBE_LENGTH,
+    Acceptance,
+    Probes,
+    StepSeconds,
+    draft_lengths,
+)
 from xllm_compile.runtime.speculative.draft_step import with_drafts
 from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft, Proposer, Speculation
 from xllm_compile.runtime.speculative.verify import Verified
@@ -43,7 +51,7 @@ class Speculator:
         self._clock = clock
         self._step_seconds = step_seconds
         # With its first token come those that the proposer has not seen.
-        self._draft_seconds = StepSeconds(lambda longest: 1.0 + longest)
+        self._draft_seconds = StepSeconds(lambda longest: 0.1 * (1 + longest) * step_seconds(1), ratio=1.0)
         self._num_idle = 0
         self._shared: dict[tuple[int, int], tuple[Acceptance, Probes]] = {}
         """By kind and heat: what is accepted of greedy texts says little of others."""
@@ -186,7 +194,8 @@ class Speculator:
         kind = sequence.kind, sequence.heat
         shared = self._shared.get(kind)
         if shared is None:
-            shared = self._shared[kind] = Acceptance(self.max_length), Probes()
+            optimism = HOT_OPTIMISM if sequence.heat > 1 else OPTIMISM
+            shared = self._shared[kind] = Acceptance(self.max_length, optimism=optimism), Probes()
         prior, probes = shared
         own = sequence.acceptance.get(sequence.kind)
         if own is None:
@@ -224,12 +233,7 @@ class Speculator:
         return _FORCED if sequence.forced else self._proposer.observe(sequence)
 
     def _expected_draft_seconds(self, longest: int) -> float:
-        if not self._proposer.is_costly:
-            return 0.0
-        return self._draft_seconds(longest) if self._draft_seconds.is_known else self._likely_draft_seconds(longest)
-
-    def _likely_draft_seconds(self, longest: int) -> float:
-        return 0.1 * (1 + longest) * self._step_seconds(1)
+        return self._draft_seconds(longest) if self._proposer.is_costly else 0.0
 
 
 def _within_grammar(draft: Draft, matcher: TokenMatcher | None) -> Draft:

@@ -56,15 +56,51 @@ void run_graph(const Graphs& graphs, int64_t at, const Handle* metadata, int64_t
   check(failed == 0, "graph %lld failed", static_cast<long long>(at));
 }
 
+// The arrays of runtime/step.py, padded as the graphs want them: int32 token_ids, positions and rope_len [num_tokens],
+// seq_start [num_seqs + 1], context_len and slot [num_seqs], logits_at [num_rows], each begun at a multiple of 16 numbers.
+struct PackedStep {
+  int32_t* token_ids;
+  int64_t num_tokens, num_seqs, num_rows;
+
+  int32_t* positions() const { return token_ids + padded(num_tokens); }
+  int32_t* rope_len() const { return positions() + padded(num_tokens); }
+  int32_t* seq_start() const { return rope_len() + padded(num_tokens); }
+  int32_t* context_len() const { return seq_start() + padded(num_seqs + 1); }
+  int32_t* slot() const { return context_len() + padded(num_seqs); }
+  int32_t* logits_at() const { return slot() + padded(num_seqs); }
+  static int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
+};
+
+// The tensors of a step, over its memory.
+struct StepTensors : Handles {
+  explicit StepTensors(const PackedStep& step) {
+    add(step.token_ids, step.num_tokens);
+    add(step.positions(), step.num_tokens);
+    add(step.rope_len(), step.num_tokens);
+    add(step.seq_start(), step.num_seqs + 1);
+    add(step.context_len(), step.num_seqs);
+    add(step.slot(), step.num_seqs);
+    add(step.logits_at(), step.num_rows);
+  }
+  void add(int32_t* data, int64_t size) {
+    const int64_t stride = 1;
+    Handle made = nullptr;
+    check_shim(aoti_torch_create_tensor_from_blob(data, 1, &size, &stride, 0, aoti_torch_dtype_int32(),
+                                                  aoti_torch_device_type_cpu(), 0, &made),
+               "aoti_torch_create_tensor_from_blob");
+    push_back(made);
+  }
+};
+
 // The head's output for a step: graphs are embed, the layers and the head.
-void run_step(const Graphs& graphs, int64_t num_state, const Handle* step, Handles& state) {
-  run_graph(graphs, 0, step, 3, num_state + 2, state);
+void run_step(const Graphs& graphs, int64_t num_state, const StepTensors& step, Handles& state) {
+  run_graph(graphs, 0, step.data(), 3, num_state + 2, state);
   Handles rope;
   rope.assign(state.end() - 2, state.end());
   state.resize(size_t(num_state));
   const Handle metadata[] = {rope[0], rope[1], step[1], step[3], step[4], step[5]};
   for (int64_t at = 1; at < graphs.count - 1; ++at) run_graph(graphs, at, metadata, 6, num_state, state);
-  run_graph(graphs, graphs.count - 1, step + 6, 1, 1, state);
+  run_graph(graphs, graphs.count - 1, step.data() + 6, 1, 1, state);
 }
 
 // The first index of the largest of count numbers; a NaN is never the largest.
@@ -101,43 +137,41 @@ XLLM_EXPORT int64_t xllm_run_chain(int64_t num_graphs, const xllm::RunGraph* run
   return at;
 }
 
-// The graphs are embed, the layers and the head. step: int32 token_ids, positions, rope_len, seq_start, context_len, slot
-// and logits_at of runtime/step.py, which may be padded. *logits becomes the caller's. Returns 0, or not.
+// The graphs are embed, the layers and the head. *logits becomes the caller's. Returns 0, or not.
 XLLM_EXPORT int32_t xllm_run_step(int64_t num_graphs, const xllm::RunGraph* runs, void* const* containers,
-                                  const xllm::Handle* own, const int64_t* own_at, int64_t num_state,
-                                  const xllm::Handle* step, xllm::Handle* logits) {
+                                  const xllm::Handle* own, const int64_t* own_at, int64_t num_state, int32_t* step,
+                                  int64_t num_tokens, int64_t num_seqs, int64_t num_rows, xllm::Handle* logits) {
   using namespace xllm;
   return run("step", [&] {
+    const StepTensors tensors(PackedStep{step, num_tokens, num_seqs, num_rows});
     Handles state;
-    run_step(Graphs{num_graphs, runs, containers, own, own_at}, num_state, step, state);
+    run_step(Graphs{num_graphs, runs, containers, own, own_at}, num_state, tensors, state);
     *logits = state[0];
     state.clear();
   });
 }
 
-// The step, as of xllm_run_step, has one token of each of num_seqs sequences. Their first num_seqs entries go on with the
-// steps. chosen [num_steps, num_seqs] is what each step found most probable. Returns the number of steps that ran.
+// The step has one token of each of its first num_decoding sequences, whose entries go on with the steps.
+// chosen [num_steps, num_decoding] is what each step found most probable. Returns the number of steps that ran.
 XLLM_EXPORT int64_t xllm_decode_greedily(int64_t num_graphs, const xllm::RunGraph* runs, void* const* containers,
                                          const xllm::Handle* own, const int64_t* own_at, int64_t num_state,
-                                         const xllm::Handle* step, int64_t num_seqs, int64_t num_steps,
-                                         int32_t* chosen) {
+                                         int32_t* step, int64_t num_tokens, int64_t num_seqs, int64_t num_rows,
+                                         int64_t num_decoding, int64_t num_steps, int32_t* chosen) {
   using namespace xllm;
   const Graphs graphs{num_graphs, runs, containers, own, own_at};
+  const PackedStep packed{step, num_tokens, num_seqs, num_rows};
   int64_t done = 0;
   run("decode_greedily", [&] {
-    int32_t* const token_ids = View("token_ids", step[0]).ptr<int32_t>();
-    int32_t* const positions = View("positions", step[1]).ptr<int32_t>();
-    int32_t* const rope_len = View("rope_len", step[2]).ptr<int32_t>();
-    int32_t* const context_len = View("context_len", step[4]).ptr<int32_t>();
-    for (; done < num_steps; ++done, chosen += num_seqs) {
+    const StepTensors tensors(packed);
+    for (; done < num_steps; ++done, chosen += num_decoding) {
       Handles state;
-      run_step(graphs, num_state, step, state);
+      run_step(graphs, num_state, tensors, state);
       const View logits("logits", state[0]);
       logits.expect_dim(2).expect_dtype(aoti_torch_dtype_float32()).expect_last_contiguous();
-      for (int64_t s = 0; s < num_seqs; ++s) {
-        token_ids[s] = chosen[s] = argmax(logits.ptr<float>() + s * logits.strides[0], logits.sizes[1]);
-        context_len[s] = ++positions[s] + 1;
-        rope_len[s] = std::max(rope_len[s], context_len[s]);
+      for (int64_t s = 0; s < num_decoding; ++s) {
+        packed.token_ids[s] = chosen[s] = argmax(logits.ptr<float>() + s * logits.strides[0], logits.sizes[1]);
+        packed.context_len()[s] = ++packed.positions()[s] + 1;
+        packed.rope_len()[s] = std::max(packed.rope_len()[s], packed.context_len()[s]);
       }
     }
   });
