@@ -21,13 +21,11 @@ _MARGIN = 1.05
 _LEAST_CHANCE = 0.02
 # Chances for a draft between two probes, while none pays: those of all sequences. It doubles with every probe that is
 # refused; where one was accepted the next comes soon.
-_FIRST_PROBE_AFTER = 128
 _LAST_PROBE_AFTER = 1024
 _NEXT_PROBE_AFTER = 8
 PROBE_LENGTH = 2
-# After so many looks in vain the next ones come half as often; and steps between two at the most, as a power of 2.
+# After so many looks in vain the next ones come half as often.
 _VAIN_LOOKS = 8
-_LONGEST_PERIOD_LOG2 = 3
 # Steps after which what one without drafts takes is measured again.
 _STALE_AFTER = 128
 # Observations of a size before it is believed to take longer than predicted.
@@ -72,8 +70,8 @@ class Acceptance:
 class Probes:
     """When to try a draft although none pays, to notice when that changes: for all sequences together."""
 
-    def __init__(self) -> None:
-        self._after = _FIRST_PROBE_AFTER
+    def __init__(self, first_after: int = 128) -> None:
+        self._after = first_after
         self._num_passed = 0
 
     def is_due(self, num_steps: int) -> bool:
@@ -95,9 +93,11 @@ class Looks:
     A look costs as much as all else that a step without drafts does for speculation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, longest_period: int = 8) -> None:
+        """longest_period is a power of 2."""
         self.period = 1
         """Steps from the last look to the next."""
+        self._longest_period = longest_period
         self._num_left = 1
         self._num_vain = 0
 
@@ -114,7 +114,7 @@ class Looks:
     def found(self, *, pays: bool) -> None:
         """Whether the look that was due found a draft that pays."""
         self._num_vain = 0 if pays else self._num_vain + 1
-        self.period = self._num_left = 2 ** min(self._num_vain // _VAIN_LOOKS, _LONGEST_PERIOD_LOG2)
+        self.period = self._num_left = min(2 ** (self._num_vain // _VAIN_LOOKS), self._longest_period)
 
     def hurry(self) -> None:
         """A draft was accepted, so others may pay: look after the step that just ended."""

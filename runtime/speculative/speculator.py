@@ -14,9 +14,9 @@ from xllm_compile.runtime.sampler import SampledToken
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.speculative.adaptive import (
     HOT_OPTIMISM,
-    OPTIMISM,
     PROBE_LENGTH,
     Acceptance,
+    Looks,
     Probes,
     StepSeconds,
     draft_lengths,
@@ -72,6 +72,8 @@ class Speculator:
             token_ids=list(token_ids),
             num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=max_output_tokens,
+            # Of a draft model nothing new is known before a draft was verified.
+            looks=Looks(64) if self._proposer.is_costly else Looks(),
         )
 
     def reserve(self, sequence: Speculation | None) -> int:
@@ -194,8 +196,11 @@ class Speculator:
         kind = sequence.kind, sequence.heat
         shared = self._shared.get(kind)
         if shared is None:
-            optimism = HOT_OPTIMISM if sequence.heat > 1 else OPTIMISM
-            shared = self._shared[kind] = Acceptance(self.max_length, optimism=optimism), Probes()
+            if sequence.heat > 1:
+                shared = Acceptance(self.max_length, optimism=HOT_OPTIMISM), Probes(512)
+            else:
+                shared = Acceptance(self.max_length), Probes()
+            self._shared[kind] = shared
         prior, probes = shared
         own = sequence.acceptance.get(sequence.kind)
         if own is None:
