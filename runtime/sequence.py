@@ -144,6 +144,10 @@ class Sequence:
         return self.request.params.priority
 
     @property
+    def is_resumed(self) -> bool:
+        return self.num_resumed_tokens > 0
+
+    @property
     def tpot_slo_s(self) -> float | None:
         return self.request.metrics.tpot_slo_s
 

@@ -5,6 +5,9 @@
     deadline  by priority, then by when the first token is due; what cannot be in time any more waits behind what can,
               and so do requests without a target
 
+In each of them a request that began elsewhere goes before those that did not begin: its client is in the middle of an
+answer, and behind a queue it would stand still for as long as a new one waits for its first token.
+
 A **tier** (offline, or priority) decides who may take whose place: a waiting sequence that of a running one of a
 strictly worse tier, and nobody else's. Arrival must not count there, or two sequences would preempt each other in
 turns. Within a tier the one that came last loses its place first.
@@ -46,11 +49,12 @@ class Order:
 
     def seniority(self, sequence: Schedulable) -> Key:
         """The last one loses its place first."""
-        return (*self.tier(sequence), sequence.number)
+        return (*self.tier(sequence), not sequence.is_resumed, sequence.number)
 
     def queue_key(self, sequence: Schedulable) -> Key:
         """Sorts the waiting queue; does not change while a sequence waits."""
         if self.policy == "deadline":
+            # What began has had its deadline: it is first as well.
             return (*self.tier(sequence), sequence.first_deadline_s, sequence.number)
         return self.seniority(sequence)
 

@@ -21,6 +21,10 @@ class Schedulable(Protocol):
         """Lower goes first."""
 
     @property
+    def is_resumed(self) -> bool:
+        """It began elsewhere: its client has some of the answer, and has waited already."""
+
+    @property
     def first_deadline_s(self) -> float:
         """When the first token is due; infinity without a TTFT target, minus infinity once it is out: it has waited."""
 

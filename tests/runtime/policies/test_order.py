@@ -26,6 +26,20 @@ def test_priority_goes_by_priority_then_by_arrival() -> None:
     assert order_of("priority", items) == ["b", "d", "a", "c"]
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_what_began_elsewhere_goes_before_what_did_not_begin(policy: PolicyName) -> None:
+    items = [
+        Item("new", 1),
+        Item("offline", 1, is_offline=True),
+        Item("resumed", 9, is_resumed=True),
+        Item("resumed offline", 9, is_offline=True, is_resumed=True),
+        Item("resumed later", 9, is_resumed=True),
+    ]
+    assert order_of(policy, items) == ["resumed", "resumed later", "new", "resumed offline", "offline"]
+    order = Order(policy)
+    assert order.tier(items[0]) == order.tier(items[2]), "it takes nobody's place"
+
+
 def test_deadline_serves_first_what_is_due_first_and_last_what_is_late_anyway() -> None:
     items = [
         Item("none", 10),
