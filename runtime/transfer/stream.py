@@ -72,6 +72,8 @@ class Stream:
             num_bytes = call()
         except BlockingIOError:
             raise UnreachableError(f"{self.peer} made no progress for {self.timeout_s:g} s") from None
+        except TimeoutError:
+            raise UnreachableError(f"{self.peer} cannot be reached: its host takes no bytes") from None
         except OSError as err:
             raise ConnectionLostError(f"{self.peer} is gone: {err.strerror or err}") from None
         if num_bytes == 0:

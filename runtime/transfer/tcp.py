@@ -32,6 +32,8 @@ _FRAME_BYTES = 2 << 20
 _SMALL_BYTES = 64 << 10
 _CHECKSUM_BYTES = 8
 _BACKLOG = 64
+# Longest wait for the peer's host, to take a connection or more bytes. Its process may take longer to answer.
+_REACH_TIMEOUT_S = 3.0
 
 
 def listen(config: TransferConfig) -> socket.socket:
@@ -83,7 +85,7 @@ def host_and_port(address: str) -> tuple[str, int]:
 def connect_session(address: str, config: TransferConfig) -> Session:
     """A new connection to SCHEME:HOST:PORT. Raises TransferError."""
     try:
-        connection = socket.create_connection(host_and_port(address), config.timeout_s)
+        connection = socket.create_connection(host_and_port(address), min(_REACH_TIMEOUT_S, config.timeout_s))
     except OSError as err:
         raise UnreachableError(f"{address} cannot be reached: {err.strerror or err}; has it ended?") from None
     stream = Stream(connection, address, config.timeout_s)
@@ -96,10 +98,10 @@ def connect_session(address: str, config: TransferConfig) -> Session:
 
 
 def tune(stream: Stream) -> None:
-    """Small messages go at once, and a host that is gone is noticed."""
+    """Small messages go at once, and a host that is gone, or cut off, is noticed."""
     stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stream.timeout_s * 1000))
+    stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_REACH_TIMEOUT_S * 1000))
 
 
 def _send(mapping: Mapping, session: Session, request: bytes, ranges: Sequence[ByteRange]) -> None:
