@@ -271,12 +271,14 @@ class AsyncEngine:
         """See Engine.hand_over. Raises EngineDeadError, NoTransferError."""
         await self._call(partial(self.engine.hand_over, request_id, target))
 
-    async def reserve(self, reservation_id: str, token_ids: Sequence[int], timeout_s: float) -> Reservation:
+    async def reserve(
+        self, reservation_id: str, token_ids: Sequence[int], timeout_s: float, holder: str = ""
+    ) -> Reservation:
         """See Engine.reserve. Raises what `submit` raises, too. Cancelled, nothing stays reserved."""
         with self._wake:
             self._check_open()
         try:
-            return await self._call(partial(self.engine.reserve, reservation_id, token_ids, timeout_s))
+            return await self._call(partial(self.engine.reserve, reservation_id, token_ids, timeout_s, holder))
         except asyncio.CancelledError:
             self._post(partial(self.engine.release, reservation_id))
             raise
@@ -299,6 +301,10 @@ class AsyncEngine:
             return False
         await asyncio.shield(asyncio.wrap_future(revoked))
         return True
+
+    def release_all(self, holder: str) -> None:
+        """Give up what the holder has reserved and no request has claimed, soon."""
+        self._post(partial(self.engine.release_all, holder))
 
     async def _claim(self, request: Request) -> None:
         """Have the KV that was sent for the request to itself. Where that is not possible it computes all of it."""

@@ -247,10 +247,11 @@ class Engine:
             else:
                 self._waiting.add(sequence)
 
-    def reserve(self, reservation_id: str, token_ids: Items[int], timeout_s: float) -> Reservation:
+    def reserve(self, reservation_id: str, token_ids: Items[int], timeout_s: float, holder: str = "") -> Reservation:
         """Hold a slot for a sequence that begins with these tokens, whose KV another instance sends.
 
-        The same id again renews it. Raises QueueFullError where there is no room now, ValueError, NoTransferError.
+        The same id again renews it; `release_all` of its holder gives it up. Raises QueueFullError where there is no
+        room now, ValueError, NoTransferError.
         """
         exchange = self._transferring()
         known = exchange.reservations.renewed(reservation_id, token_ids)
@@ -260,7 +261,7 @@ class Engine:
         # The sender does not wait for steps: none may be under way that reads or copies what the reservation gets.
         self._complete(self._ended, num_left=0)
         self._check_room(len(token_ids))
-        reservation = exchange.reservations.open(reservation_id, token_ids, timeout_s)
+        reservation = exchange.reservations.open(reservation_id, token_ids, timeout_s, holder)
         self._executor.prepare_memory(self._kv_cache.ops.take(), self._kv_cache.ops.take_restores())
         return reservation
 
@@ -286,6 +287,11 @@ class Engine:
     def release(self, reservation_id: str) -> "Future[None] | None":
         """See Reservations.release. Raises NoTransferError."""
         return self._transferring().reservations.release(reservation_id)
+
+    def release_all(self, holder: str) -> None:
+        """See Reservations.release_all."""
+        if self._exchange is not None:
+            self._exchange.reservations.release_all(holder)
 
     def claim(self, request: Request) -> "Future[None] | None":
         """Keep the request's reservation for it, before `add`: see Reservations.claim."""

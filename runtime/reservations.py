@@ -53,6 +53,7 @@ class _Held:
     answer: Reservation
     timeout_s: float
     deadline_s: float
+    holder: str
     is_claimed: bool = False
     revoked: "Future[None] | None" = None
     """Set once nothing more is to be written; done when nothing is."""
@@ -116,8 +117,11 @@ class Reservations:
         held.deadline_s = self._clock() + held.timeout_s
         return held.answer
 
-    def open(self, reservation_id: str, token_ids: Items[int], timeout_s: float) -> Reservation:
-        """Take a slot with pages for the tokens, of which there must be enough. What is cached of them is shared."""
+    def open(self, reservation_id: str, token_ids: Items[int], timeout_s: float, holder: str = "") -> Reservation:
+        """Take a slot with pages for the tokens, of which there must be enough. What is cached of them is shared.
+
+        holder: see release_all.
+        """
         kv_cache = self._kv_cache
         chain = kv_cache.new_chain()
         chain.update(token_ids)
@@ -144,6 +148,7 @@ class Reservations:
             answer=answer,
             timeout_s=timeout_s,
             deadline_s=self._clock() + timeout_s,
+            holder=holder,
         )
         return answer
 
@@ -180,6 +185,13 @@ class Reservations:
             return None
         self._num_released += 1
         return self._give_up(reservation_id, held)
+
+    def release_all(self, holder: str) -> None:
+        """Give up what is the holder's and no request has claimed: it is gone, and comes for none of it."""
+        for reservation_id, held in list(self._held.items()):
+            if held.holder == holder and not held.is_claimed:
+                logger.info("reservation %s: who took it is gone", reservation_id)
+                self.release(reservation_id)
 
     def next_due_s(self) -> float | None:
         """Seconds until the next one times out; None where none is held."""

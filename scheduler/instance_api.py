@@ -19,6 +19,7 @@ from xllm_compile.scheduler.instance_runs import InstanceRuns
 from xllm_compile.scheduler.kv_stream import kv_messages
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 from xllm_compile.scheduler.service import Service
+from xllm_compile.scheduler.watchers import Watchers
 
 LOAD_PERIOD_S = 0.25
 _PERIODS_S = (0.02, 10.0)
@@ -36,6 +37,7 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
         self.info = info
         self._service = service
         self._engine = engine
+        self._watchers = Watchers(engine.release_all)
 
     async def GetInstanceInfo(self, request: Any, context: Any) -> Any:
         return info_message(self.info, is_ready=self._service.is_ready)
@@ -48,9 +50,10 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
     async def WatchLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
         wanted_s = request.period_ms / 1e3 or LOAD_PERIOD_S
         period_s = min(max(wanted_s, _PERIODS_S[0]), _PERIODS_S[1])
-        while True:
-            yield self._load()
-            await asyncio.sleep(period_s)
+        with self._watchers.watching(request.watcher):
+            while True:
+                yield self._load()
+                await asyncio.sleep(period_s)
 
     def _load(self) -> Any:
         ttft_s, tpot_s = self._service.latency.means(time.monotonic())
@@ -93,7 +96,7 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
             raise errors.invalid(
                 "reservation_id must be set; take a new one for each sequence.", param="reservation_id"
             )
-        found = await self._engine.reserve(request.reservation_id, request.token_ids, timeout_s)
+        found = await self._engine.reserve(request.reservation_id, request.token_ids, timeout_s, request.watcher)
         return xllm_pb2.Reservation(
             reservation_id=found.reservation_id,
             incarnation=self.info.incarnation,

@@ -183,10 +183,12 @@ class InstanceInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., transfers: _Optional[_Iterable[str]] = ..., host: _Optional[str] = ..., model_names: _Optional[_Iterable[str]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., version: _Optional[str] = ..., is_ready: _Optional[bool] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class WatchLoadRequest(_message.Message):
-    __slots__ = ("period_ms",)
+    __slots__ = ("period_ms", "watcher")
     PERIOD_MS_FIELD_NUMBER: _ClassVar[int]
+    WATCHER_FIELD_NUMBER: _ClassVar[int]
     period_ms: int
-    def __init__(self, period_ms: _Optional[int] = ...) -> None: ...
+    watcher: str
+    def __init__(self, period_ms: _Optional[int] = ..., watcher: _Optional[str] = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_decoding", "num_context_tokens", "num_offline", "kv_tokens_used", "ttft_s", "tpot_s", "is_draining", "profile", "incarnation", "num_offline_waiting_tokens", "num_offline_decoding", "num_offline_context_tokens", "counters")
@@ -299,18 +301,20 @@ class KvEvent(_message.Message):
     def __init__(self, tier: _Optional[_Union[KvTier, str]] = ..., is_removed: _Optional[bool] = ..., digests: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("reservation_id", "token_ids", "weights_key", "kv_layout", "timeout_ms")
+    __slots__ = ("reservation_id", "token_ids", "weights_key", "kv_layout", "timeout_ms", "watcher")
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_KEY_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    WATCHER_FIELD_NUMBER: _ClassVar[int]
     reservation_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     weights_key: str
     kv_layout: str
     timeout_ms: int
-    def __init__(self, reservation_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    watcher: str
+    def __init__(self, reservation_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., watcher: _Optional[str] = ...) -> None: ...
 
 class Reservation(_message.Message):
     __slots__ = ("reservation_id", "incarnation", "transfers", "token", "num_cached_tokens", "page_offsets", "page_bytes", "host", "num_tokens")

@@ -79,6 +79,19 @@ async def test_reserved_and_released(stub, engine):
     assert engine.stats().kv_tokens_used == 0
 
 
+async def test_what_a_gateway_reserved_ends_with_it(stub, engine, monkeypatch):
+    monkeypatch.setattr("xllm_compile.scheduler.watchers.GRACE_S", 0.0)
+    watch = stub.WatchLoad(xllm_pb2.WatchLoadRequest(watcher="gateway", period_ms=20), metadata=KEY)
+    await watch.read()
+    await reserve(stub, watcher="gateway")
+    await reserve(stub, reservation_id="other", watcher="another")
+    assert num_held(engine) == 2
+    watch.cancel()
+    await until(lambda: num_held(engine) == 1)
+    answer = await stub.Release(xllm_pb2.ReleaseRequest(reservation_id="other"), metadata=KEY)
+    assert answer.was_open
+
+
 async def test_the_key_and_the_fields_are_checked(stub, service):
     async def code(**fields):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
