@@ -55,14 +55,17 @@ class EngineAsleepError(RuntimeError):
 
 
 class RequestStream:
-    """Outputs of one request, for one consumer. Closing it before the end aborts the request."""
+    """Outputs of one request, for one consumer. Closing it before the end aborts the request.
+
+    Those that nobody has read yet are joined.
+    """
 
     def __init__(self, engine: "AsyncEngine", request: Request, mailbox: "_Mailbox") -> None:
         self.request_id = request.request_id
         self.prompt_token_ids = request.prompt_token_ids
         self._engine = engine
         self._mailbox = mailbox
-        self._keeps_last = request.params.output_kind is RequestOutputKind.CUMULATIVE
+        self._kind = request.params.output_kind
         self._items: deque[RequestOutput | BaseException] = deque()
         self._has_items = asyncio.Event()
         self._is_ended = False
@@ -94,9 +97,13 @@ class RequestStream:
     def _push(self, item: RequestOutput | BaseException) -> None:
         if self._is_ended:
             return
-        if self._keeps_last and isinstance(item, RequestOutput):
-            # A slow consumer of cumulative outputs has no use for the older ones.
-            self._items.clear()
+        if self._items and isinstance(item, RequestOutput):
+            # A consumer that fell behind catches up in one step, and what is held is one output.
+            held = self._items.pop()
+            assert isinstance(held, RequestOutput), "nothing comes behind an error"
+            if self._kind is RequestOutputKind.DELTA:
+                held.join(item)
+                item = held
         self._items.append(item)
         self._has_items.set()
 

@@ -34,6 +34,16 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it; None for end-of-sequence and length."""
 
+    def join(self, new: "CompletionOutput") -> None:
+        """Add what is new of the completion to what there is of it."""
+        self.text += new.text
+        self.token_ids = self.token_ids + new.token_ids
+        if new.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + new.logprobs
+        self.cumulative_logprob = new.cumulative_logprob
+        self.finish_reason = new.finish_reason
+        self.stop_reason = new.stop_reason
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVSent:
@@ -82,6 +92,21 @@ class RequestOutput:
     num_cached_tokens: int = 0
     num_kv_tokens: int | None = None
     """Of a request that was handed over: tokens from its start whose KV the receiver has."""
+
+    def join(self, new: "RequestOutput") -> None:
+        """Add the request's next output, where both have only what is new."""
+        held = {output.index: output for output in self.outputs}
+        for output in new.outputs:
+            if output.index in held:
+                held[output.index].join(output)
+            else:
+                self.outputs.append(output)
+        if new.prompt_logprobs is not None:
+            self.prompt_logprobs = new.prompt_logprobs
+        self.finished = new.finished
+        self.embedding = new.embedding
+        self.num_cached_tokens = new.num_cached_tokens
+        self.num_kv_tokens = new.num_kv_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,7 +38,7 @@ _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     # Gateways look after their connections in the same way (cluster/instance_link.py).
-    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 200),
     ("grpc.http2.max_pings_without_data", 0),
 )
 

@@ -16,7 +16,9 @@ class OutputStream:
     """Merges engine iterators, one per prompt; choice c of prompt p gets index p * n + c.
 
     Deltas that nobody has read yet are joined per choice, so what is held is at most what the request may generate
-    and a reader that fell behind catches up in one step. Leaving the context cancels whatever still runs.
+    and a reader that fell behind catches up in one step. A single iterator is read by the reader's own task, and joins
+    by itself (RequestStream, Run): a task between the two would cost each token a switch. Leaving the context ends
+    whatever still runs.
     """
 
     def __init__(
@@ -40,13 +42,16 @@ class OutputStream:
         """Per prompt, known before its first choice is read."""
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._pump(index, item)) for index, item in enumerate(self._iterators)]
+        if len(self._iterators) > 1:
+            self._tasks = [asyncio.create_task(self._pump(index, item)) for index, item in enumerate(self._iterators)]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         await cancel_all(self._tasks)
+        if not self._tasks:
+            await self._iterators[0].aclose()
 
     async def _pump(self, prompt_index: int, iterator: AsyncGenerator[RequestOutput, None]) -> None:
         try:
@@ -75,7 +80,7 @@ class OutputStream:
                 choice.index = index
                 self._pending[index] = choice
             else:
-                join_output(held, choice)
+                held.join(choice)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -94,18 +99,27 @@ class OutputStream:
                 raise self._error
             if self._num_running == 0:
                 raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
+            await self._wait()
         return self._pop()
 
     async def collect(self) -> list[CompletionOutput]:
         """Every choice in full, once all are finished. Raises ApiError of the first failure."""
         while self._num_running > 0 and self._error is None:
-            self._wake.clear()
-            await self._wake.wait()
+            await self._wait()
         if self._error is not None:
             raise self._error
         return self._pop()
+
+    async def _wait(self) -> None:
+        """Until there is something new, an end or an error."""
+        if self._tasks:
+            self._wake.clear()
+            await self._wake.wait()
+            return
+        try:
+            self._take(0, await anext(self._iterators[0]))
+        except StopAsyncIteration:
+            self._num_running = 0
 
     def _pop(self) -> list[CompletionOutput]:
         choices = [choice for _, choice in sorted(self._pending.items())]
@@ -114,14 +128,3 @@ class OutputStream:
             if choice.finish_reason == "abort" and self._abort_is_error:
                 raise errors.ApiError(errors.UNAVAILABLE, "The server ended this request early.", code="aborted")
         return choices
-
-
-def join_output(held: CompletionOutput, new: CompletionOutput) -> None:
-    """Add what is new of a completion to what there is of it."""
-    held.text += new.text
-    held.token_ids = held.token_ids + new.token_ids
-    if new.logprobs is not None:
-        held.logprobs = (held.logprobs or []) + new.logprobs
-    held.cumulative_logprob = new.cumulative_logprob
-    held.finish_reason = new.finish_reason
-    held.stop_reason = new.stop_reason

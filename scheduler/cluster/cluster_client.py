@@ -35,6 +35,8 @@ class SloDefaults:
             return params
         ttft_ms = self.ttft_ms if params.ttft_slo_ms is None else params.ttft_slo_ms
         tpot_ms = self.tpot_ms if params.tpot_slo_ms is None else params.tpot_slo_ms
+        if (ttft_ms, tpot_ms) == (params.ttft_slo_ms, params.tpot_slo_ms):
+            return params
         return replace(params, ttft_slo_ms=ttft_ms, tpot_slo_ms=tpot_ms)
 
 
@@ -151,28 +153,38 @@ def _refuse() -> NoReturn:
 
 
 async def _merge(completions: Sequence[Completion]) -> AsyncGenerator[CompletionOutput, None]:
-    """The outputs of all as they come. The first error ends them all."""
-    arrived: asyncio.Queue[CompletionOutput | Exception | None] = asyncio.Queue()
+    """The outputs of all as they come, those of one joined that nobody took yet. The first error ends them all."""
+    pending: dict[int, CompletionOutput] = {}
+    changed = asyncio.Event()
+    errors_found: list[Exception] = []
+    num_left = len(completions)
 
     async def pump(completion: Completion) -> None:
+        nonlocal num_left
         try:
             async with aclosing(completion.outputs()) as outputs:
                 async for output in outputs:
-                    arrived.put_nowait(output)
-            arrived.put_nowait(None)
+                    if output.index in pending:
+                        pending[output.index].join(output)
+                    else:
+                        pending[output.index] = output
+                    changed.set()
         except Exception as err:
-            arrived.put_nowait(err)
+            errors_found.append(err)
+        finally:
+            num_left -= 1
+            changed.set()
 
     tasks = [asyncio.create_task(pump(completion)) for completion in completions]
-    num_left = len(tasks)
     try:
-        while num_left:
-            item = await arrived.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_left -= 1
-            else:
-                yield item
+        while True:
+            while pending:
+                yield pending.pop(next(iter(pending)))
+            if errors_found:
+                raise errors_found[0]
+            if num_left == 0:
+                return
+            changed.clear()
+            await changed.wait()
     finally:
         await cancel_all(tasks)

@@ -12,10 +12,16 @@ from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestMetri
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.cluster import Cluster
-from xllm_compile.scheduler.cluster.generate_messages import count_metrics, embed_message, prompt_logprobs_of
-from xllm_compile.scheduler.cluster.instance_link import InstanceLink, InstanceLostError
+from xllm_compile.scheduler.cluster.generate_messages import (
+    completion_of,
+    count_metrics,
+    embed_message,
+    prompt_logprobs_of,
+)
+from xllm_compile.scheduler.cluster.instance_link import InstanceLink
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.prefix_fetch import Fetched, fetch_prefix
+from xllm_compile.scheduler.cluster.run import InstanceLostError
 from xllm_compile.scheduler.cluster.state import Fetch, InstanceInfo, Placement
 from xllm_compile.scheduler.cluster.token_log import TokenLog
 from xllm_compile.scheduler.proto import xllm_pb2
@@ -168,14 +174,18 @@ class Completion:
                 request.hand_over.reservation.CopyFrom(self._next.reservation)
             while True:
                 is_handed_over, num_kv_tokens = False, 0
-                async with aclosing(self._run(link, request, span, name)) as responses:
-                    async for response in responses:
-                        if claimed is not None and not _is_aborted(response):
+                async with aclosing(self._run(link, request, span, name)) as arrivals:
+                    async for new, arrived_s in arrivals:
+                        if claimed is not None and not _is_aborted(new):
                             # The sequence has the slot, or found none.
                             claimed = None
-                        is_handed_over, num_kv_tokens = _is_handed_over(response), response.num_kv_tokens
-                        for output in self._take(response):
-                            yield output
+                        if isinstance(new, CompletionOutput):
+                            yield self._take(new, arrived_s)
+                            continue
+                        is_handed_over, num_kv_tokens = _is_handed_over(new), new.num_kv_tokens
+                        self._note_response(new)
+                        for choice in new.choices:
+                            yield self._take(completion_of(choice, self.index), arrived_s)
                 if not is_handed_over:
                     return
                 assert self._next is not None, "an instance hands over what it was told to"
@@ -235,8 +245,8 @@ class Completion:
         link.hand_over(name, reservation)
 
     async def _run(self, link: InstanceLink, request: Any, parent: Span, name: str) -> AsyncGenerator[Any, None]:
-        """Responses of the instance. Raises _TryElsewhereError where it is lost, refuses or ends the request early,
-        _AbortedError.
+        """What comes of the instance (Run.next), and when it came. Raises _TryElsewhereError where it is lost, refuses
+        or ends the request early, _AbortedError.
         """
         if self._is_aborted:
             raise _AbortedError
@@ -248,11 +258,11 @@ class Completion:
                 link.run(request, span.carrier) as run,
             ):
                 while not run.is_over:
-                    response = await run.next()
-                    if run.is_over and _is_aborted(response) and not self._is_aborted:
+                    new = await run.next()
+                    if run.is_over and _is_aborted(new) and not self._is_aborted:
                         # It is left out of the log: its text may be cut where the next token changes it.
                         raise InstanceLostError(f"{link.info.name}: it ended the request early")
-                    yield response
+                    yield new, run.arrived_s
         finally:
             self._running = None
 
@@ -300,30 +310,28 @@ class Completion:
             self._note_refusal(link, err)
             raise _TryElsewhereError from err
 
-    def _take(self, response: Any) -> list[CompletionOutput]:
-        outputs = []
-        for choice in response.choices:
-            output = self._log.take(choice)
-            outputs.append(output)
-            if output.token_ids:
-                self._note_token()
+    def _take(self, output: CompletionOutput, arrived_s: float) -> CompletionOutput:
+        if output.token_ids:
+            self._note_token(arrived_s)
+        return self._log.take(output)
+
+    def _note_response(self, response: Any) -> None:
+        """What it has beside tokens."""
         if response.prompt_logprobs:
             self.prompt_logprobs = prompt_logprobs_of(response.prompt_logprobs)
         if response.HasField("usage"):
             self.num_cached_tokens = max(self.num_cached_tokens, response.usage.cached_tokens)
             if response.HasField("metrics"):
                 self._take_metrics(response.metrics)
-        return outputs
 
-    def _note_token(self) -> None:
+    def _note_token(self, arrived_s: float) -> None:
         self._is_begun = True
-        now = time.monotonic()
         if self._metrics.first_token_s is None:
-            self._metrics.first_token_s = now
+            self._metrics.first_token_s = arrived_s
         if self._awaits_token:
             self._awaits_token = False
             self._placer.first_token(self._key)
-        self._metrics.last_token_s = now
+        self._metrics.last_token_s = arrived_s
         self._num_losses = 0
 
     def _take_metrics(self, message: Any) -> None:
@@ -397,5 +405,8 @@ def _is_handed_over(response: Any) -> bool:
     return any(choice.finish_reason == xllm_pb2.FINISH_REASON_HANDED_OVER for choice in response.choices)
 
 
-def _is_aborted(response: Any) -> bool:
-    return any(choice.finish_reason == xllm_pb2.FINISH_REASON_ABORT for choice in response.choices)
+def _is_aborted(new: Any) -> bool:
+    """Of what Run.next gave."""
+    if isinstance(new, CompletionOutput):
+        return False
+    return any(choice.finish_reason == xllm_pb2.FINISH_REASON_ABORT for choice in new.choices)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,7 @@ from xllm_compile.scheduler.cluster.generate_messages import api_error
 from xllm_compile.scheduler.cluster.instance_messages import load_of
 from xllm_compile.scheduler.cluster.kv_index import KVIndex
 from xllm_compile.scheduler.cluster.kv_watch import watch_kv
+from xllm_compile.scheduler.cluster.run import InstanceLostError, Run
 from xllm_compile.scheduler.cluster.state import InstanceInfo, InstanceLoad
 from xllm_compile.scheduler.grpc_errors import api_error_of
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
@@ -38,15 +39,12 @@ _NO_TRACE: Mapping[str, str] = MappingProxyType({})
 _CHANNEL_OPTIONS = (
     *RECONNECT_OPTIONS,
     ("grpc.max_receive_message_length", 64 << 20),
-    # A connection whose other end vanished without a word gives way to a new one (grpc_api.py permits the pings).
-    ("grpc.keepalive_time_ms", 2_000),
-    ("grpc.keepalive_timeout_ms", 3_000),
+    # A connection whose other end vanished without a word ends long before SILENCE_S: reports keep it from being quiet,
+    # and gRPC's own threads answer a ping where Python has no time for a report (grpc_api.py permits the pings).
+    ("grpc.keepalive_time_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
-
-
-class InstanceLostError(Exception):
-    """The instance is gone, or does not answer. What a request had until then is with its caller."""
 
 
 class InstanceLink:
@@ -73,6 +71,7 @@ class InstanceLink:
         """Whether it reports."""
         self.holder = None if kv is None else kv.add(info.name)
         """What of the index is this instance's."""
+        self._watcher = uuid.uuid4().hex
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._credentials = credentials
         self._on_report = on_report
@@ -80,6 +79,8 @@ class InstanceLink:
         self._is_closed = False
         self._runs: dict[str, Run] = {}
         self._stream: _Stream | None = None
+        self._calls: set[Any] = set()
+        """Those that end with InstanceLostError when it is lost."""
         self._tasks: list[asyncio.Task[None]] = []
         self._num_silences = 0
         """Parts of SILENCE_S since the last report."""
@@ -112,12 +113,16 @@ class InstanceLink:
     # `trace` is the carrier of a span (tracing.py).
     async def embed(self, request: Any, trace: Mapping[str, str] = _NO_TRACE) -> Any:
         """The answer to an EmbedRequest. Raises ApiError where the instance refuses, InstanceLostError."""
-        return await self._call(self._inference.Embed, request, trace)
+        return await self._ask(self._inference.Embed, request, trace)
 
     async def reserve(self, request: Any, trace: Mapping[str, str] = _NO_TRACE) -> Any:
-        """The Reservation for a ReserveRequest. Raises ApiError where the instance refuses, InstanceLostError."""
+        """The Reservation for a ReserveRequest. Raises ApiError where the instance refuses, InstanceLostError.
+
+        It is given up where this gateway goes without a word.
+        """
+        request.watcher = self._watcher
         try:
-            return await self._call(self._instance.Reserve, request, trace, timeout=_CALL_TIMEOUT_S)
+            return await self._ask(self._instance.Reserve, request, trace, timeout=_CALL_TIMEOUT_S)
         except (InstanceLostError, asyncio.CancelledError):
             # It may have been made all the same, and nobody will come for it.
             self.release(request.reservation_id)
@@ -125,7 +130,7 @@ class InstanceLink:
 
     async def send_prefix(self, request: Any, timeout_s: float, trace: Mapping[str, str] = _NO_TRACE) -> Any:
         """The SendPrefixResponse. Raises ApiError where the instance refuses, InstanceLostError, also when late."""
-        return await self._call(self._instance.SendPrefix, request, trace, timeout=timeout_s)
+        return await self._ask(self._instance.SendPrefix, request, trace, timeout=timeout_s)
 
     def release(self, reservation_id: str) -> None:
         """Give the reservation up, in the background. One that a request has taken over stays that request's."""
@@ -136,12 +141,28 @@ class InstanceLink:
         request = xllm_pb2.ReleaseRequest(reservation_id=reservation_id)
         # An instance that does not answer now may do so before the reservation has timed out.
         with contextlib.suppress(InstanceLostError, errors.ApiError):
-            await self._call(self._instance.Release, request, timeout=_RELEASE_TIMEOUT_S, wait_for_ready=True)
+            self._check_open()
+            options: dict[str, Any] = {"metadata": self._metadata, "timeout": _RELEASE_TIMEOUT_S}
+            await self._answer(self._instance.Release(request, wait_for_ready=True, **options))
 
-    async def _call(self, method: Any, request: Any, trace: Mapping[str, str] = _NO_TRACE, **options: Any) -> Any:
+    async def _ask(self, method: Any, request: Any, trace: Mapping[str, str] = _NO_TRACE, **options: Any) -> Any:
+        """The answer, unless the instance is lost before."""
         self._check_open()
+        call = method(request, metadata=(*self._metadata, *trace.items()), **options)
+        self._calls.add(call)
         try:
-            return await method(request, metadata=(*self._metadata, *trace.items()), **options)
+            return await self._answer(call)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if call in self._calls or (task is not None and task.cancelling()):
+                raise
+            raise InstanceLostError(f"{self.info.name}: it was lost before it answered") from None
+        finally:
+            self._calls.discard(call)
+
+    async def _answer(self, call: Any) -> Any:
+        try:
+            return await call
         except grpc.aio.AioRpcError as err:
             error = api_error_of(err)
             if error is None:
@@ -149,7 +170,7 @@ class InstanceLink:
             raise error from err
 
     @contextlib.contextmanager
-    def run(self, request: Any, trace: Mapping[str, str] = _NO_TRACE) -> Iterator["Run"]:
+    def run(self, request: Any, trace: Mapping[str, str] = _NO_TRACE) -> Iterator[Run]:
         """A GenerateRequest there; leaving it before it is over cancels it. Raises InstanceLostError."""
         self._check_open()
         run = Run()
@@ -181,8 +202,7 @@ class InstanceLink:
         """End a request of `run` here: its last response says so."""
         run = self._runs.get(name)
         if run is not None:
-            aborted = xllm_pb2.Choice(finish_reason=xllm_pb2.FINISH_REASON_ABORT)
-            run.put(xllm_pb2.GenerateResponse(request_id=name, choices=[aborted], usage=xllm_pb2.Usage()))
+            run.abort(name)
             self._cancel(name)
 
     def _cancel(self, name: str) -> None:
@@ -225,7 +245,7 @@ class InstanceLink:
             self._lose_stream(stream, reason)
 
     async def _watch_load(self) -> None:
-        request = xllm_pb2.WatchLoadRequest(period_ms=LOAD_PERIOD_MS)
+        request = xllm_pb2.WatchLoadRequest(period_ms=LOAD_PERIOD_MS, watcher=self._watcher)
         while True:
             reason = "it ended the reports"
             try:
@@ -272,6 +292,9 @@ class InstanceLink:
             self.is_up = False
             self._on_report(self)
         self._lose_stream(self._stream, reason)
+        calls, self._calls = self._calls, set()
+        for call in calls:
+            call.cancel()
 
     def _lose_stream(self, stream: "_Stream | None", reason: str) -> None:
         if stream is None or stream is not self._stream:
@@ -297,35 +320,6 @@ class _Stream:
         self.call = call
         self.outbox: asyncio.Queue[Any] = asyncio.Queue()
         self.tasks: list[asyncio.Task[None]] = []
-
-
-class Run:
-    """What arrives for one request."""
-
-    def __init__(self) -> None:
-        self.is_over = False
-        """Its last response was read, or it was refused."""
-        self._items: deque[Any] = deque()
-        self._has_items = asyncio.Event()
-
-    def put(self, item: Any) -> None:
-        self._items.append(item)
-        self._has_items.set()
-
-    def fail(self, error: Exception) -> None:
-        self.put(error)
-
-    async def next(self) -> Any:
-        """The next GenerateResponse. Raises ApiError where the instance refuses, InstanceLostError."""
-        while not self._items:
-            self._has_items.clear()
-            await self._has_items.wait()
-        item = self._items.popleft()
-        if isinstance(item, Exception):
-            self.is_over = not isinstance(item, InstanceLostError)
-            raise item
-        self.is_over = item.HasField("usage")
-        return item
 
 
 def _reason(err: Exception) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xllm_compile.scheduler import errors
-from xllm_compile.scheduler.cluster.instance_link import InstanceLink, InstanceLostError
+from xllm_compile.scheduler.cluster.instance_link import InstanceLink
 from xllm_compile.scheduler.cluster.placer import Placer
+from xllm_compile.scheduler.cluster.run import InstanceLostError
 from xllm_compile.scheduler.cluster.state import Fetch
 from xllm_compile.scheduler.cluster.stats import ClusterStats
 from xllm_compile.scheduler.proto import xllm_pb2

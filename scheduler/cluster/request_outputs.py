@@ -9,7 +9,6 @@ import numpy as np
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.scheduler.cluster.completion import Completion
-from xllm_compile.scheduler.output_stream import join_output
 
 
 class RequestOutputs:
@@ -43,7 +42,7 @@ class RequestOutputs:
             if held is None:
                 self._held[output.index] = output
             else:
-                join_output(held, output)
+                held.join(output)
             if self._kind is RequestOutputKind.FINAL_ONLY and not is_finished:
                 return None
             outputs = [replace(each) for _, each in sorted(self._held.items())]

@@ -7,7 +7,7 @@ from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.runtime.outputs import CompletionOutput
 from xllm_compile.runtime.resume import Resume, check_resume
 from xllm_compile.runtime.sampling_params import SamplingParams
-from xllm_compile.scheduler.cluster.generate_messages import completion_of, generate_message
+from xllm_compile.scheduler.cluster.generate_messages import generate_message
 from xllm_compile.scheduler.cluster.state import RequestShape
 from xllm_compile.scheduler.proto import xllm_pb2
 
@@ -91,9 +91,9 @@ class TokenLog:
             message.sampling.ClearField("prompt_logprobs")
         return message
 
-    def take(self, choice: Any) -> CompletionOutput:
-        """What is new with this Choice."""
-        output = completion_of(choice, self.index)
+    def take(self, output: CompletionOutput) -> CompletionOutput:
+        """What is new, as this completion's."""
+        output.index = self.index
         self.token_ids += output.token_ids
         self._num_text_chars += len(output.text)
         if output.logprobs is not None:

@@ -49,7 +49,10 @@ def byte_tokenizer(generation_defaults: dict[str, float] | None = None, template
 
 
 class CountingRunner:
-    """The next byte gets logit 10, the one after it 5; `gate` cleared makes the model wait before a step."""
+    """The next byte gets logit 10, the one after it 5; `gate` cleared makes the model wait before a step.
+
+    `closes_after`: it clears its gate by itself with so many steps done.
+    """
 
     vocab_size = VOCAB_SIZE
     max_model_len = MAX_MODEL_LEN
@@ -61,6 +64,7 @@ class CountingRunner:
         self.gate = threading.Event()
         self.gate.set()
         self.num_steps = 0
+        self.closes_after = -1
         self.error: Exception | None = None
 
     def execute(self, step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
@@ -71,6 +75,8 @@ class CountingRunner:
         if self.error is not None:
             raise self.error
         self.num_steps += 1
+        if self.num_steps == self.closes_after:
+            self.gate.clear()
         self._pooled = torch.tensor([[3.0, 4.0, float(token)] for token in step.token_ids[step.pool_at]])
         last = torch.from_numpy(step.token_ids[step.logits_at]).long()
         logits = torch.zeros(len(last), VOCAB_SIZE)

@@ -49,10 +49,11 @@ async def settle():
 
 async def test_what_nobody_read_is_joined():
     more = asyncio.Event()
-    steps = [output(choice(0, "a", [1])), output(choice(1, "x", [9])), output(choice(0, "b", [2], "stop")), more]
-    async with OutputStream(
-        [play(*steps, output(choice(1, "y", [8], "length"), finished=True, cached=3))], 2
-    ) as stream:
+    first_prompt = play(output(choice(0, "a", [1])), output(choice(0, "b", [2], "stop"), finished=True, cached=1))
+    second_prompt = play(
+        output(choice(0, "x", [9])), more, output(choice(0, "y", [8], "length"), finished=True, cached=2)
+    )
+    async with OutputStream([first_prompt, second_prompt], 1) as stream:
         await settle()
         first, second = await anext(stream)
         assert (first.index, first.text, first.token_ids, first.finish_reason) == (0, "ab", [1, 2], "stop")
@@ -67,14 +68,30 @@ async def test_what_nobody_read_is_joined():
 
 
 async def test_an_endless_engine_and_a_reader_that_stopped_hold_one_choice():
-    steps = [output(choice(0, "a", [1])) for _ in range(1000)]
-    async with OutputStream([play(*steps)], 1) as stream:
+    """Of each prompt. A single one waits where its outputs come from, which joins them: RequestStream and Run."""
+    prompts = [play(*(output(choice(0, "a", [1])) for _ in range(1000))) for _ in range(2)]
+    async with OutputStream(prompts, 1) as stream:
         await settle()
         while stream._num_running:
             await asyncio.sleep(0)
-        assert len(stream._pending) == 1
-        (held,) = await anext(stream)
-        assert held.text == "a" * 1000
+        assert len(stream._pending) == 2
+        assert [held.text for held in await anext(stream)] == ["a" * 1000] * 2
+
+
+async def test_a_single_prompt_is_read_as_its_reader_goes():
+    taken = []
+
+    async def engine():
+        for index in range(3):
+            taken.append(index)
+            yield output(choice(0, "a", [1]), finished=index == 2)
+
+    async with OutputStream([engine()], 1) as stream:
+        await settle()
+        assert not taken
+        assert [held.text for held in await anext(stream)] == ["a"]
+        assert taken == [0]
+        assert [held.text for held in await stream.collect()] == ["aa"]
 
 
 async def test_choices_of_several_prompts_are_numbered_on():

@@ -10,8 +10,8 @@ import pytest
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams, embedding_params
 from xllm_compile.scheduler.cluster.completion import FailoverConfig
-from xllm_compile.scheduler.cluster.instance_link import InstanceLostError
 from xllm_compile.scheduler.cluster.placer import Placer
+from xllm_compile.scheduler.cluster.run import InstanceLostError
 from xllm_compile.scheduler.cluster.state import Health
 from xllm_compile.scheduler.errors import ApiError, queue_full
 from xllm_compile.scheduler.proto import xllm_pb2
@@ -267,6 +267,8 @@ class Interrupted:
 
     def __init__(self, cluster, **fields):
         self.cluster = cluster
+        for instance in cluster.instances.values():
+            instance.runner.closes_after = instance.runner.num_steps + 4
         self.outputs: list[Any] = []
         self.task = asyncio.create_task(self._generate(fields))
 
@@ -274,18 +276,15 @@ class Interrupted:
         async with aclosing(self.cluster.client.generate("r", list(b"ab"), params_of(**fields))) as outputs:
             async for output in outputs:
                 self.outputs.append(output)
-                if len(self.outputs) == 3:
-                    self._stop_the_instance()
         return self.outputs
-
-    def _stop_the_instance(self):
-        for instance in self.cluster.instances.values():
-            instance.runner.gate.clear()
 
     async def begun(self):
         """The name of the instance, and of another."""
-        while len(self.outputs) < 3:
+        while len(ids_of(self.outputs)) < 3:
             await asyncio.sleep(0.005)
+        for instance in self.cluster.instances.values():
+            instance.runner.closes_after = -1
+            instance.runner.gate.clear()
         names = sorted(self.cluster.instances, key=lambda name: not running(self.cluster, name))
         return names[0], names[1]
 

@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 
 import grpc.aio
 import pytest
@@ -6,8 +7,9 @@ import pytest
 from tests.scheduler.cluster.cluster_fixtures import FakeInstance
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler.cluster.generate_messages import generate_message
-from xllm_compile.scheduler.cluster.instance_link import InstanceLink, InstanceLostError
-from xllm_compile.scheduler.proto import xllm_pb2_grpc
+from xllm_compile.scheduler.cluster.instance_link import InstanceLink
+from xllm_compile.scheduler.cluster.run import InstanceLostError
+from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 
 
 class DeafServicer(xllm_pb2_grpc.InstanceServicer):
@@ -16,6 +18,9 @@ class DeafServicer(xllm_pb2_grpc.InstanceServicer):
     async def Run(self, request_iterator, context):
         await asyncio.Event().wait()
         yield
+
+    async def Reserve(self, request, context):
+        await asyncio.Event().wait()
 
     async def WatchLoad(self, request, context):
         await asyncio.Event().wait()
@@ -29,9 +34,9 @@ async def deaf_link():
     instance = FakeInstance("deaf")
     await instance.start()
     await instance.stop()
-    instance.port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    link = InstanceLink(instance.info)
+    link = InstanceLink(replace(instance.info, address=f"127.0.0.1:{port}"))
     await link.start()
     yield link
     await link.close()
@@ -43,6 +48,20 @@ async def first_response(link, name):
     request = generate_message(name, [1] * 500_000, SamplingParams(), None)
     with link.run(request) as run:
         await run.next()
+
+
+async def test_a_call_does_not_outlast_the_loss_of_its_instance(deaf_link):
+    """It is not found out for each call anew, by its own time."""
+    asked = asyncio.create_task(deaf_link.reserve(xllm_pb2.ReserveRequest(reservation_id="r")))
+    given_up = asyncio.create_task(deaf_link.reserve(xllm_pb2.ReserveRequest(reservation_id="s")))
+    while len(deaf_link._calls) < 2:
+        await asyncio.sleep(0.005)
+    given_up.cancel()
+    deaf_link._lose("it stands still")
+    with pytest.raises(InstanceLostError, match="deaf: it was lost before it answered"):
+        await asyncio.wait_for(asked, 10)
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
 
 
 async def test_a_request_that_cannot_be_written_is_lost_with_the_instance(deaf_link):
