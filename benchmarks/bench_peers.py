@@ -29,6 +29,7 @@ from xllm_compile.benchmarks.server_process import ServerProcess
 from xllm_compile.benchmarks.timing import summarise
 
 SERVE = "xllm-serve"
+_ALL_CASES = (*(case.name for case in CASES), OFFLINE)
 _START_TOKENS = 32
 
 Results = Mapping[str, Mapping[str, Found]]
@@ -114,8 +115,9 @@ def ratios(found: Results, engines: Mapping[str, Sequence[Contestant]]) -> dict[
                 by_engine = best.setdefault(case, {})
                 by_engine[engine.engine] = max(of[engine.name].median(case), by_engine.get(engine.engine, 0.0))
         table[precision] = {
-            case: {peer: rates[OURS] / rate for peer, rate in rates.items() if peer != OURS}
-            for case, rates in best.items()
+            case: {peer: best[case][OURS] / rate for peer, rate in best[case].items() if peer != OURS}
+            for case in _ALL_CASES
+            if case in best
         }
     return table
 
@@ -208,10 +210,9 @@ def _serve_start(artifact: Path, prompt: list[int]) -> float:
 
 
 def _show(shape: Shape, precision: str, found: Mapping[str, Found]) -> None:
-    cases = [*(case.name for case in CASES), OFFLINE]
     rows = [
         (f"{case}, tok/s", *(f"{one.median(case):.1f}" if case in one.rates else "" for one in found.values()))
-        for case in cases
+        for case in _ALL_CASES
         if any(case in one.rates for one in found.values())
     ]
     rows.append(("peak resident memory, MiB", *(f"{one.peak_bytes / 2**20:.0f}" for one in found.values())))
