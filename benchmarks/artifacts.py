@@ -26,13 +26,23 @@ def compile_model(
 
 
 def artifact_of_shape(
-    shape: Shape, work_dir: Path, *, seed: int, dtype: str = "bfloat16", quantize: str = "none"
+    shape: Shape,
+    work_dir: Path,
+    *,
+    seed: int,
+    dtype: str = "bfloat16",
+    quantize: str = "none",
+    kv_cache_dtype: str = "auto",
 ) -> tuple[Path, Manifest]:
     """The artifact of a checkpoint of this shape, up to date with the sources; built only where it is not. ``quantize``
     is a scheme of --quantize, for layers and head."""
     precision = dtype if quantize == "none" else f"{dtype}-{quantize}"
+    if kv_cache_dtype != "auto":
+        precision += f"-kv-{kv_cache_dtype}"
     output = work_dir / "artifacts" / f"{shape.name}-{precision}-seed{seed}.xllm"
-    options = ["--dtype", dtype] + (["--quantize", quantize, "--quantize-head"] if quantize != "none" else [])
+    options = ["--dtype", dtype, "--kv-cache-dtype", kv_cache_dtype]
+    if quantize != "none":
+        options += ["--quantize", quantize, "--quantize-head"]
     compile_model(checkpoint(shape, work_dir, seed=seed), output, options)
     return output, read_manifest(output)
 

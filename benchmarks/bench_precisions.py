@@ -1,7 +1,7 @@
 """Prefill and decode at every precision against the machine's limits: bytes that a step reads, products that it makes.
 
 Each precision is an artifact of its own with layers and head rounded; all run in turns, the limits around each. A
-decode step reads all weights and the KV of its contexts, which is bfloat16 at every precision.
+decode step reads all weights and the KV of its contexts, which is bfloat16 but where the precision says int8.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,17 @@ from xllm_compile.benchmarks.timing import summarise
 from xllm_compile.models.config import DecoderConfig
 from xllm_compile.runtime.artifact import Manifest
 
-# Scheme of --quantize, and share of read bandwidth that decode at batch 1 is to reach.
-PRECISIONS = {"none": ">= 0.9", "int8": ">= 0.85", "int4": ">= 0.75", "int8-dynamic": ""}
+# Ends the name of a precision whose KV cache is int8; what comes before is its scheme of --quantize.
+INT8_KV = ", KV int8"
+# Share of read bandwidth that decode at batch 1 is to reach.
+PRECISIONS = {
+    "none": ">= 0.9",
+    "int8": ">= 0.85",
+    "int4": ">= 0.75",
+    "int8-dynamic": "",
+    f"none{INT8_KV}": "",
+    f"int4{INT8_KV}": "",
+}
 DECODE = Case(name="decode batch 1, context 128", num_seqs=1, prompt_tokens=128, num_tokens=48)
 LONG = Case(name="decode batch 1, context 2048", num_seqs=1, prompt_tokens=2048, num_tokens=32)
 WIDE = Case(name="decode batch 32, context 128", num_seqs=32, prompt_tokens=128, num_tokens=12)
@@ -45,13 +54,18 @@ def run_precisions(
     artifacts = {}
     for precision in PRECISIONS:
         say(f"building {shape.name}, {precision}")
-        artifacts[precision] = artifact_of_shape(shape, work_dir, seed=seed, quantize=precision)
+        scheme = precision.removesuffix(INT8_KV)
+        kv_cache_dtype = "auto" if scheme == precision else "int8"
+        artifacts[precision] = artifact_of_shape(
+            shape, work_dir, seed=seed, quantize=scheme, kv_cache_dtype=kv_cache_dtype
+        )
     figures = _measure(shape, {name: path for name, (path, _) in artifacts.items()}, rounds=rounds, seed=seed)
     manifests = {name: manifest for name, (_, manifest) in artifacts.items()}
     raw = {
         "shape": shape.hf_config(),
         "cases": [asdict(case) for case in CASES],
         "weights_bytes": {name: manifest.memory_plan["weights_bytes"] for name, manifest in manifests.items()},
+        "kv_bytes_per_token": {name: each.memory_plan["kv_bytes_per_token"] for name, each in manifests.items()},
         "tokens_per_s": {name: {case: found.to_json() for case, found in of.items()} for name, of in figures.items()},
     }
     _show(shape, figures)
@@ -122,8 +136,14 @@ def _bars(figures: Figures, manifests: Mapping[str, Manifest]) -> list[Bar]:
         for name in list(PRECISIONS)[1:]:
             is_promised = (name, case) == ("int8-dynamic", PREFILL)
             ratio = _median(figures[name][case.name]) / _median(figures["none"][case.name])
-            what = f"{name}, {case.name}: against bfloat16"
+            what = f"{_label(name)}, {case.name}: against bfloat16"
             bars.append(Bar(what=what, value=ratio, unit="x", bar=">= 1.6" if is_promised else ""))
+    for name in (name for name in PRECISIONS if name.endswith(INT8_KV)):
+        base = name.removesuffix(INT8_KV)
+        for case, bar in ((LONG, "> 1"), (LONG_PREFILL, "")):
+            ratio = _median(figures[name][case.name]) / _median(figures[base][case.name])
+            what = f"{_label(name)}, {case.name}: against KV in bfloat16"
+            bars.append(Bar(what=what, value=ratio, unit="x", bar=bar))
     return bars
 
 
@@ -139,7 +159,7 @@ def _median(found: LimitedRates) -> float:
 
 
 def _label(precision: str) -> str:
-    return "bfloat16" if precision == "none" else precision
+    return precision.replace("none", "bfloat16")
 
 
 def _show(shape: Shape, figures: Figures) -> None:

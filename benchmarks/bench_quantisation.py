@@ -25,9 +25,10 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "int8": ("--quantize", "int8"),
     "int8-dynamic": ("--quantize", "int8-dynamic"),
     "int4, groups of 32": ("--quantize", "int4"),
+    "int8 KV cache": ("--kv-cache-dtype", "int8"),
 }
 # Most a scheme may lose against bfloat16, in bits per byte.
-MAX_LOSS = {"int8": 0.002, "int8-dynamic": 0.005, "int4, groups of 32": 0.015}
+MAX_LOSS = {"int8": 0.002, "int8-dynamic": 0.005, "int4, groups of 32": 0.015, "int8 KV cache": 0.002}
 # Windows as in models/demo/evaluate.py, which measured the float32 model.
 WINDOW, STRIDE = 2048, 1024
 CHUNK = 512
@@ -40,7 +41,7 @@ def run_quantisation(work_dir: Path, results: Path, command: Sequence[str], *, e
     tokenizer = Tokenizer.from_directory(DEMO_MODEL)
     bits, manifests = {}, {}
     for name, options in SCHEMES.items():
-        artifact = work_dir / "artifacts" / f"demo-code-{name.partition(',')[0]}.xllm"
+        artifact = work_dir / "artifacts" / f"demo-code-{name.partition(',')[0].replace(' ', '-')}.xllm"
         say(f"{name}: compiling")
         shapes = ["--dtype", "bfloat16", "--buckets", str(CHUNK), "--max-num-batched-tokens", str(CHUNK)]
         compile_model(DEMO_MODEL, artifact, [*shapes, *options])
@@ -56,10 +57,11 @@ def run_quantisation(work_dir: Path, results: Path, command: Sequence[str], *, e
             f"{bits[name] - bits['bfloat16']:+.4f}",
             f"{matrices[name] / matrices['bfloat16']:.3f}",
             f"{manifests[name].memory_plan['weights_bytes'] / 1e6:.2f}",
+            str(manifests[name].memory_plan["kv_bytes_per_token"]),
         )
         for name in SCHEMES
     ]
-    columns = ("weights", "bits per byte", "loss", "layer matrices", "all weights, MB")
+    columns = ("scheme", "bits per byte", "loss", "layer matrices", "all weights, MB", "KV, bytes/token")
     show_table(f"demo-code, {num_bytes} held-out bytes", columns, rows)
     raw = {
         "held_out_files": len(held_out),
@@ -73,6 +75,7 @@ def run_quantisation(work_dir: Path, results: Path, command: Sequence[str], *, e
                 "manifest": manifests[name].quantisation,
                 "layer_matrix_bytes": matrices[name],
                 "weights_bytes": manifests[name].memory_plan["weights_bytes"],
+                "kv_bytes_per_token": manifests[name].memory_plan["kv_bytes_per_token"],
             }
             for name in SCHEMES
         },
@@ -85,7 +88,8 @@ def _bars(bits: dict[str, float], matrices: dict[str, int]) -> list[Bar]:
     for name, limit in MAX_LOSS.items():
         loss, smaller = bits[name] - bits["bfloat16"], matrices["bfloat16"] / matrices[name]
         bars.append(Bar(what=f"{name}: loss against bfloat16", value=loss, unit="bits/byte", bar=f"<= {limit}"))
-        bars.append(Bar(what=f"{name}: layer matrices smaller by", value=smaller, unit="times"))
+        if smaller > 1:
+            bars.append(Bar(what=f"{name}: layer matrices smaller by", value=smaller, unit="times"))
     return bars
 
 
@@ -93,12 +97,12 @@ def _open(root: Path, manifest: Manifest) -> CompiledModelRunner:
     """The artifact's graphs over a cache of one sequence."""
     native.load_kernels(root / cpu_kernels(root, manifest).path)
     model = manifest.model
-    shape = (1, WINDOW, 2, model.num_kv_heads, model.head_dim)
+    shape = (1, WINDOW, *model.kv_layer_shape)
     return CompiledModelRunner(
         root,
         manifest,
         map_weights(root / manifest.weights[0].path),
-        [torch.zeros(shape, dtype=getattr(torch, model.dtype)) for _ in range(model.num_layers)],
+        [torch.zeros(shape, dtype=getattr(torch, model.kv_cache_dtype)) for _ in range(model.num_layers)],
         max_model_len=WINDOW,
         max_num_seqs=1,
         max_num_batched_tokens=CHUNK,

@@ -75,10 +75,10 @@ class TimedModel:
             max((case[slot][1] for case in cases if len(case) > slot), default=0)
             for slot in range(max(map(len, cases)))
         ]
-        shape = (len(lengths), max(lengths), 2, model.num_kv_heads, model.head_dim)
+        shape = (len(lengths), max(lengths), *model.kv_layer_shape)
         caches = []
         for _ in range(model.num_layers):
-            cache = torch.empty(shape, dtype=getattr(torch, model.dtype))
+            cache = torch.empty(shape, dtype=getattr(torch, model.kv_cache_dtype))
             for slot, length in enumerate(lengths):
                 # Pages that were never written all read as one page of zeros, from the cache.
                 cache[slot, :length] = 0.01

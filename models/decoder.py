@@ -23,6 +23,7 @@ from xllm_compile.models.config import DecoderConfig
 from xllm_compile.models.rope import cos_sin, rope_constants
 from xllm_compile.models.tensor_parallel import RankShape, rank_shape
 from xllm_compile.runtime.ops.collectives import all_reduce
+from xllm_compile.runtime.ops.kv_rows import row_width
 from xllm_compile.runtime.ops.spec import Shard, TensorSpec
 
 MODEL_DTYPE = "model"
@@ -52,16 +53,24 @@ class Region:
     """Weights of which a rank holds a part."""
 
 
-def build_regions(config: DecoderConfig, tensor_parallel_size: int = 1) -> list[Region]:
+def build_regions(
+    config: DecoderConfig, tensor_parallel_size: int = 1, kv_cache_dtype: str = MODEL_DTYPE
+) -> list[Region]:
     """Embed, one region per kind of layer in order of first use, head; the same for every rank.
 
+    ``kv_cache_dtype`` is int8 or the model's own.
     Raises TensorParallelError when the model cannot be cut into that many parts.
     """
     shape = rank_shape(config, tensor_parallel_size)
     kinds: dict[int, list[int]] = {}
     for layer, window in enumerate(config.layer_windows):
         kinds.setdefault(window, []).append(layer)
-    layers = [_layer_region(config, shape, window, tuple(numbers)) for window, numbers in kinds.items()]
+    cache = TensorSpec(
+        name="kv_cache",
+        shape=("L", "M", 2, shape.num_kv_heads, row_width(config.head_dim, is_int8=kv_cache_dtype == "int8")),
+        dtype=kv_cache_dtype,
+    )
+    layers = [_layer_region(config, shape, window, cache, tuple(numbers)) for window, numbers in kinds.items()]
     return [_embed_region(config), *layers, _head_region(config)]
 
 
@@ -98,7 +107,9 @@ def _embed_region(config: DecoderConfig) -> Region:
     )
 
 
-def _layer_region(config: DecoderConfig, rank: RankShape, window: int, layers: tuple[int, ...]) -> Region:
+def _layer_region(
+    config: DecoderConfig, rank: RankShape, window: int, kv_cache: TensorSpec, layers: tuple[int, ...]
+) -> Region:
     hidden, heads, kv_heads, head_dim = config.hidden_size, rank.num_heads, rank.num_kv_heads, config.head_dim
     eps, scale = config.rms_norm_eps, config.head_dim**-0.5
 
@@ -163,7 +174,7 @@ def _layer_region(config: DecoderConfig, rank: RankShape, window: int, layers: t
             TensorSpec(name="seq_start", shape=("S1",), dtype="int32"),
             TensorSpec(name="context_len", shape=("S",), dtype="int32"),
             TensorSpec(name="slot", shape=("S",), dtype="int32"),
-            TensorSpec(name="kv_cache", shape=("L", "M", 2, kv_heads, head_dim), dtype=MODEL_DTYPE),
+            kv_cache,
         ),
         weights=weights,
         function=layer,

@@ -9,6 +9,7 @@ model.xllm/
 """
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,9 +21,10 @@ import xxhash
 
 from xllm_compile import __version__
 from xllm_compile.graph_passes.step_cost import StepTimes
+from xllm_compile.runtime.ops.kv_rows import row_width
 from xllm_compile.runtime.program import RegionProgram
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 """The weights file of an instance of one rank; see weights_path."""
@@ -48,13 +50,20 @@ class ModelInfo:
     """Those that one tensor-parallel rank holds."""
     head_dim: int
     dtype: str
+    kv_cache_dtype: str
+    """dtype, or int8."""
     max_model_len: int
+
+    @property
+    def kv_layer_shape(self) -> tuple[int, int, int]:
+        """Of what one layer and rank hold of a token."""
+        return (2, self.num_kv_heads, row_width(self.head_dim, is_int8=self.kv_cache_dtype == "int8"))
 
     @property
     def kv_bytes_per_token(self) -> int:
         """On each rank."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
+        itemsize: int = getattr(torch, self.kv_cache_dtype).itemsize
+        return self.num_layers * math.prod(self.kv_layer_shape) * itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,14 @@ import torch
 import xxhash
 from torch import Tensor
 
-from xllm_compile.runtime.artifact import TOKENIZER, Manifest, check_artifact, cpu_kernels, read_manifest
+from xllm_compile.runtime.artifact import (
+    TOKENIZER,
+    ArtifactMismatchError,
+    Manifest,
+    check_artifact,
+    cpu_kernels,
+    read_manifest,
+)
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.isa import isa_features
@@ -57,6 +64,8 @@ class InstanceConfig:
     max_waiting: int = 1024
     """Most sequences that wait; likewise prompt tokens."""
     max_waiting_tokens: int = 4 * 1024 * 1024
+    kv_cache_dtype: str = "auto"
+    """What the artifact must have been compiled with; auto takes any."""
     prefix_cache: bool = True
     """Keep the KV of what was computed for requests that start alike."""
     kv_pretouch: bool = False
@@ -160,7 +169,7 @@ class Instance:
         """Names how the bytes of a token's KV lie."""
         model, ranks = self.manifest.model, self.manifest.tensor_parallel_size
         shape = f"{model.num_layers}x2x{model.num_kv_heads}x{model.head_dim}"
-        text = f"token-major {shape} {model.dtype} every {self.engine.kv_bytes_per_token} bytes"
+        text = f"token-major {shape} {model.kv_cache_dtype} every {self.engine.kv_bytes_per_token} bytes"
         return text + (f" of {ranks} ranks" if ranks > 1 else "")
 
 
@@ -183,6 +192,7 @@ def open_instance(
     check_artifact(root, manifest, isa_features(), verify_weights=config.verify_weights)
     native.load_kernels(root / kernels.path)
     _check_group(root, manifest, group)
+    _check_kv_cache_dtype(root, manifest, config)
     draft = read_draft_manifest(config.speculative, manifest) if config.speculative else None
     kv_config = shared.kv if shared else _kv_config(manifest, config, draft)
     tiers = _kv_tiers(manifest, config, kv_config)
@@ -340,6 +350,15 @@ def _check_group(root: Path, manifest: Manifest, group: RankGroup | None) -> Non
         )
 
 
+def _check_kv_cache_dtype(root: Path, manifest: Manifest, config: InstanceConfig) -> None:
+    found = manifest.model.kv_cache_dtype
+    if config.kv_cache_dtype not in ("auto", found):
+        raise ArtifactMismatchError(
+            f"{root} was compiled for a KV cache in {found}, kv_cache_dtype={config.kv_cache_dtype} was asked for;"
+            f" compile it with --kv-cache-dtype {config.kv_cache_dtype}, or leave that out here"
+        )
+
+
 def _kv_values(config: KVCacheConfig) -> dict[str, Any]:
     """The cache's shape, so that every rank has the same slots."""
     return {**asdict(config), "dtype": str(config.dtype).removeprefix("torch.")}
@@ -363,7 +382,7 @@ def kv_shape(manifest: Manifest, config: InstanceConfig) -> dict[str, Any]:
         "num_layers": model.num_layers,
         "num_kv_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
-        "dtype": getattr(torch, model.dtype),
+        "dtype": getattr(torch, model.kv_cache_dtype),
         "num_slots": config.max_num_seqs,
         "pretouch": config.kv_pretouch,
         "prefix_cache": config.prefix_cache and not _depends_on_length(manifest),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, max_mappings
+from xllm_compile.runtime.ops.kv_rows import row_width
 
 _SMALLEST_PAGE_BYTES = 4096
 _LARGEST_PAGE_BYTES = 64 << 20
@@ -25,6 +26,7 @@ class KVCacheConfig:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    """The model's, or int8 (runtime/ops/kv_rows.py)."""
     max_model_len: int
     """Most tokens of one sequence; the length of a slot."""
     num_slots: int
@@ -60,7 +62,7 @@ class KVCacheConfig:
 
     @property
     def token_shape(self) -> tuple[int, int, int, int]:
-        return (self.num_layers, 2, self.num_kv_heads, self.head_dim)
+        return (self.num_layers, 2, self.num_kv_heads, row_width(self.head_dim, is_int8=self.dtype == torch.int8))
 
     @property
     def bytes_per_token(self) -> int:

@@ -40,9 +40,10 @@ def compile_estimate(model_dir: Path) -> str:
 
 def _compile(model_dir: Path, options: Mapping[str, Any]) -> Path:
     """Run the compiler as its own process: the server must not carry it. A build that is up to date is a quick no."""
-    max_model_len = options["max_model_len"]
-    output = cached_artifact(model_dir, max_model_len)
+    max_model_len, kv_cache_dtype = options["max_model_len"], options["kv_cache_dtype"]
+    output = cached_artifact(model_dir, max_model_len, kv_cache_dtype)
     command = [sys.executable, "-m", "xllm_compile.cli", str(model_dir), "-o", str(output)]
+    command += ["--kv-cache-dtype", kv_cache_dtype]
     if max_model_len is not None:
         command += ["--max-model-len", str(max_model_len)]
     logger.info("compiling %s into %s", model_dir, output)
@@ -53,10 +54,10 @@ def _compile(model_dir: Path, options: Mapping[str, Any]) -> Path:
     return output
 
 
-def cached_artifact(model_dir: Path, max_model_len: int | None) -> Path:
+def cached_artifact(model_dir: Path, max_model_len: int | None, kv_cache_dtype: str) -> Path:
     """The place where xllm_compile.model_cache, which serving may not import, keeps the same artifact."""
     root = os.environ.get("XDG_CACHE_HOME")
     cache = Path(root) if root else Path.home() / ".cache"
     resolved = model_dir.resolve()
-    digest = xxhash.xxh3_64(f"{resolved}\0auto\0{max_model_len}".encode()).hexdigest()
+    digest = xxhash.xxh3_64(f"{resolved}\0auto\0{kv_cache_dtype}\0{max_model_len}".encode()).hexdigest()
     return cache / "xllm-compile" / "artifacts" / f"{resolved.name}-{digest}.xllm"

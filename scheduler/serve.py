@@ -141,6 +141,12 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
 )
 @click.option("--wake-on-request", is_flag=True, help="Wake a sleeping model for its request, others make room.")
 @click.option("--kv-memory", callback=parse_size_option, metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    help="Demand an artifact that was compiled so (with --compile: compile it so); auto takes what it has.",
+)
 @click.option("--kv-pretouch", is_flag=True, help="Have all of that memory before READY, not page by page.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse the KV of prompts that start alike.")
 @click.option(

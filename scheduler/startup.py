@@ -72,6 +72,9 @@ def serve(options: Mapping[str, Any]) -> int:
         imports.start()
         with opened_instances(artifacts, names, options) as instances:
             imports.join()
+            for instance in instances:
+                num_tokens = instance.engine.stats().kv_tokens_total
+                logger.info("%s: KV cache %s, %d tokens", instance.model_name, instance.kv_layout, num_tokens)
             by_names = dict(zip(names, instances, strict=True))
             return _run(by_names, options, http_socket, max_connections, tracing, batch_folder)
 
@@ -204,6 +207,7 @@ def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
         **given,
         async_scheduling=options["async_scheduling"],
         prefix_cache=options["prefix_cache"],
+        kv_cache_dtype=options["kv_cache_dtype"],
         kv_pretouch=options["kv_pretouch"],
         enforce_eager=options["enforce_eager"],
         promotion=promotion,

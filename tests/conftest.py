@@ -65,6 +65,14 @@ def family_artifact(tiny_model_dir: Callable[..., Path]) -> Callable[[str], Path
     return cache(lambda family: _compiled(tiny_model_dir(family), family, *COMPILE_OPTIONS))
 
 
+@pytest.fixture(scope="session")
+def int8_kv_artifact(tiny_model_dir: Callable[..., Path]) -> Path:
+    """The tiny qwen3 of family_artifact with an int8 KV cache."""
+    from tests.helpers import COMPILE_OPTIONS
+
+    return _compiled(tiny_model_dir("qwen3"), "qwen3-int8-kv", *COMPILE_OPTIONS, "--kv-cache-dtype", "int8")
+
+
 def _compiled(model_dir: Path, name: str, *options: str) -> Path:
     from tests.helpers import compile_model
 

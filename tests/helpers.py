@@ -139,7 +139,7 @@ class EagerModel:
                 num_layers=model.num_layers,
                 num_kv_heads=model.num_kv_heads,
                 head_dim=model.head_dim,
-                dtype=getattr(torch, model.dtype),
+                dtype=getattr(torch, model.kv_cache_dtype),
                 max_model_len=model.max_model_len,
                 num_slots=max_num_seqs,
                 kv_memory_bytes=max_num_seqs * model.max_model_len * model.kv_bytes_per_token,
@@ -151,8 +151,8 @@ class EagerModel:
     ) -> CompiledModelRunner:
         """Without ``kv_layers``: on a cache of one slot."""
         model = self.manifest.model
-        shape = (1, model.max_model_len, 2, model.num_kv_heads, model.head_dim)
-        own = [torch.zeros(shape, dtype=getattr(torch, model.dtype)) for _ in range(model.num_layers)]
+        shape = (1, model.max_model_len, *model.kv_layer_shape)
+        own = [torch.zeros(shape, dtype=getattr(torch, model.kv_cache_dtype)) for _ in range(model.num_layers)]
         return CompiledModelRunner(
             Path(),
             self.manifest,
@@ -197,6 +197,7 @@ def _manifest(source: Source, programs: Sequence[RegionProgram], config: BuildCo
             num_kv_heads=rank_shape(model, config.tensor_parallel_size).num_kv_heads,
             head_dim=model.head_dim,
             dtype=source.dtype,
+            kv_cache_dtype=source.kv_cache_dtype,
             max_model_len=source.max_model_len,
         ),
         model_config=model.to_json(),

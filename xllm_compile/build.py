@@ -161,6 +161,7 @@ def read_source(config: BuildConfig) -> Source:
         checkpoint=checkpoint,
         checkpoint_hash=checkpoint.content_hash(),
         dtype=dtype,
+        kv_cache_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         max_model_len=max_model_len,
         tensor_parallel_size=config.tensor_parallel_size,
         stored=stored,
@@ -265,7 +266,7 @@ def make_programs(
 ) -> tuple[list[RegionProgram], list[RegionReport]]:
     """Capture every region and run the passes on it. What pools embeddings is no part of a step's cost or memory plan,
     and has no report."""
-    regions = build_regions(source.config, source.tensor_parallel_size)
+    regions = build_regions(source.config, source.tensor_parallel_size, source.kv_cache_dtype)
     passes = _pipeline(source, config)
     progress.start("capture and passes", len(regions))
     programs, reports = [], []

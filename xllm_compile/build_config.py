@@ -7,6 +7,7 @@ from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.models.config import DTYPES
 from xllm_compile.targets import TARGETS, unknown_target
 
+KV_CACHE_DTYPES = ("auto", "int8")
 GRAPH_MODES = ("full", "partial", "eager")
 MAX_BUCKETS_BY_DEFAULT = 6
 
@@ -20,6 +21,8 @@ class BuildConfig:
     target: str = "cpu"
     dtype: str = "auto"
     """bfloat16, float32, or auto: the checkpoint's (float16 becomes bfloat16)."""
+    kv_cache_dtype: str = "auto"
+    """int8: half of what a bfloat16 cache takes, keys and values are rounded as they are written; auto: dtype."""
     max_model_len: int | None = None
     """Longest sequence, prompt and output together; None is the model's own limit."""
     max_num_batched_tokens: int = 512
@@ -54,6 +57,12 @@ class BuildConfig:
             )
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype={self.dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(
+                f"kv_cache_dtype={self.kv_cache_dtype!r} is not supported; supported: {', '.join(KV_CACHE_DTYPES)}"
+            )
+        if self.target == "npu" and self.kv_cache_dtype != "auto":
+            raise ValueError(f"kv_cache_dtype={self.kv_cache_dtype} is for the cpu target; leave it out for the npu")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(
                 f"max_model_len={self.max_model_len} must be at least 2: a prompt token and an output token"

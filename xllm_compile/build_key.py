@@ -64,6 +64,7 @@ def build_key(
         "name": config.model_dir.resolve().name,
         "target": config.target,
         "dtype": source.dtype,
+        "kv_cache_dtype": source.kv_cache_dtype,
         "max_model_len": source.max_model_len,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "graph_mode": config.graph_mode,

@@ -28,6 +28,8 @@ class Source:
     checkpoint: Checkpoint
     checkpoint_hash: str
     dtype: str
+    kv_cache_dtype: str
+    """dtype, or int8."""
     max_model_len: int
     tensor_parallel_size: int
     stored: StoredQuantisation | None

@@ -41,6 +41,12 @@ def read_quantisation(scheme: str, group_size: int | None, has_head: bool) -> Qu
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact to write.  [default: MODEL_DIR.xllm]")
 @click.option("--target", default="cpu", help="cpu, or npu (compiles where torch_npu is; not served yet).")
 @click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="auto is the checkpoint's own.")
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    help="int8 halves what a bfloat16 KV cache takes; auto is the model's own dtype.",
+)
 @click.option("--max-model-len", type=int, help="Longest prompt plus output, in tokens.  [default: the model's limit]")
 @click.option(
     "--max-num-batched-tokens", type=int, default=512, help="Most tokens in one step; also the prefill chunk."
@@ -78,6 +84,7 @@ def command(
     output: Path | None,
     target: str,
     dtype: str,
+    kv_cache_dtype: str,
     max_model_len: int | None,
     max_num_batched_tokens: int,
     buckets: tuple[int, ...] | None,
@@ -105,6 +112,7 @@ def command(
         output=output or default_output(model_dir),
         target=target,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         buckets=buckets,

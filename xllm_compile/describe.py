@@ -28,6 +28,7 @@ def describe(root: Path, plan: BuildPlan) -> Manifest:
         num_kv_heads=rank_shape(source.config, ranks).num_kv_heads,
         head_dim=source.config.head_dim,
         dtype=source.dtype,
+        kv_cache_dtype=source.kv_cache_dtype,
         max_model_len=source.max_model_len,
     )
     return Manifest(

@@ -13,7 +13,8 @@ class LLM(LLMBase):
     """A model or an artifact, opened for offline generation.
 
     model: an artifact, or a Hugging Face model directory, which is compiled into the user's cache on first use
-    (with a progress bar on a terminal). dtype: auto, bfloat16 or float32; an artifact has its own.
+    (with a progress bar on a terminal). dtype: auto, bfloat16 or float32; kv_cache_dtype: auto or int8; an artifact
+    has its own.
     max_model_len, max_num_seqs and kv_memory_bytes bound the instance as in runtime.instance.InstanceConfig;
     prefix_cache keeps the KV of what was computed for prompts that start alike.
     speculative (suffix, ngram or draft, with draft_model) guesses tokens as runtime.speculative.config has it.
@@ -25,6 +26,7 @@ class LLM(LLMBase):
         model: str | os.PathLike[str],
         *,
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         kv_memory_bytes: int | None = None,
@@ -34,7 +36,7 @@ class LLM(LLMBase):
         draft_model: str | os.PathLike[str] | None = None,
         num_speculative_tokens: int = 8,
     ) -> None:
-        root = artifact_of(Path(model), dtype=dtype, max_model_len=max_model_len)
+        root = artifact_of(Path(model), dtype=dtype, kv_cache_dtype=kv_cache_dtype, max_model_len=max_model_len)
         config = None
         if speculative is not None:
             draft = None if draft_model is None else artifact_of(Path(draft_model), max_model_len=max_model_len)
@@ -49,6 +51,7 @@ class LLM(LLMBase):
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 kv_memory_bytes=kv_memory_bytes,
+                kv_cache_dtype=kv_cache_dtype,
                 prefix_cache=prefix_cache,
                 enforce_eager=enforce_eager,
                 speculative=config,

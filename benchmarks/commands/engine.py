@@ -186,7 +186,7 @@ def structured_command(shape: str, work_dir: Path, seed: int, results: Path, **o
 @click.option("--every", type=click.IntRange(1), default=1, help="Score one in this many held-out files.")
 @results_option
 def quantisation_command(work_dir: Path, results: Path, every: int) -> None:
-    """Bits per byte of demo-code in bfloat16, int8, int4 and int8-dynamic -> quantisation_demo_code.json."""
+    """Bits per byte of demo-code with rounded weights and with int8 KV -> quantisation_demo_code.json."""
     from xllm_compile.benchmarks.bench_quantisation import run_quantisation
 
     run_quantisation(work_dir, results, command_line(), every=every)

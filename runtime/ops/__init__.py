@@ -12,7 +12,8 @@ counts (rows from seq_start[S] on are padding: they are never written to the cac
 output is zero); ``context_len`` [S] tokens in the cache after this step's are written; ``slot`` [S] row of the
 KV cache that the sequence owns.
 
-``kv_cache`` is one layer's [L, M, 2, K, D] (index 0 keys, 1 values) with any strides but a contiguous last axis.
+``kv_cache`` is one layer's [L, M, 2, K, D] (index 0 keys, 1 values) with any strides but a contiguous last axis. It has
+the dtype of q, k and v, or is int8 [L, M, 2, K, D + 4], whose rows ``kv_rows.py`` explains.
 
 Packed weights (``packed_linear``): columns in blocks of 32, the reduction axis contiguous inside a block, so
 that one layout is streamed by the matrix-vector kernel and tiled by the matrix-matrix kernel:
@@ -35,7 +36,7 @@ SCHEMAS: dict[str, str] = {
     "silu_mul": "(Tensor gate_up) -> Tensor",
     # Rotary embedding, half-split ("NeoX") order: x [T, heads, D], cos and sin [T, r/2] float32, r <= D rotated.
     "rope": "(Tensor x, Tensor cos, Tensor sin) -> Tensor",
-    # Writes k, v [T, K, D] at kv_cache[slot, position].
+    # Writes k, v [T, K, D] at kv_cache[slot, position], rounded where it is int8.
     "kv_write": "(Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor positions, Tensor seq_start, Tensor slot) -> ()",
     # Causal attention of q [T, H, D] over each sequence's own slot; window > 0 limits it to the last `window` keys.
     "attention": (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xllm_compile.runtime.ops import quantised
+from xllm_compile.runtime.ops.kv_rows import read_rows, round_rows
 
 PACK_COLUMNS = 32
 
@@ -50,6 +51,8 @@ def rope_meta(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def kv_write(k: Tensor, v: Tensor, kv_cache: Tensor, positions: Tensor, seq_start: Tensor, slot: Tensor) -> None:
+    if kv_cache.dtype == torch.int8:
+        k, v = round_rows(k), round_rows(v)
     starts = seq_start.tolist()
     for row, (begin, end) in enumerate(itertools.pairwise(starts)):
         if end > begin:
@@ -78,7 +81,7 @@ def attention(
         if end == begin:
             continue
         total = int(context_len[row])
-        cached = kv_cache[int(slot[row]), :total].float().repeat_interleave(groups, dim=2)
+        cached = read_rows(kv_cache[int(slot[row]), :total]).repeat_interleave(groups, dim=2)
         keys, values = cached[:, 0], cached[:, 1]
         scores = torch.einsum("thd,mhd->htm", q[begin:end].float(), keys) * scale
         query_at = torch.arange(total - (end - begin), total).unsqueeze(1)

@@ -77,7 +77,7 @@ def _open_draft_model(
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            dtype=getattr(torch, model.dtype),
+            dtype=getattr(torch, model.kv_cache_dtype),
             max_model_len=min(model.max_model_len, kv_config.max_model_len),
             num_slots=kv_config.num_slots,
             # The target has room for all texts; a draft that was refused may take some more here, and pages of another

@@ -6,19 +6,24 @@ import pytest
 
 from tests.benchmarks.test_roofline import CONFIG, LIMITS
 from xllm_compile.benchmarks.bench_latency import LimitedRates
-from xllm_compile.benchmarks.bench_precisions import CASES, PRECISIONS, _bars
+from xllm_compile.benchmarks.bench_precisions import CASES, INT8_KV, PRECISIONS, _bars
 
 WEIGHTS = {"none": 1_000_000_000, "int8": 500_000_000, "int4": 250_000_000, "int8-dynamic": 500_000_000}
 MANIFESTS: dict[str, Any] = {
     name: SimpleNamespace(
-        memory_plan={"weights_bytes": size, "kv_bytes_per_token": 100_000}, model_config=asdict(CONFIG)
+        memory_plan={
+            "weights_bytes": WEIGHTS[name.removesuffix(INT8_KV)],
+            "kv_bytes_per_token": 50_000 if name.endswith(INT8_KV) else 100_000,
+        },
+        model_config=asdict(CONFIG),
     )
-    for name, size in WEIGHTS.items()
+    for name in PRECISIONS
 }
 
 
 def bars_of(rates):
-    """Every case of a precision at one rate in tok/s."""
+    """Every case of a precision at one rate in tok/s; with KV in int8 it is 1.1 times that."""
+    rates = {name: rates[name.removesuffix(INT8_KV)] * (1.1 if name.endswith(INT8_KV) else 1) for name in PRECISIONS}
     figures = {
         name: {
             case.name: LimitedRates(
@@ -38,6 +43,10 @@ def test_a_decode_step_reads_weights_and_the_kv_of_its_context():
     assert short.value == pytest.approx(38 * (1e9 + 152 * 1e5) / 40e9) and short.met
     long = bars["bfloat16, decode batch 1, context 2048: of read bandwidth"]
     assert long.value == pytest.approx(38 * (1e9 + 2064 * 1e5) / 40e9)
+    small = bars["bfloat16, KV int8, decode batch 1, context 2048: of read bandwidth"]
+    assert small.value == pytest.approx(1.1 * 38 * (1e9 + 2064 * 5e4) / 40e9)
+    gain = bars["int4, KV int8, decode batch 1, context 2048: against KV in bfloat16"]
+    assert gain.value == pytest.approx(1.1) and gain.met
     assert bars["int4, decode batch 1, context 128: of read bandwidth"].met is False
     assert bars["int8, decode batch 1, context 128: of read bandwidth"].met is True
 

@@ -20,6 +20,7 @@ class Model:
     num_kv_heads: int = 8
     head_dim: int = 128
     dtype: str = "bfloat16"
+    kv_cache_dtype: str = "bfloat16"
     max_model_len: int = 4096
     kv_bytes_per_token: int = 32768
 

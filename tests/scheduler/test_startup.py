@@ -40,14 +40,15 @@ def test_a_model_directory_is_compiled_only_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize("max_model_len", [None, 64])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("root", [None, "/somewhere"])
-def test_the_offline_interface_finds_the_same_artifact(monkeypatch, tmp_path, max_model_len, root):
+def test_the_offline_interface_finds_the_same_artifact(monkeypatch, tmp_path, max_model_len, kv_cache_dtype, root):
     if root is None:
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", root)
-    expected = model_cache.cached_artifact(tmp_path, max_model_len=max_model_len)
-    assert cached_artifact(Path(tmp_path), max_model_len) == expected
+    expected = model_cache.cached_artifact(tmp_path, max_model_len=max_model_len, kv_cache_dtype=kv_cache_dtype)
+    assert cached_artifact(Path(tmp_path), max_model_len, kv_cache_dtype) == expected
 
 
 def test_the_role_that_no_model_has_yet_is_refused_by_name():

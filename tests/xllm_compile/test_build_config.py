@@ -17,6 +17,7 @@ def config(**options):
         ({"target": "tpu"}, "target 'tpu' is not built yet; available: cpu"),
         ({"target": "cuda"}, "target 'cuda' is not built yet: .* neither kernels nor a lowering; available: cpu, npu"),
         ({"dtype": "float16"}, "dtype='float16' is not supported; supported: auto, bfloat16, float32"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported; supported: auto, int8"),
         ({"max_model_len": 1}, "max_model_len=1 must be at least 2"),
         ({"max_num_batched_tokens": 0}, r"max_num_batched_tokens=0 must be in \[1, 65536\]"),
         ({"max_num_batched_tokens": 65537}, "max_num_batched_tokens=65537"),

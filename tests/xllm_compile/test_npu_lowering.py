@@ -58,6 +58,8 @@ def test_options_that_the_target_does_not_have():
         config(buckets=(8,))
     with pytest.raises(ValueError, match="graph_mode='partial' is not built for target npu"):
         config(graph_mode="partial")
+    with pytest.raises(ValueError, match="kv_cache_dtype=int8 is for the cpu target; leave it out"):
+        config(kv_cache_dtype="int8")
     with pytest.raises(ValueError, match="target 'tpu' is not built yet; available: cpu, npu"):
         BuildConfig(model_dir=Path("model"), output=Path("out"), target="tpu")
 

@@ -56,7 +56,7 @@ void write_rows(const Problem& p, const Item& item, const State& state, int64_t 
   }
 }
 
-template <class T>
+template <class T, class C>
 void run_block(const Problem& p, const Item& item, const Buffers& b, const Rows& rows, Range keys, Stream& ahead) {
   const int64_t tiles = (item.rows() + kTileRows - 1) / kTileRows;
   const bool narrow = tiles == 1 && p.padded_dim == p.cache.head_dim;
@@ -68,22 +68,28 @@ void run_block(const Problem& p, const Item& item, const Buffers& b, const Rows&
       continue;
     }
 #endif
+    constexpr bool kHasCodes = sizeof(C) != sizeof(T);
+    if constexpr (kHasCodes) load_scales(block);
     if (!narrow) {
-      load_keys<T>(block, 0, kKeys, kKeys, 32);
-      load_values(p, block.slot, block.head, keys, b.values, T{});
+      load_keys<T, C>(block);
+      if constexpr (kHasCodes)
+        unpack_values<T>(block);
+      else
+        load_values(p, block.slot, block.head, keys, b.values, T{});
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Span span = even_span(item.rows(), tiles, tile);
       const int64_t row = item.row_begin + span.begin;
       const Range seen = rows.keys(row, item.row_begin + span.end);
       if (seen.end <= keys.begin || seen.begin >= keys.end) continue;
-      const auto kernel = block_kernel<T>(narrow, span.end - span.begin, std::make_integer_sequence<int, kTileRows>());
+      const auto kernel =
+          block_kernel<T, C>(narrow, span.end - span.begin, std::make_integer_sequence<int, kTileRows>());
       kernel(block, row, h * item.rows() + span.begin);
     }
   }
 }
 
-template <class T>
+template <class T, class C>
 void run_item(const Problem& p, const Item& item, const Buffers& b, State& partials) {
   const int64_t tiles = (item.rows() + p.row_tile - 1) / p.row_tile;
   const int64_t tokens = p.seq_start[item.sequence + 1] - p.seq_start[item.sequence];
@@ -92,7 +98,7 @@ void run_item(const Problem& p, const Item& item, const Buffers& b, State& parti
   State split = b.split, whole = b.whole;
   const int64_t first = std::max(item.split_begin * kSplit, reach.begin / kKeys * kKeys);
   const int64_t limit = std::min(reach.end, item.split_end * kSplit);
-  Stream ahead = Stream::of<T>(p, item, first, limit);
+  Stream ahead = Stream::of<C>(p, item, first, limit);
   ahead.step(kKeys * ahead.lines_per_token());
   for (int64_t h = 0; h < item.heads(); ++h)
     load_queries<T>(p, item, item.head_begin + h, tiles, b.queries + h * query_rows(p, item.rows()) * p.units);
@@ -101,7 +107,7 @@ void run_item(const Problem& p, const Item& item, const Buffers& b, State& parti
     split.clear(0, item.states());
     const int64_t end = std::min(limit, (s + 1) * kSplit);
     for (int64_t key = std::max(first, s * kSplit); key < end; key += kKeys)
-      run_block<T>(p, item, b, rows, {key, std::min(key + kKeys, end)}, ahead);
+      run_block<T, C>(p, item, b, rows, {key, std::min(key + kKeys, end)}, ahead);
     State& into = item.partial >= 0 ? partials : whole;
     for (int64_t i = 0; i < item.states(); ++i) into.merge(std::max<int64_t>(item.partial, 0) + i, split, i);
   }
@@ -177,7 +183,7 @@ void merge_item(const Problem& p, const Item& item, State& partials) {
   write_rows<T>(p, item, partials, item.partial);
 }
 
-template <class T>
+template <class T, class C>
 void attend(const Problem& p, int64_t tokens) {
   const int64_t used = p.seq_start[p.slot.size];
   const int64_t row_elements = p.q.sizes[1] * p.cache.head_dim;
@@ -200,10 +206,12 @@ void attend(const Problem& p, int64_t tokens) {
     // Elements past head_dim are read by the tiles and must be finite.
     std::memset(buffers.values, 0, kKeys * p.padded_dim * 4);
     std::memset(buffers.zeros, 0, p.padded_dim * 4);
+    std::fill(buffers.key_scales, buffers.key_scales + kKeys, p.scale);
+    std::fill(buffers.value_scales, buffers.value_scales + kKeys, 1.0f);
 #if defined(XLLM_AMX)
     if (p.pads_queries) configure_tiles(kTileSide, kTileSide);
 #endif
-    for (int64_t item; (item = queue.next()) >= 0;) run_item<T>(p, plan.items[item], buffers, partials);
+    for (int64_t item; (item = queue.next()) >= 0;) run_item<T, C>(p, plan.items[item], buffers, partials);
 #if defined(XLLM_AMX)
     if (p.pads_queries) _tile_release();
 #endif
@@ -224,7 +232,7 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_attention(AtenTensorHandle q_handle, A
   return run("attention", [&] {
     const View q("q", q_handle);
     const Cache cache(View("kv_cache", cache_handle));
-    q.expect_dim(3).expect_dtype(cache.view.dtype).expect_size(2, cache.head_dim).expect_last_contiguous();
+    cache.expect_kind_of(q).expect_dim(3).expect_size(2, cache.head_dim).expect_last_contiguous();
     check(q.sizes[1] >= 1 && q.sizes[1] % cache.heads == 0, "%lld query heads, not a multiple of %lld key/value heads",
           (long long)q.sizes[1], (long long)cache.heads);
     const View starts("seq_start", seq_start_handle), slots("slot", slot_handle);
@@ -244,13 +252,17 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_attention(AtenTensorHandle q_handle, A
                       step.slot, q.sizes[1] / cache.heads, units_of<T>(cache.head_dim), padded,
                       float(scale), window, out.ptr<void>()};
 #if defined(XLLM_AMX)
-      if (kPair<T> == 2 && cache.head_dim % (2 * kTileUnits) == 0) {
+      // Codes would have to be copied for tiles; they take the vector registers.
+      if (kPair<T> == 2 && !cache.is_int8 && cache.head_dim % (2 * kTileUnits) == 0) {
         require_tiles();
         problem.row_tile = kTileSide;
         problem.pads_queries = true;
       }
 #endif
-      attend<T>(problem, q.sizes[0]);
+      if (cache.is_int8)
+        attend<T, int8_t>(problem, q.sizes[0]);
+      else
+        attend<T, T>(problem, q.sizes[0]);
     });
     out.release(ret0);
   });

@@ -65,13 +65,19 @@ struct State {
 // Thread-local buffers, all 64-byte aligned.
 struct Buffers {
   uint32_t *keys, *values, *probs, *queries, *zeros;
+  // Keys of an int8 cache, transposed in units of 4 codes.
+  uint32_t* codes;
   float* scores;
+  // What the scores and the weights of a block's keys are multiplied by: p.scale and 1, times the scales of an int8
+  // cache.
+  float *key_scales, *value_scales;
   State split, whole;
 
   static int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
   static int64_t bytes(const Problem& p, int64_t rows) {
     return align(p.units * kKeys * 4) + align(kKeys * p.padded_dim * 4) + 2 * align(kMaxRowTile * kKeys * 4) +
-           align(rows * p.units * 4) + align(p.padded_dim * 4) + 2 * align(State::bytes(rows, p.padded_dim)) + 64;
+           align(rows * p.units * 4) + align(p.padded_dim * 4) + align(codes_bytes(p)) + 2 * align(kKeys * 4) +
+           2 * align(State::bytes(rows, p.padded_dim)) + 64;
   }
   Buffers(char* memory, const Problem& p, int64_t rows)
       : keys(take<uint32_t>(memory, p.units * kKeys * 4)),
@@ -79,11 +85,17 @@ struct Buffers {
         probs(take<uint32_t>(memory, kMaxRowTile * kKeys * 4)),
         queries(take<uint32_t>(memory, rows * p.units * 4)),
         zeros(take<uint32_t>(memory, p.padded_dim * 4)),
+        codes(take<uint32_t>(memory, codes_bytes(p))),
         scores(take<float>(memory, kMaxRowTile * kKeys * 4)),
+        key_scales(take<float>(memory, kKeys * 4)),
+        value_scales(take<float>(memory, kKeys * 4)),
         split(take<char>(memory, State::bytes(rows, p.padded_dim)), rows, p.padded_dim),
         whole(take<char>(memory, State::bytes(rows, p.padded_dim)), rows, p.padded_dim) {}
 
  private:
+  static int64_t codes_bytes(const Problem& p) {
+    return p.cache.is_int8 ? units_of<int8_t>(p.cache.head_dim) * kKeys * 4 : 0;
+  }
   template <class T>
   static T* take(char*& memory, int64_t bytes) {
     char* start = memory;

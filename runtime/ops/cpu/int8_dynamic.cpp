@@ -94,33 +94,16 @@ auto kernel_for(int64_t rows, std::integer_sequence<int, I...>) {
   return kTable[rows - 1];
 }
 
-// One row to int8, filled with zeros to whole quads; returns its scale. A NaN or an infinity makes the scale, and with it
-// every result of the row, NaN or infinite.
+// One row to int8, filled with zeros to whole quads; returns its scale.
 template <class T>
-float round_row(const T* x, int64_t width, uint32_t* quads) {
-  // Magnitudes order like their bits; NaN above all.
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < width; ++i) {
-    const float value = to_float(x[i]);
-    uint32_t magnitude;
-    std::memcpy(&magnitude, &value, 4);
-    bits = std::max(bits, magnitude & 0x7fffffffu);
-  }
-  float largest;
-  std::memcpy(&largest, &bits, 4);
-  const bool is_finite = bits < 0x7f800000u;
-  const float inverse = largest > 0 && is_finite ? std::min(127.0f / largest, 3e38f) : 0.0f;
+float round_quads(const T* x, int64_t width, uint32_t* quads) {
   int8_t* to = reinterpret_cast<int8_t*>(quads);
-  // An infinite or NaN element would have no integer.
-  if (is_finite)
-    for (int64_t i = 0; i < width; ++i) to[i] = int8_t(int32_t(__builtin_rintf(to_float(x[i]) * inverse)));
-  else
-    std::memset(to, 0, size_t(width));
+  const float scale = round_row(x, width, to);
   const int64_t steps = (width + 3) / 4;
   std::memset(to + width, 0, size_t(4 * steps - width));
   if (kIsOffset)
     for (int64_t step = 0; step < steps; ++step) quads[step] ^= kOffset;
-  return largest / 127.0f;
+  return scale;
 }
 
 template <class T>
@@ -129,7 +112,7 @@ void dynamic_linear(const View& x, DynamicJob job) {
   uint32_t* packed = quads.get<uint32_t>(size_t(job.rows * job.steps) * 4);
   float* row_scale = scales.get<float>(size_t(job.rows) * 4);
   parallel_for(threads_for(job.rows * x.sizes[1]), job.rows, [&](int64_t row) {
-    row_scale[row] = round_row(x.ptr<const T>() + row * x.strides[0], x.sizes[1], packed + row * job.steps);
+    row_scale[row] = round_quads(x.ptr<const T>() + row * x.strides[0], x.sizes[1], packed + row * job.steps);
   });
   job.quads = packed;
   job.row_scale = row_scale;

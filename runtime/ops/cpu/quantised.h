@@ -7,79 +7,12 @@
 #include <type_traits>
 
 #include "gemm_tile.h"
+#include "int8_codes.h"
 
 namespace xllm {
 
 // A step of the quantised layout is 4 bytes for each of the 32 columns of a block.
 constexpr int64_t kStepBytes = 4 * kBlockColumns;
-
-// One step of kLanes columns; operand(unit) is one of its kUnits units.
-template <class T>
-struct Int8Codes {
-  static constexpr int kUnits = 4 / kPair<T>;
-  Int8Codes() = default;
-  explicit XLLM_INLINE Int8Codes(const uint8_t* from) : codes(load_raw<vi>(from)) {}
-  XLLM_INLINE typename Dot<T>::Operand operand(int unit) const {
-    if constexpr (kPair<T> == 2)
-      return Dot<T>::pair(element(2 * unit), element(2 * unit + 1));
-    else
-      return element(unit);
-  }
-
- private:
-  XLLM_INLINE vf element(int index) const { return to_floats(codes << (24 - 8 * index) >> 24); }
-  vi codes;
-};
-
-#if defined(XLLM_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-// The two bytes of a magnitude in bfloat16.
-struct MagnitudeBytes {
-  alignas(64) uint8_t low[128] = {}, high[128] = {};
-  constexpr MagnitudeBytes() {
-    for (int magnitude = 1; magnitude < 128; ++magnitude) {
-      int exponent = 0;
-      while (magnitude >> (exponent + 1)) ++exponent;
-      const int bits = (127 + exponent) << 7 | ((magnitude << 7 >> exponent) & 127);
-      low[magnitude] = uint8_t(bits & 255);
-      high[magnitude] = uint8_t(bits >> 8);
-    }
-  }
-};
-// Bytes of two vectors that make the units of a step: low and high byte of the elements of a pair.
-struct PairBytes {
-  alignas(64) uint8_t of_unit[2][64] = {};
-  constexpr PairBytes() {
-    for (int unit = 0; unit < 2; ++unit)
-      for (int byte = 0; byte < 64; ++byte)
-        of_unit[unit][byte] = uint8_t(byte / 4 * 4 + 2 * unit + byte % 4 / 2 + byte % 2 * 64);
-  }
-};
-
-template <>
-struct Int8Codes<bf16> {
-  static constexpr int kUnits = 2;
-  Int8Codes() = default;
-  explicit XLLM_INLINE Int8Codes(const uint8_t* from) {
-    static constexpr MagnitudeBytes kBytes;
-    const __m512i codes = _mm512_loadu_si512(from), magnitude = _mm512_abs_epi8(codes);
-    low = look_up(kBytes.low, magnitude);
-    // x & 0x80 | y
-    high = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(char(0x80)), look_up(kBytes.high, magnitude), 0xea);
-    // The magnitude of -128 is past the table.
-    high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(char(0xc3)));
-  }
-  XLLM_INLINE Dot<bf16>::Operand operand(int unit) const {
-    static constexpr PairBytes kPairs;
-    return (Dot<bf16>::Operand)_mm512_permutex2var_epi8(low, _mm512_load_si512(kPairs.of_unit[unit]), high);
-  }
-
- private:
-  static XLLM_INLINE __m512i look_up(const uint8_t* table, __m512i index) {
-    return _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
-  }
-  __m512i low, high;
-};
-#endif
 
 template <class T>
 struct Int4Codes {

@@ -1,4 +1,5 @@
 // rope, kv_write, and their fusion with the head norms: qkv_rope_write.
+#include "int8_codes.h"
 #include "norm.h"
 #include "shim_util.h"
 #include "step.h"
@@ -35,6 +36,13 @@ void norm_rotate(const T* x, const T* weight, float eps, const float* cos, const
   }
   for_vectors(width, [&](int64_t i, int64_t n) { store_n(buffer + i, load_n(rounded + i, n), n); });
   rotate(buffer, cos, sin, half, width, out);
+}
+
+// Rounds a head to a row of an int8 cache.
+template <class T>
+void round_head(const Cache& cache, const T* head, int8_t* row) {
+  const float scale = round_row(head, cache.head_dim, row);
+  std::memcpy(row + cache.head_dim, &scale, kScaleBytes);
 }
 
 struct Angles {
@@ -96,8 +104,9 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_kv_write(AtenTensorHandle k_handle, At
     const View k("k", k_handle), v("v", v_handle);
     const Cache cache(View("kv_cache", cache_handle));
     for (const View* view : {&k, &v})
-      view->expect_dim(3)
-          .expect_dtype(cache.view.dtype)
+      cache.expect_kind_of(*view)
+          .expect_dim(3)
+          .expect_dtype(k.dtype)
           .expect_size(0, k.sizes[0])
           .expect_size(1, cache.heads)
           .expect_size(2, cache.head_dim)
@@ -110,10 +119,15 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_kv_write(AtenTensorHandle k_handle, At
       for (int64_t token = 0; token < step.tokens(); ++token) {
         const int64_t slot = step.slot_of(token);
         for (int64_t head = 0; head < cache.heads; ++head) {
-          std::memcpy(cache.key<T>(slot, positions[token], head),
-                      k.ptr<const T>() + token * k.strides[0] + head * k.strides[1], cache.head_dim * sizeof(T));
-          std::memcpy(cache.value<T>(slot, positions[token], head),
-                      v.ptr<const T>() + token * v.strides[0] + head * v.strides[1], cache.head_dim * sizeof(T));
+          const T* key = k.ptr<const T>() + token * k.strides[0] + head * k.strides[1];
+          const T* value = v.ptr<const T>() + token * v.strides[0] + head * v.strides[1];
+          if (cache.is_int8) {
+            round_head(cache, key, cache.key<int8_t>(slot, positions[token], head));
+            round_head(cache, value, cache.value<int8_t>(slot, positions[token], head));
+          } else {
+            std::memcpy(cache.key<T>(slot, positions[token], head), key, cache.head_dim * sizeof(T));
+            std::memcpy(cache.value<T>(slot, positions[token], head), value, cache.head_dim * sizeof(T));
+          }
         }
       }
     });
@@ -128,7 +142,7 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_qkv_rope_write(
   return run("qkv_rope_write", [&] {
     const View qkv("qkv", qkv_handle);
     const Cache cache(View("kv_cache", cache_handle));
-    qkv.expect_dim(2).expect_dtype(cache.view.dtype).expect_last_contiguous();
+    cache.expect_kind_of(qkv).expect_dim(2).expect_last_contiguous();
     check(num_heads >= 1 && num_kv_heads == cache.heads, "num_heads=%lld num_kv_heads=%lld, the cache has %lld heads",
           (long long)num_heads, (long long)num_kv_heads, (long long)cache.heads);
     const int64_t tokens = qkv.sizes[0], width = cache.head_dim;
@@ -165,9 +179,15 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_qkv_rope_write(
         const T* keys = row + num_heads * width;
         const T* values = keys + num_kv_heads * width;
         for (int64_t head = 0; head < num_kv_heads; ++head) {
-          norm_rotate(keys + head * width, k_norm, float(eps), cos, sin, angles.half, width,
-                      cache.key<T>(slot, position, head));
-          std::memcpy(cache.value<T>(slot, position, head), values + head * width, width * sizeof(T));
+          T rotated_key[kMaxHeadDim];
+          T* key = cache.is_int8 ? rotated_key : cache.key<T>(slot, position, head);
+          norm_rotate(keys + head * width, k_norm, float(eps), cos, sin, angles.half, width, key);
+          if (cache.is_int8) {
+            round_head(cache, key, cache.key<int8_t>(slot, position, head));
+            round_head(cache, values + head * width, cache.value<int8_t>(slot, position, head));
+          } else {
+            std::memcpy(cache.value<T>(slot, position, head), values + head * width, width * sizeof(T));
+          }
         }
       });
     });

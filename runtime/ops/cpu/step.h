@@ -7,17 +7,23 @@
 
 namespace xllm {
 
-// [slots, max_tokens, 2, heads, head_dim], any strides but a contiguous last axis.
+// Bytes of the float32 scale behind the codes of a row.
+constexpr int64_t kScaleBytes = 4;
+
+// [slots, max_tokens, 2, heads, head_dim], any strides but a contiguous last axis; rows of an int8 cache are head_dim
+// codes and their scale.
 struct Cache {
   View view;
   int64_t slots, max_tokens, heads, head_dim;
+  bool is_int8;
 
   explicit Cache(const View& cache) : view(cache) {
     view.expect_dim(5).expect_size(2, 2).expect_last_contiguous();
     slots = view.sizes[0];
     max_tokens = view.sizes[1];
     heads = view.sizes[3];
-    head_dim = view.sizes[4];
+    is_int8 = view.dtype == aoti_torch_dtype_int8();
+    head_dim = view.sizes[4] - (is_int8 ? kScaleBytes : 0);
     check(heads >= 1 && head_dim >= 1, "kv_cache has %lld heads of %lld", (long long)heads, (long long)head_dim);
   }
   template <class T>
@@ -28,6 +34,13 @@ struct Cache {
   T* value(int64_t slot, int64_t position, int64_t head) const {
     return key<T>(slot, position, head) + view.strides[2];
   }
+  float scale(const int8_t* row) const {
+    float value;
+    std::memcpy(&value, row + head_dim, kScaleBytes);
+    return value;
+  }
+  // x is what the cache holds, or rounds to codes.
+  const View& expect_kind_of(const View& x) const { return is_int8 ? x : x.expect_dtype(view.dtype); }
 };
 
 struct Step {

@@ -200,7 +200,7 @@ XLLM_INLINE void transpose_units(const T* const* rows, int count, int64_t column
   if (columns % kPair<T> != 0) {
     for (int i = 0; i < count; ++i) {
       uint32_t unit = 0;
-      std::memcpy(&unit, rows[i] + columns - 1, sizeof(T));
+      std::memcpy(&unit, rows[i] + whole * kPair<T>, (columns % kPair<T>) * sizeof(T));
       dst[whole * ld + i] = unit;
     }
   }
