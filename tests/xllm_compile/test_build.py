@@ -323,8 +323,8 @@ def test_an_interrupted_build(model, tmp_path, own_cache):
 
 
 def test_an_operator_that_cannot_be_lowered_is_named_with_the_model_line(model, tmp_path, monkeypatch):
-    def with_nanmedian(decoder, ranks=1):
-        embed, *others = build_regions(decoder, ranks)
+    def with_nanmedian(decoder, *given):
+        embed, *others = build_regions(decoder, *given)
 
         def function(inputs, weights):
             hidden, *rest = embed.function(inputs, weights)
