@@ -6,20 +6,23 @@ Its engine in this process, stepped: no process or socket lies between it and th
 import argparse
 import os
 
-# Read when vllm is imported. Its ahead-of-time cache does not load with every torch, and then makes starts longer.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from xllm_compile.benchmarks.engine_process import SteppedAdapter, TokenIds, serve_engine
+
+# Its ahead-of-time cache does not load with every torch, and then makes starts longer.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_AOT_COMPILE": "0",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 class VllmAdapter(SteppedAdapter):
     def __init__(self, model_dir: str, *, kv_gib: int) -> None:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib)
+        # Read when vllm is imported.
+        threads = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        os.environ |= _ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": str(kv_gib), "VLLM_CPU_OMP_THREADS_BIND": threads}
         from vllm import LLM
 
         # Prompts are repeated, and each time is to be computed.
