@@ -64,7 +64,7 @@ def run_profile(
             artifact, manifest, KernelProfiler(kernels, work_dir), seed, batch, prompt_tokens, output_tokens
         )
     kind = "prefill" if is_prefill else "decode"
-    rows, parts = _table(steps, 2 if manifest.model.dtype == "bfloat16" else 4)
+    rows, parts = _table(steps)
     title = (
         f"{kind}, batch {batch}, prompt {prompt_tokens}: {len(steps)} steps; limits {limits.read_gb_per_s:.0f} GB/s,"
         f" {limits.bf16_gemm_gflops:.0f} GFLOP/s"
@@ -154,7 +154,7 @@ def _timed(execute: Callable[..., Any], spans: list[tuple[float, float, int]]) -
     return timed
 
 
-def _table(steps: Sequence[ProfiledStep], item_bytes: int) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
+def _table(steps: Sequence[ProfiledStep]) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
     """Rows to print, and milliseconds by part for the record. Medians over the steps."""
     if not steps:
         raise RuntimeError("no step was profiled; ask for more output tokens")
@@ -177,8 +177,8 @@ def _table(steps: Sequence[ProfiledStep], item_bytes: int) -> tuple[list[tuple[s
         by_kernel[label] = {"ms": round(ms, 4), "calls": len(calls)}
         rates = ("", "")
         if calls[0].out_features:
-            weights = sum(call.columns * call.out_features for call in calls)
+            weight_bytes = sum(call.weight_bytes for call in calls)
             flops = sum(2 * call.rows * call.columns * call.out_features for call in calls)
-            rates = (f"{weights * item_bytes / ms / 1e6:.1f}", f"{flops / ms / 1e6:.0f}")
+            rates = (f"{weight_bytes / ms / 1e6:.1f}", f"{flops / ms / 1e6:.0f}")
         rows.append((label, f"{ms:.3f}", str(len(calls)), f"{ms * 1000 / len(calls):.1f}", *rates))
     return rows, {**parts, "by_kernel": by_kernel}

@@ -23,20 +23,30 @@ _PRELUDE = f"""
 #include <dlfcn.h>
 #include <stdint.h>
 #include <time.h>
-typedef struct {{ int32_t op, pad; int64_t rows, columns, out_features; double begin, end; }} Event;
+typedef struct {{ int32_t op, pad; int64_t rows, columns, out_features, weight_bytes; double begin, end; }} Event;
 static Event events[{_MAX_EVENTS}];
 static int64_t count;
 static void* kernels;
 extern "C" int32_t aoti_torch_get_sizes(void*, int64_t**);
 extern "C" int32_t aoti_torch_get_dim(void*, int64_t*);
+extern "C" int32_t aoti_torch_get_numel(void*, int64_t*);
+extern "C" int32_t aoti_torch_get_dtype(void*, int32_t*);
+extern "C" size_t aoti_torch_dtype_element_size(int32_t);
 static double now() {{ timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + t.tv_nsec * 1e-9; }}
-static Event* open_event(int32_t op, void* tensor, int64_t out_features) {{
+static int64_t bytes_of(void* tensor) {{
+  int64_t numel;
+  int32_t dtype;
+  aoti_torch_get_numel(tensor, &numel);
+  aoti_torch_get_dtype(tensor, &dtype);
+  return numel * aoti_torch_dtype_element_size(dtype);
+}}
+static Event* open_event(int32_t op, void* tensor, int64_t out_features, int64_t weight_bytes) {{
   if (count == {_MAX_EVENTS}) return nullptr;
   int64_t *sizes, dim;
   Event* event = &events[count++];
   aoti_torch_get_sizes(tensor, &sizes);
   aoti_torch_get_dim(tensor, &dim);
-  *event = Event{{op, 0, sizes[0], dim > 1 ? sizes[dim - 1] : 1, out_features, now(), 0}};
+  *event = Event{{op, 0, sizes[0], dim > 1 ? sizes[dim - 1] : 1, out_features, weight_bytes, now(), 0}};
   return event;
 }}
 extern "C" int xllm_profile_open(const char* path) {{ return (kernels = dlopen(path, RTLD_NOW)) != nullptr; }}
@@ -53,6 +63,7 @@ class _Event(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("out_features", ctypes.c_int64),
+        ("weight_bytes", ctypes.c_int64),
         ("begin", ctypes.c_double),
         ("end", ctypes.c_double),
     ]
@@ -68,6 +79,8 @@ class KernelCall:
     columns: int
     out_features: int
     """Of a linear; 0 for the others."""
+    weight_bytes: int
+    """Of a linear's weight as it lies in memory, scales and zero points included; 0 for the others."""
     begin_s: float
     end_s: float
 
@@ -115,6 +128,7 @@ class KernelProfiler:
                 rows=event.rows,
                 columns=event.columns,
                 out_features=event.out_features,
+                weight_bytes=event.weight_bytes,
                 begin_s=event.begin,
                 end_s=event.end,
             )
@@ -135,13 +149,15 @@ def _wrapper(index: int, name: str) -> str:
     typed = [f"{_C_TYPES[kind]} {argument}" for kind, argument in parameters]
     results = [f"void** ret{result}" for result in range(num_results)]
     names = [argument for _, argument in parameters] + [f"ret{result}" for result in range(num_results)]
-    first = next(argument for kind, argument in parameters if kind == "Tensor")
-    out_features = "out_features" if "out_features" in names else "0"
+    first, *others = (argument for kind, argument in parameters if kind == "Tensor")
+    is_linear = "out_features" in names
+    weight_bytes = " + ".join(f"bytes_of({argument})" for argument in others)
+    opened = f"{index}, {first}, " + (f"out_features, {weight_bytes}" if is_linear else "0, 0")
     symbol = f"aoti_torch_cpu_{name}"
     return f"""
 extern "C" int32_t {symbol}({", ".join(typed + results)}) {{
   static const auto real = (decltype(&{symbol}))dlsym(kernels, "{symbol}");
-  Event* event = open_event({index}, {first}, {out_features});
+  Event* event = open_event({opened});
   const int32_t code = real({", ".join(names)});
   if (event) event->end = now();
   return code;
