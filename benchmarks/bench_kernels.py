@@ -1,4 +1,5 @@
-"""The CPU kernels against limits measured in the same rounds: memory bandwidth, multiply-add peak, oneDNN.
+"""The CPU kernels against limits measured in the same rounds (memory bandwidth, multiply-add peak) and against peers:
+oneDNN, and for quantised weights the product of the bfloat16 ones.
 
 Shapes of Qwen3-0.6B, bfloat16. Every rate is a share of a limit that was measured in the same round, and the median
 over rounds is reported, because a shared machine's speed wanders. Cold products rotate over more weights than the
@@ -45,6 +46,8 @@ class Line:
     """Limit of each round, in work per second."""
     peer: Summary | None = None
     bar: str = ""
+    peer_bar: str = ""
+    """Of against_peer."""
 
     @property
     def rate(self) -> float:
@@ -87,14 +90,20 @@ class Bench:
         self._add(name, work, "GB/s", seconds, rates[1:], run(), None, bar)
 
     def against_peak(
-        self, name: str, run: Callable[[], int], work: float, peer: Callable[[], Any] | None = None, bar: str = ""
+        self,
+        name: str,
+        run: Callable[[], int],
+        work: float,
+        peer: Callable[[], Any] | None = None,
+        bar: str = "",
+        peer_bar: str = "",
     ) -> None:
         rates: list[float] = []
         runs: dict[str, Callable[[], Any]] = {"ours": run, "peak": lambda: rates.append(self._multiply(1, 1_000_000))}
         if peer is not None:
             runs["peer"] = peer
         seconds = measure_in_turns(runs, repeats=self.rounds)
-        self._add(name, work, "GFLOP/s", seconds["ours"], rates[1:], run(), seconds.get("peer"), bar)
+        self._add(name, work, "GFLOP/s", seconds["ours"], rates[1:], run(), seconds.get("peer"), bar, peer_bar)
 
     def _add(
         self,
@@ -106,9 +115,12 @@ class Bench:
         calls: int,
         peer: Summary | None,
         bar: str,
+        peer_bar: str = "",
     ) -> None:
         ours = Summary(values=tuple(value - calls * self.call_s for value in seconds.values))
-        line = Line(name=name, work=work, unit=unit, seconds=ours, limit=tuple(limit), peer=peer, bar=bar)
+        line = Line(
+            name=name, work=work, unit=unit, seconds=ours, limit=tuple(limit), peer=peer, bar=bar, peer_bar=peer_bar
+        )
         self.lines.append(line)
         against = f"{line.against_peer:.2f}" if line.against_peer is not None else ""
         rate, limit_rate = line.rate / 1e9, statistics.median(limit) / 1e9
@@ -157,6 +169,49 @@ def hot_linears(bench: Bench) -> None:
 
             bar = ">= 0.8" if rows >= 512 else ""
             bench.against_peak(f"linear {name}, {rows} rows", run, flops * calls, peer, bar)
+
+
+def quantised_linears(bench: Bench) -> None:
+    """Weights from memory: a row against memory's rate, several rows against the same product of bfloat16 weights."""
+    import torch
+
+    from xllm_compile.runtime.ops.quantised import quantise_packed
+    from xllm_compile.runtime.ops.reference import pack_weight
+
+    for name, (inputs, outputs) in SHAPES.items():
+        dense = torch.randn(outputs, inputs)
+        count = COLD_BYTES // (2 * inputs * outputs)
+        plain = pack_weight(dense.bfloat16()).unsqueeze(0).repeat(count, 1, 1, 1, 1)
+        for scheme in ("int8", "int4"):
+            # As many as fill the caches in the quantised form, too.
+            packed = quantise_packed(dense, scheme, 32)
+            size = sum(part.numel() * part.element_size() for part in packed)
+            weights = [part.unsqueeze(0).repeat(COLD_BYTES // 2 // size, *[1] * part.dim()) for part in packed]
+            linear = getattr(bench.kernels, f"{scheme}_linear")
+            for rows in (1, 8, 16, 32, 512):
+                x, flops = torch.randn(rows, inputs).bfloat16(), 2 * rows * inputs * outputs
+                calls = min(count, len(weights[0]), max(2, int(2e10 / flops)))
+
+                def run(
+                    linear: Callable[..., Any] = linear,
+                    weights: "Sequence[Tensor]" = weights,
+                    x: "Tensor" = x,
+                    outputs: int = outputs,
+                    calls: int = calls,
+                ) -> int:
+                    for index in range(calls):
+                        linear(x, *(part[index] for part in weights), None, outputs, False)
+                    return calls
+
+                def peer(plain: "Tensor" = plain, x: "Tensor" = x, outputs: int = outputs, calls: int = calls) -> None:
+                    for index in range(calls):
+                        bench.kernels.packed_linear(x, plain[index], None, outputs, False)
+
+                if rows == 1:
+                    bench.against_memory(f"{scheme} {name}, 1 row, cold", run, plain, size * calls)
+                else:
+                    label = f"{scheme} {name}, {rows} rows, cold"
+                    bench.against_peak(label, run, flops * calls, peer, peer_bar=">= 1")
 
 
 def attentions(bench: Bench) -> None:
@@ -233,7 +288,13 @@ def token_wise(bench: Bench) -> None:
             bench.against_memory(f"{name}, {tokens} tokens, hot", run, buffer, size * 100)
 
 
-PARTS = {"cold": cold_linears, "hot": hot_linears, "attention": attentions, "token-wise": token_wise}
+PARTS = {
+    "cold": cold_linears,
+    "hot": hot_linears,
+    "quantised": quantised_linears,
+    "attention": attentions,
+    "token-wise": token_wise,
+}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -259,7 +320,7 @@ def main(parts: Sequence[str], rounds: int, threads: int, output: Path | None) -
         kernels = native.Kernels(library)
     kernels.set_num_threads(threads)
     bench = Bench(kernels, rounds)
-    click.echo(f"{'':34} {'ours':>8} {'limit':>8} {'':8} {'share':>6} {'/ oneDNN':>8}")
+    click.echo(f"{'':34} {'ours':>8} {'limit':>8} {'':8} {'share':>6} {'/ peer':>8}")
     for part in parts:
         PARTS[part](bench)
     if output is not None:
@@ -280,6 +341,11 @@ def main(parts: Sequence[str], rounds: int, threads: int, output: Path | None) -
         }
         bars = [
             Bar(what=f"{line.name}: share of limit", value=line.share, unit="", bar=line.bar) for line in bench.lines
+        ]
+        bars += [
+            Bar(what=f"{line.name}: against bfloat16 weights", value=line.against_peer, unit="x", bar=line.peer_bar)
+            for line in bench.lines
+            if line.peer_bar and line.against_peer is not None
         ]
         record = make_record(output.stem, ["bench_kernels", *sys.argv[1:]], seed=0, raw=raw, bars=bars)
         click.echo(f"wrote {record.write(output.parent)}")
