@@ -128,6 +128,19 @@ def test_many_blocks_and_threads(ops: native.Kernels, two_threads: None, dtype: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", [3, 65, 514])
+def test_blocks_that_follow_each_other_end_within_a_step(
+    ops: native.Kernels, two_threads: None, dtype: torch.dtype, inputs: int
+) -> None:
+    """Each is unpacked while the one before it is multiplied, by whichever thread claimed it."""
+    weight, scale = weights("int8_linear", 300, inputs)
+    for rows in (6, 12, 13, 37):
+        x = torch.randn(rows, inputs).to(dtype)
+        got, want = both(ops, "int8_linear", x, weight, scale, None, 300, True)
+        assert_close(got, want, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_rows_do_not_depend_on_the_batch(ops: native.Kernels, dtype: torch.dtype, operator: str) -> None:
     weight, scale = weights(operator, 320, 160)

@@ -32,11 +32,12 @@ XLLM_INLINE vf widen_codes(const int8_t* p, int64_t n) {
 template <class T>
 struct Int8Codes {
   static constexpr int kUnits = 4 / kPair<T>;
+  static constexpr bool kIsDirect = false;
   Int8Codes() = default;
   explicit XLLM_INLINE Int8Codes(const uint8_t* from) : codes(load_raw<vi>(from)) {}
   XLLM_INLINE typename Dot<T>::Operand operand(int unit) const {
     if constexpr (kPair<T> == 2)
-      return Dot<T>::pair(element(2 * unit), element(2 * unit + 1));
+      return Dot<T>::exact_pair(element(2 * unit), element(2 * unit + 1));
     else
       return element(unit);
   }
@@ -111,6 +112,8 @@ struct StepOrder {
 template <>
 struct Int8Codes<bf16> {
   static constexpr int kUnits = 2;
+  // Several look-ups for each operand of a dot product, which pay once for all row tiles.
+  static constexpr bool kIsDirect = false;
   Int8Codes() = default;
   explicit XLLM_INLINE Int8Codes(const uint8_t* from) : codes(_mm512_loadu_si512(from)) {}
   XLLM_INLINE Dot<bf16>::Operand operand(int unit) const {

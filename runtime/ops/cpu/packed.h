@@ -7,6 +7,8 @@
 namespace xllm {
 
 constexpr int64_t kBlockColumns = 32;
+// A step of the packed and of the quantised layouts is 4 bytes for each of the 32 columns of a block: two cache lines.
+constexpr int64_t kStepBytes = 4 * kBlockColumns;
 
 // Contiguous inside a block; the blocks may lie any distance apart.
 inline void expect_contiguous_blocks(const View& weight) {

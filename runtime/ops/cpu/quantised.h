@@ -1,7 +1,8 @@
 // Quantised weights as columns of a product: see quantised.py for the layouts.
 //
-// Codes become operands in registers, by table look-up where the CPU can: an 8-bit or 4-bit integer is exact in bfloat16,
-// and its scale is left to the sums. So what is unpacked to cache and what never leaves registers is the same product.
+// Codes become operands in registers, by table look-up where the CPU can: an 8-bit or 4-bit integer is exact in
+// bfloat16, and its scale is left to the sums. So what is unpacked to cache and what never leaves registers is the same
+// product.
 #pragma once
 
 #include <type_traits>
@@ -11,12 +12,15 @@
 
 namespace xllm {
 
-// A step of the quantised layout is 4 bytes for each of the 32 columns of a block.
-constexpr int64_t kStepBytes = 4 * kBlockColumns;
-
 template <class T>
 struct Int4Codes {
   static constexpr int kUnits = 8 / kPair<T>;
+#if defined(XLLM_AVX512) && defined(__AVX512BF16__)
+  // One look-up for each dot product's operand, which costs less than to store and load it.
+  static constexpr bool kIsDirect = kPair<T> == 2;
+#else
+  static constexpr bool kIsDirect = false;
+#endif
   Int4Codes() = default;
   explicit XLLM_INLINE Int4Codes(const uint8_t* from) : codes(load_raw<vu>(from)) {}
   XLLM_INLINE typename Dot<T>::Operand operand(int unit) const {
@@ -31,7 +35,7 @@ struct Int4Codes {
     }
 #endif
     if constexpr (kPair<T> == 2)
-      return Dot<T>::pair(value(4 * unit), value(16 + 4 * unit));
+      return Dot<T>::exact_pair(value(4 * unit), value(16 + 4 * unit));
     else
       return value(unit / 2 * 4 + unit % 2 * 16);
   }
@@ -42,73 +46,96 @@ struct Int4Codes {
   vu codes;
 };
 
-// Codes of all blocks of a weight; `block_bytes` lie between two.
+// Codes of all blocks of a weight; `stride` bytes lie between two.
 template <class T, template <class> class Codes>
 struct CodeColumns {
-  static constexpr bool kIsGrouped = false, kHasZero = false;
-  static constexpr int kUnits = Codes<T>::kUnits;
+  static constexpr bool kIsStored = false, kIsDirect = Codes<T>::kIsDirect, kIsGrouped = false, kHasZero = false;
+  static constexpr int kMostRows = kIsDirect ? kTileRows : kTileRows / 2;
+  static constexpr int64_t kUnits = Codes<T>::kUnits;
   const uint8_t* data;
-  int64_t block_bytes;
+  int64_t stride;
+  int64_t block_bytes() const { return stride; }
+  const uint8_t* step(int64_t block, int64_t unit) const { return data + block * stride + unit / kUnits * kStepBytes; }
 
-  template <int R, int NB>
-  XLLM_INLINE void multiply(const uint32_t* a, int64_t block, int64_t column, int64_t begin, int64_t end,
+  template <int R, int NB, class Work>
+  XLLM_INLINE void multiply(const uint32_t* a, int64_t block, int64_t column, int64_t begin, int64_t end, Work work,
                             vf (&acc)[R][NB * kTileVecs]) const {
-    const uint8_t* from = data + block * block_bytes + begin / kUnits * kStepBytes + 4 * column;
-    int64_t unit = begin;
-    for (; unit + kUnits <= end; unit += kUnits, from += kStepBytes, a += kUnits * R)
-      add_step<R, NB>(a, from, kUnits, acc);
-    if (unit < end) add_step<R, NB>(a, from, int(end - unit), acc);
+    const uint8_t* from = step(block, begin) + 4 * column;
+    for (int64_t unit = begin; unit < end; unit += kUnits, from += kStepBytes, a += kUnits * R) {
+      // Block by block: the codes of all would not stay in registers.
+#pragma GCC unroll 16
+      for (int n = 0; n < NB; ++n) {
+        work(from + n * stride, unit, column);
+        if (unit + kUnits <= end)
+          add_step<R, NB>(a, from + n * stride, kUnits, n, acc);
+        else
+          add_step<R, NB>(a, from + n * stride, int(end - unit), n, acc);
+      }
+    }
   }
 
   // `units` units of a block, from unit `begin` on, in the layout of packed weights; whole steps are written.
   XLLM_INLINE void unpack(int64_t block, int64_t begin, int64_t units, uint32_t* to) const {
-    const uint8_t* from = data + block * block_bytes + begin / kUnits * kStepBytes;
+    const uint8_t* from = step(block, begin);
     for (int64_t done = 0; done < units; done += kUnits, from += kStepBytes, to += kUnits * kBlockColumns) {
-      prefetch(from, kBlockColumns);
-      for (int64_t column = 0; column < kBlockColumns; column += kLanes) {
-        const Codes<T> codes(from + 4 * column);
-#pragma GCC unroll 16
-        for (int unit = 0; unit < kUnits; ++unit)
-          Dot<T>::store(to + unit * kBlockColumns + column, codes.operand(unit));
-      }
+      for (int64_t line = 0; line < kStepBytes; line += 64) __builtin_prefetch(from + 48 * kStepBytes + line);
+      for (int64_t column = 0; column < kBlockColumns; column += kLanes) unpack_vector(from + 4 * column, to + column);
     }
   }
-
-  // Blocks [begin, end) whole.
-  StoredColumns<T> unpacked(int64_t begin, int64_t end, int64_t units, uint32_t* to) const {
-    const int64_t stride = units * kBlockColumns + kUnpackSlack;
-    for (int64_t block = begin; block < end; ++block) unpack(block, 0, units, to + (block - begin) * stride);
-    return {to, stride, begin};
+  // kLanes columns of a step.
+  static XLLM_INLINE void unpack_vector(const uint8_t* from, uint32_t* to) {
+    const Codes<T> codes(from);
+#pragma GCC unroll 16
+    for (int unit = 0; unit < kUnits; ++unit) Dot<T>::store(to + unit * kBlockColumns, codes.operand(unit));
   }
 
  private:
-  static XLLM_INLINE void prefetch(const uint8_t* from, int64_t columns) {
-    for (int64_t line = 0; line < 4 * columns; line += 64) __builtin_prefetch(from + 48 * kStepBytes + line);
-  }
-
   template <int R, int NB>
-  XLLM_INLINE void add_step(const uint32_t* a, const uint8_t* from, int units, vf (&acc)[R][NB * kTileVecs]) const {
-    Codes<T> codes[NB * kTileVecs];
+  static XLLM_INLINE void add_step(const uint32_t* a, const uint8_t* from, int units, int n,
+                                   vf (&acc)[R][NB * kTileVecs]) {
+    Codes<T> codes[kTileVecs];
 #pragma GCC unroll 16
-    for (int n = 0; n < NB; ++n) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kTileVecs; ++v)
-        codes[n * kTileVecs + v] = Codes<T>(from + n * block_bytes + 4 * v * kLanes);
-      prefetch(from + n * block_bytes, kTileColumns);
-    }
+    for (int v = 0; v < kTileVecs; ++v) codes[v] = Codes<T>(from + 4 * v * kLanes);
 #pragma GCC unroll 16
     for (int unit = 0; unit < kUnits; ++unit) {
       if (unit >= units) break;
-      typename Dot<T>::Operand columns[NB * kTileVecs];
+      typename Dot<T>::Operand columns[kTileVecs];
 #pragma GCC unroll 16
-      for (int v = 0; v < NB * kTileVecs; ++v) columns[v] = codes[v].operand(unit);
+      for (int v = 0; v < kTileVecs; ++v) columns[v] = codes[v].operand(unit);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const typename Dot<T>::Operand row = Dot<T>::broadcast(a + unit * R + r);
 #pragma GCC unroll 16
-        for (int v = 0; v < NB * kTileVecs; ++v) acc[r][v] = Dot<T>::add(acc[r][v], row, columns[v]);
+        for (int v = 0; v < kTileVecs; ++v) {
+          vf& sum = acc[r][n * kTileVecs + v];
+          sum = Dot<T>::add(sum, row, columns[v]);
+        }
       }
     }
+  }
+};
+
+// Unpacks a block while another is multiplied: one vector of codes every few units, in execution units and registers
+// that the products leave.
+template <class Columns>
+struct Unpacker {
+  Columns codes;
+  int64_t block;
+  // Block whose codes are fetched meanwhile; a wrong guess costs time only.
+  int64_t later;
+  uint32_t* to;
+  XLLM_INLINE void operator()(const void*, int64_t unit, int64_t column) const {
+    constexpr int64_t kEvery = Columns::kUnits / kTileVecs;
+    if (unit % kEvery != 0) return;
+    const int64_t at = column + unit / kEvery % kTileVecs * kLanes;
+    const uint8_t* from = codes.step(block, unit) + 4 * at;
+    __builtin_prefetch(from + (later - block) * codes.stride, 0, 2);
+    Columns::unpack_vector(from, to + unit / Columns::kUnits * Columns::kUnits * kBlockColumns + at);
+  }
+  // The last step where it is not a whole one.
+  void finish(int64_t units) const {
+    const int64_t rest = units % Columns::kUnits;
+    if (rest > 0) codes.unpack(block, units - rest, rest, to + (units - rest) * kBlockColumns);
   }
 };
 
@@ -125,6 +152,13 @@ struct GroupedColumns : Columns {
   int64_t block_scales;
   int64_t units;
   int64_t group_units() const { return units; }
+  // Of the 32 columns of a block.
+  XLLM_INLINE void fetch_scales(int64_t block, int64_t group) const {
+    const int64_t at = block * block_scales + group * kBlockColumns;
+    for (size_t line = 0; line < kBlockColumns * sizeof(Scale); line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(scales + at) + line, 0, 2);
+    if (kZero) __builtin_prefetch(zeros + at, 0, 2);
+  }
   XLLM_INLINE vf scale(int64_t block, int64_t group, int64_t column) const {
     return load(scales + block * block_scales + group * kBlockColumns + column);
   }
@@ -133,14 +167,16 @@ struct GroupedColumns : Columns {
   }
 };
 
+// Beside columns() and panel(), see gemm.h, a weight makes an unpacker, and columns of one block that is unpacked at
+// `data`.
 template <class T>
 struct Int8Weight {
   static constexpr bool kIsStored = false;
-  CodeColumns<T, Int8Codes> codes;
-  const auto& columns() const { return codes; }
-  StoredColumns<T> unpacked(int64_t begin, int64_t end, int64_t units, uint32_t* to) const {
-    return codes.unpacked(begin, end, units, to);
-  }
+  using Codes = CodeColumns<T, Int8Codes>;
+  Codes codes;
+  const Codes& columns() const { return codes; }
+  StoredColumns<T> unpacked(int64_t block, const uint32_t* data) const { return {data, 0, block}; }
+  Unpacker<Codes> unpacker(int64_t block, int64_t later, uint32_t* to) const { return {codes, block, later, to}; }
   // The values themselves: the scale is left to the sums.
   const uint32_t* panel(int64_t block, int64_t unit, int64_t units, uint32_t* to) const {
     codes.unpack(block, unit, units, to);
@@ -151,16 +187,18 @@ struct Int8Weight {
 template <class T, bool kHasZero>
 struct Int4Weight {
   static constexpr bool kIsStored = false;
-  GroupedColumns<CodeColumns<T, Int4Codes>, kHasZero> codes;
+  using Codes = CodeColumns<T, Int4Codes>;
+  GroupedColumns<Codes, kHasZero> codes;
   using Scale = typename decltype(codes)::Scale;
   const auto& columns() const { return codes; }
-  GroupedColumns<StoredColumns<T>, kHasZero> unpacked(int64_t begin, int64_t end, int64_t units, uint32_t* to) const {
-    return {codes.unpacked(begin, end, units, to), codes.scales, codes.zeros, codes.block_scales, codes.units};
+  GroupedColumns<StoredColumns<T>, kHasZero> unpacked(int64_t block, const uint32_t* data) const {
+    return {{data, 0, block}, codes.scales, codes.zeros, codes.block_scales, codes.units};
   }
+  Unpacker<Codes> unpacker(int64_t block, int64_t later, uint32_t* to) const { return {codes, block, later, to}; }
   // (value - zero) * scale, rounded to T: AMX tiles keep the whole reduction axis in one sum.
   const uint32_t* panel(int64_t block, int64_t unit, int64_t units, uint32_t* to) const {
     constexpr int kUnits = Int4Codes<T>::kUnits;
-    const uint8_t* from = codes.data + block * codes.block_bytes + unit / kUnits * kStepBytes;
+    const uint8_t* from = codes.step(block, unit);
     uint32_t* out = to;
     for (int64_t done = unit; done < unit + units; done += kUnits, from += kStepBytes, out += kUnits * kBlockColumns) {
       const int64_t group = done / codes.units;

@@ -61,6 +61,7 @@ struct Dot<bf16> {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
     return (Operand)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
   }
+  static XLLM_INLINE Operand exact_pair(vf even, vf odd) { return pair(even, odd); }
   static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
 #else
   struct Operand {
@@ -75,15 +76,17 @@ struct Dot<bf16> {
   static XLLM_INLINE vu round(vf x) { return zero_extend(narrow(x)); }
   static XLLM_INLINE void store(uint32_t* p, Operand x) { store_raw(p, round(x.odd) << 16 | round(x.even)); }
   static XLLM_INLINE Operand pair(vf even, vf odd) { return split(round(odd) << 16 | round(even)); }
+  // Of values that are bfloat16 already.
+  static XLLM_INLINE Operand exact_pair(vf even, vf odd) { return {even, odd}; }
   static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return a.odd * b.odd + (a.even * b.even + acc); }
 #endif
 };
 
 // acc[r][n * kTileVecs + v] += sum over k of a[r * a_row + k * a_step] * b[n * b_block + k * b_step + v].
-// kAhead > 0 prefetches that many units ahead in every block: the hardware prefetchers stop at 4 KiB pages.
-template <class T, int R, int NB, int kAhead = 0>
+// meanwhile(b, k) is called for each block at every step: a place to fetch or unpack what is multiplied later.
+template <class T, int R, int NB, class Meanwhile>
 XLLM_INLINE void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t b_step,
-                          int64_t b_block, int64_t steps, vf (&acc)[R][NB * kTileVecs]) {
+                          int64_t b_block, int64_t steps, vf (&acc)[R][NB * kTileVecs], const Meanwhile& meanwhile) {
   for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
     typename Dot<T>::Operand columns[NB * kTileVecs];
 #pragma GCC unroll 16
@@ -91,10 +94,7 @@ XLLM_INLINE void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, cons
 #pragma GCC unroll 16
       for (int v = 0; v < kTileVecs; ++v)
         columns[n * kTileVecs + v] = Dot<T>::vector(b + n * b_block + v * kLanes);
-      if (kAhead > 0) {
-#pragma GCC unroll 16
-        for (int line = 0; line < kTileColumns; line += 16) __builtin_prefetch(b + n * b_block + kAhead + line, 0, 3);
-      }
+      meanwhile(b + n * b_block, k);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -103,6 +103,11 @@ XLLM_INLINE void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, cons
       for (int v = 0; v < NB * kTileVecs; ++v) acc[r][v] = Dot<T>::add(acc[r][v], row, columns[v]);
     }
   }
+}
+template <class T, int R, int NB>
+XLLM_INLINE void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t b_step,
+                          int64_t b_block, int64_t steps, vf (&acc)[R][NB * kTileVecs]) {
+  multiply<T, R, NB>(a, a_row, a_step, b, b_step, b_block, steps, acc, [](const uint32_t*, int64_t) {});
 }
 
 template <int R, int V>
