@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from xllm_compile.benchmarks.parity import save_random_model
-from xllm_compile.build import make_programs, read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import compiler_version
 from xllm_compile.build_plan import Source
@@ -26,6 +25,7 @@ from xllm_compile.machine import cache_dir
 from xllm_compile.models.rope import rope_constants
 from xllm_compile.models.tensor_parallel import rank_shape
 from xllm_compile.progress import NoProgress
+from xllm_compile.region_programs import make_programs
 from xllm_compile.runtime import artifact
 from xllm_compile.runtime.artifact import FileEntry, Manifest, ModelInfo
 from xllm_compile.runtime.engine import Engine
@@ -39,6 +39,7 @@ from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.weights import map_weights
+from xllm_compile.source_reader import read_source
 from xllm_compile.weight_builder import artifact_weights, build_weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -6,12 +6,14 @@ from rich.console import Console
 from rich.table import Table
 
 from xllm_compile.bucket_plan import read_workload
-from xllm_compile.build import make_programs, plan_buckets, plan_halves, read_source
+from xllm_compile.build import plan_buckets, plan_halves
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.device import choose_device
 from xllm_compile.pass_catalogue import PassRow, pass_rows
 from xllm_compile.progress import NoProgress
+from xllm_compile.region_programs import make_programs
 from xllm_compile.report import RegionReport
+from xllm_compile.source_reader import read_source
 
 
 def explain_passes(config: BuildConfig) -> None:

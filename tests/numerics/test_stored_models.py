@@ -9,13 +9,14 @@ from tests.numerics.test_parity import all_logits, rms
 from tests.stored_checkpoints import CONFIGS, write_quantised
 from xllm_compile import LLM
 from xllm_compile.benchmarks.parity import random_prompts
-from xllm_compile.build import make_programs, read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.models.rope import rope_constants
 from xllm_compile.progress import NoProgress
+from xllm_compile.region_programs import make_programs
 from xllm_compile.runtime.artifact import read_manifest
 from xllm_compile.runtime.ops import quantised
 from xllm_compile.runtime.weights import map_weights
+from xllm_compile.source_reader import read_source
 from xllm_compile.weight_builder import artifact_weights, build_weights
 
 pytestmark = pytest.mark.numerics

@@ -16,8 +16,9 @@ import pytest
 from tests.helpers import REPOSITORY, kernel_library
 from xllm_compile.atomic_dir import atomic_directory
 from xllm_compile.bucket_plan import read_workload
-from xllm_compile.build import BuildError, build, read_source
+from xllm_compile.build import build
 from xllm_compile.build_config import BuildConfig
+from xllm_compile.build_error import BuildError
 from xllm_compile.build_key import build_key
 from xllm_compile.device import choose_device
 from xllm_compile.graph_passes.quantisation import Quantisation
@@ -28,6 +29,7 @@ from xllm_compile.progress import NoProgress
 from xllm_compile.runtime.artifact import MANIFEST, ArtifactMismatchError, check_artifact, read_manifest
 from xllm_compile.runtime.instance import open_instance
 from xllm_compile.runtime.isa import isa_features
+from xllm_compile.source_reader import read_source
 
 
 def config(model_dir, output, **options):
@@ -150,7 +152,9 @@ KEYS_SCRIPT = """
 import json, sys
 from pathlib import Path
 import xllm_compile
-from xllm_compile.build import make_programs, plan_buckets, read_source
+from xllm_compile.build import plan_buckets
+from xllm_compile.region_programs import make_programs
+from xllm_compile.source_reader import read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import build_key, compiler_version
 from xllm_compile.device import choose_device
@@ -332,7 +336,8 @@ def test_an_operator_that_cannot_be_lowered_is_named_with_the_model_line(model, 
 
         return [replace(embed, function=function), *others]
 
-    monkeypatch.setattr("xllm_compile.build.build_regions", with_nanmedian)
+    for user in ("region_programs", "build_output"):
+        monkeypatch.setattr(f"xllm_compile.{user}.build_regions", with_nanmedian)
     with pytest.raises(BuildError, match="region embed uses aten::nanmedian") as error:
         run(model, tmp_path / "m.xllm")
     assert "test_build.py" in str(error.value)

@@ -15,11 +15,12 @@ import torch
 
 from tests.helpers import REPOSITORY
 from xllm_compile import build_key, graph_jobs
-from xllm_compile.build import make_programs, read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.graph_jobs import bucket_sizes, graph_job
 from xllm_compile.progress import NoProgress
+from xllm_compile.region_programs import make_programs
 from xllm_compile.runtime.ops import SCHEMAS
+from xllm_compile.source_reader import read_source
 from xllm_compile.targets import cpu, lowering_for
 
 
@@ -105,7 +106,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from xllm_compile import build_key
-from xllm_compile.build import make_programs, read_source
+from xllm_compile.region_programs import make_programs
+from xllm_compile.source_reader import read_source
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.graph_jobs import bucket_sizes, graph_job
 from xllm_compile.progress import NoProgress

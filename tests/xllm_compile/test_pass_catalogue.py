@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from xllm_compile.build import make_programs, plan_halves, read_source
+from xllm_compile.build import plan_halves
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.device import choose_device
 from xllm_compile.graph_passes.device_spec import device_spec
 from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.pass_catalogue import pass_rows
 from xllm_compile.progress import NoProgress
+from xllm_compile.region_programs import make_programs
+from xllm_compile.source_reader import read_source
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
