@@ -29,20 +29,20 @@ _CHANGES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "attention_tile.h": (
         (
-            "  const T* even = block.p.cache.value<const T>(block.slot, block.keys.begin, block.head) + column;\n",
+            "  const C* even = block.p.cache.value<const C>(block.slot, block.keys.begin, block.head) + column;\n",
             "",
         ),
         (
             "for (int64_t k = 0; k < count; k += kPair<T>, even += kPair<T> * stride) {",
             "for (int64_t k = 0; k < count; k += kPair<T>) {\n"
-            "    const T* even = block.p.cache.value<const T>(block.slot, block.keys.begin + k, block.head) + column;",
+            "    const C* even = block.p.cache.value<const C>(block.slot, block.keys.begin + k, block.head) + column;",
         ),
         (
             "    s.tokens_ = std::max<int64_t>(0, end - begin);",
             "    s.tokens_ = std::max<int64_t>(0, end - begin);\n"
             "    s.position_ = begin;\n"
             "    s.table_ = block_table + p.slot[item.sequence] * (p.cache.max_tokens / 16);\n"
-            "    s.base_ = reinterpret_cast<const char*>(p.cache.view.ptr<const T>());\n"
+            "    s.base_ = reinterpret_cast<const char*>(p.cache.view.ptr<const C>());\n"
             "    s.base_ += item.head_begin * s.head_stride_;",
         ),
         (
