@@ -7,6 +7,7 @@ sequence look at the whole cache), and there are as many as the longest sequence
 
 import argparse
 import ctypes
+import heapq
 import os
 from collections import deque
 from dataclasses import dataclass
@@ -72,13 +73,14 @@ class LlamaAdapter(SteppedAdapter):
     def step(self) -> list[tuple[int, TokenIds]]:
         if self._waiting and self._free_slots:
             sequence = self._waiting.popleft()
-            sequence.slot = self._free_slots.pop()
+            sequence.slot = heapq.heappop(self._free_slots)
             self._running.append(sequence)
             for start in range(0, len(sequence.prompt), _BATCH_TOKENS):
                 self._decode([(sequence, sequence.prompt[start : start + _BATCH_TOKENS])])
             computed = [sequence]
         else:
-            computed = list(self._running)
+            # Streams are computed together where they follow each other in the batch; others one by one.
+            computed = sorted(self._running, key=lambda sequence: sequence.slot)
             self._decode([(sequence, [sequence.last]) for sequence in computed])
         for sequence in computed:
             sequence.num_left -= 1
@@ -94,7 +96,7 @@ class LlamaAdapter(SteppedAdapter):
     def _leave(self, sequence: _Sequence) -> None:
         self._running.remove(sequence)
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), sequence.slot, -1, -1)
-        self._free_slots.append(sequence.slot)
+        heapq.heappush(self._free_slots, sequence.slot)
 
     def _decode(self, chunks: list[tuple[_Sequence, TokenIds]]) -> None:
         """Compute the chunks; the last token of each is sampled."""
