@@ -90,12 +90,17 @@ def test_rope(ops: native.Kernels, dtype: torch.dtype, width: int, rotated: int)
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_norm", [True, False])
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 128), (7, 1, 36), (3, 3, 80)])
-def test_qkv_rope_write(
-    ops: native.Kernels, dtype: torch.dtype, with_norm: bool, heads: int, kv_heads: int, width: int
+def check_qkv_rope_write(
+    ops: native.Kernels,
+    caches: list[Tensor],
+    dtype: torch.dtype,
+    *,
+    with_norm: bool,
+    heads: int,
+    kv_heads: int,
+    width: int,
 ) -> None:
+    """The kernel writes to the first of two caches [5, 40, ...], the reference to the other; queries come out equal."""
     lengths, cached, padding = [3, 0, 1, 20], [5, 0, 31, 0], 4
     tokens = sum(lengths) + padding
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * width + 8).to(dtype)[:, 4:-4]
@@ -104,12 +109,21 @@ def test_qkv_rope_write(
     where = [c + i for n, c in zip(lengths, cached, strict=True) for i in range(n)]
     positions = ints(*where, *[0] * padding)
     seq_start, slot = torch.tensor([0, *lengths]).cumsum(0).int(), ints(4, 0, 1, 2)
-    caches = [make_cache(5, 40, kv_heads, width, dtype) for _ in range(2)]
     rest: tuple[Any, ...] = (positions, seq_start, slot, heads, kv_heads, 1e-6)
     got = ops.qkv_rope_write(qkv, *norms, angle.cos(), angle.sin(), caches[0], *rest)
     reference_of: Callable[..., Tensor] = reference.qkv_rope_write
     want = reference_of(qkv.contiguous(), *norms, angle.cos(), angle.sin(), caches[1], *rest)
     assert_close(got, want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 128), (7, 1, 36), (3, 3, 80)])
+def test_qkv_rope_write(
+    ops: native.Kernels, dtype: torch.dtype, with_norm: bool, heads: int, kv_heads: int, width: int
+) -> None:
+    caches = [make_cache(5, 40, kv_heads, width, dtype) for _ in range(2)]
+    check_qkv_rope_write(ops, caches, dtype, with_norm=with_norm, heads=heads, kv_heads=kv_heads, width=width)
     assert_close(*caches, **TOLERANCE[dtype], equal_nan=True)
 
 

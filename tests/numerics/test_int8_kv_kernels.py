@@ -1,6 +1,5 @@
 """The kernels on an int8 KV cache against the plain-torch reference, for every instruction set this CPU can run."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,13 +7,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.numerics.test_cpu_kernels import DTYPES, SUM_TOLERANCE, TOLERANCE, ints
+from tests.numerics.test_cpu_kernels import DTYPES, SUM_TOLERANCE, check_attention, check_qkv_rope_write, ints
 from xllm_compile.runtime.ops import native, reference
 from xllm_compile.runtime.ops.kv_rows import SCALE_BYTES, read_rows, round_rows
 
 pytestmark = pytest.mark.numerics
-
-reference_attention: Callable[..., Tensor] = reference.attention
 
 
 def make_cache(slots: int, tokens: int, heads: int, width: int) -> Tensor:
@@ -32,13 +29,6 @@ def attention_case(
         cache[row, :total] = round_rows(torch.randn(total, 2, kv_heads, width) * torch.rand(total, 2, kv_heads, 1) * 2)
     q = torch.randn(sum(tokens) + padding, heads + 3, width).to(dtype)[:, :heads]
     return q, cache, torch.tensor([0, *tokens]).cumsum(0).int(), ints(*context), slot
-
-
-def check_attention(ops: native.Kernels, arguments: tuple[Any, ...], window: int = 0) -> None:
-    q = arguments[0]
-    scale = q.shape[-1] ** -0.5
-    got = ops.attention(*arguments, scale, window)
-    assert_close(got, reference_attention(*arguments, scale, window), **SUM_TOLERANCE[q.dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,20 +63,8 @@ def test_what_is_not_finite_reaches_the_output(ops: native.Kernels, bad: float) 
 def test_qkv_rope_write(
     ops: native.Kernels, dtype: torch.dtype, with_norm: bool, heads: int, kv_heads: int, width: int
 ) -> None:
-    lengths, cached, padding = [3, 0, 1, 20], [5, 0, 31, 0], 4
-    tokens = sum(lengths) + padding
-    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * width + 8).to(dtype)[:, 4:-4]
-    norms: tuple[Any, ...] = tuple(torch.randn(width).to(dtype) if with_norm else None for _ in range(2))
-    angle = torch.rand(tokens, width // 2) * 6
-    where = [c + i for n, c in zip(lengths, cached, strict=True) for i in range(n)]
-    positions = ints(*where, *[0] * padding)
-    seq_start, slot = torch.tensor([0, *lengths]).cumsum(0).int(), ints(4, 0, 1, 2)
     caches = [make_cache(5, 40, kv_heads, width) for _ in range(2)]
-    rest: tuple[Any, ...] = (positions, seq_start, slot, heads, kv_heads, 1e-6)
-    got = ops.qkv_rope_write(qkv, *norms, angle.cos(), angle.sin(), caches[0], *rest)
-    reference_of: Callable[..., Tensor] = reference.qkv_rope_write
-    want = reference_of(qkv.contiguous(), *norms, angle.cos(), angle.sin(), caches[1], *rest)
-    assert_close(got, want, **TOLERANCE[dtype])
+    check_qkv_rope_write(ops, caches, dtype, with_norm=with_norm, heads=heads, kv_heads=kv_heads, width=width)
     # Values are rounded from the same bits. Keys may differ by a rounding before, which moves a code by one.
     assert torch.equal(caches[0][:, :, 1], caches[1][:, :, 1])
     written, expected = (read_rows(cache[:, :, 0]) for cache in caches)
