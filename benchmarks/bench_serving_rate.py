@@ -6,7 +6,6 @@ and the first is not kept for long. Every server is asked over HTTP, by the same
 
 import asyncio
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from urllib.request import urlopen
 
 from xllm_compile.benchmarks.bench_serve import ServeOptions, drive, summarise_run
 from xllm_compile.benchmarks.console import finish, say, show_table
+from xllm_compile.benchmarks.etcd_process import free_port
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
 from xllm_compile.benchmarks.openai_client import stream_completion
 from xllm_compile.benchmarks.rate_search import bracket, crossing
@@ -180,7 +180,7 @@ class _Server:
 
     def __init__(self, contender: Contender) -> None:
         self.name, self.model = contender.name, contender.model
-        self.host, self.port = "127.0.0.1", _free_port()
+        self.host, self.port = "127.0.0.1", free_port()
         self._command = [part.replace("{port}", str(self.port)) for part in contender.command]
 
     def __enter__(self) -> Self:
@@ -224,10 +224,3 @@ class _Server:
     def _last_words(self) -> str:
         self._log.seek(0)
         return self._log.read().strip()[-2000:]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -1,16 +1,12 @@
 """Requests of many lengths, all there from the start: what an engine makes of them is its throughput."""
 
 import json
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from xllm_compile.benchmarks.engine_process import TokenIds
-
-# (median, sigma, least, most) of log-normal lengths.
-_PROMPT_TOKENS = (256, 0.7, 16, 1024)
-_OUTPUT_TOKENS = (64, 0.5, 8, 128)
+from xllm_compile.benchmarks.workloads import mixed_lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,12 +25,12 @@ class OfflineWorkload:
 
 
 def random_workload(num_requests: int, vocab_size: int, *, seed: int) -> OfflineWorkload:
-    """Mean lengths are near 300 and 70 tokens."""
+    """Random tokens, of mixed lengths."""
     rng = random.Random(seed)
     prompts, lengths = [], []
     for _ in range(num_requests):
-        prompt_tokens = _length(rng, *_PROMPT_TOKENS)
-        lengths.append(_length(rng, *_OUTPUT_TOKENS))
+        prompt_tokens, output_tokens = mixed_lengths(rng)
+        lengths.append(output_tokens)
         prompts.append([rng.randrange(vocab_size) for _ in range(prompt_tokens)])
     return OfflineWorkload(prompts=prompts, lengths=lengths)
 
@@ -59,7 +55,3 @@ def read_workload(path: Path, num_requests: int, vocab_size: int) -> OfflineWork
     if highest >= vocab_size or min(map(min, prompts)) < 0:
         raise ValueError(f"{path} has token {highest}, the model's are below {vocab_size}; choose another --shape")
     return OfflineWorkload(prompts=prompts, lengths=lengths)
-
-
-def _length(rng: random.Random, median: int, sigma: float, least: int, most: int) -> int:
-    return min(most, max(least, round(rng.lognormvariate(math.log(median), sigma))))

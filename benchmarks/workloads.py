@@ -38,19 +38,19 @@ def fixed_requests(
     ]
 
 
+def mixed_lengths(rng: random.Random) -> tuple[int, int]:
+    """Tokens of a prompt, 16 to 1,024, and of its output, 8 to 128: log-normal, means near 300 and 70."""
+    prompt_tokens = min(1024, max(16, round(rng.lognormvariate(math.log(256), 0.7))))
+    return prompt_tokens, min(128, max(8, round(rng.lognormvariate(math.log(64), 0.5))))
+
+
 def mixed_requests(count: int, *, rate: float | None, seed: int) -> list[PlannedRequest]:
-    """Prompts of 16 to 1,024 tokens (median 256), outputs of 8 to 128 (median 64), log-normal; a higher rate packs the
-    same requests closer, None sends all at once."""
+    """Of mixed lengths; a higher rate packs the same requests closer, None sends all at once."""
     rng = random.Random(seed)
     requests, now = [], 0.0
     for _ in range(count):
-        requests.append(
-            PlannedRequest(
-                arrival_s=now,
-                prompt_tokens=min(1024, max(16, round(rng.lognormvariate(math.log(256), 0.7)))),
-                output_tokens=min(128, max(8, round(rng.lognormvariate(math.log(64), 0.5)))),
-            )
-        )
+        prompt_tokens, output_tokens = mixed_lengths(rng)
+        requests.append(PlannedRequest(arrival_s=now, prompt_tokens=prompt_tokens, output_tokens=output_tokens))
         gap = rng.expovariate(1.0)
         now += gap / rate if rate else 0.0
     return requests
