@@ -52,11 +52,12 @@ class CostModel:
         """Time of one call on ``share`` of its unit's cores, in (0, 1]. Rates are proportional to the cores at work."""
         if not 0 < share <= 1:
             raise ValueError(f"share={share} of a unit must be in (0, 1]")
-        compute, memory = self.compute_seconds(cost) / self.at_work(cost, share), self.memory_seconds(cost) / share
+        at_work = self.at_work(cost, share)
+        compute, memory = self.compute_seconds(cost) / at_work, self.memory_seconds(cost) / share
         # Cores without a tile may read for the others along the inner axis, unless each reads for itself alone.
         if self.spec.core_bytes_per_s is not None and cost.unit in ("cube", "vector"):
-            at_work = self.at_work(cost, share) * self.spec.cores[cost.unit]
-            memory = max(memory, cost.bytes_cold / (at_work * self.spec.core_bytes_per_s))
+            num_reading = at_work * self.spec.cores[cost.unit]
+            memory = max(memory, cost.bytes_cold / (num_reading * self.spec.core_bytes_per_s))
         hidden = self._efficiency(cost).overlap * min(compute, memory)
         work, link = compute + memory - hidden, self.link_seconds(cost)
         if cost.sends_while_computing:

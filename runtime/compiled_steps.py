@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from xllm_compile.runtime.compiled_graph import CompiledStep, GraphChain
-from xllm_compile.runtime.graph_cache import DYNAMIC, GraphCache, GraphChoice
+from xllm_compile.runtime.graph_cache import GraphCache, GraphChoice
 
 
 class Chains:
@@ -22,8 +22,7 @@ class Chains:
         if self._generations.get(suffix) != graphs.generation:
             self._generations[suffix] = graphs.generation
             self._chains = {key: chain for key, chain in self._chains.items() if key[0] != suffix}
-        # All sizes that are no bucket share the dynamic graph.
-        key = suffix, choice.size if choice.is_bucket else DYNAMIC
+        key = suffix, choice.graph_size
         if key not in self._chains:
             compiled = graphs.compiled([region + suffix for region in self._regions], choice)
             self._chains[key] = None if compiled is None else GraphChain(compiled, self._own)
@@ -43,7 +42,7 @@ class CompiledSteps:
 
     def of(self, graphs: GraphCache, layers: GraphChoice, heads: GraphCache, head: GraphChoice) -> CompiledStep | None:
         """None where a region has no compiled graph for these choices."""
-        key = layers.size if layers.is_bucket else DYNAMIC, head.size if head.is_bucket else DYNAMIC
+        key = layers.graph_size, head.graph_size
         generations = graphs.generation, heads.generation
         known = self._steps.get(key)
         if known is None or known[0] != generations:

@@ -48,6 +48,11 @@ class GraphChoice:
     def is_bucket(self) -> bool:
         return self.outcome in ("exact", "padded")
 
+    @property
+    def graph_size(self) -> int:
+        """Of the graph that serves it: all sizes that are no bucket share the dynamic one."""
+        return self.size if self.is_bucket else DYNAMIC
+
 
 @dataclass(kw_only=True, slots=True)
 class GraphCache:
@@ -136,7 +141,7 @@ class GraphCache:
         return graphs if len(graphs) == len(found) else None
 
     def _size_of(self, region: str, choice: GraphChoice) -> int:
-        return choice.size if choice.is_bucket and (region, choice.size) in self.graphs else DYNAMIC
+        return choice.graph_size if (region, choice.graph_size) in self.graphs else DYNAMIC
 
     def _fall_back(self, region: str, size: int, tensors: list[Tensor], err: RuntimeError) -> list[Tensor]:
         # Running a region again is safe: its KV writes put the same values in the same places.

@@ -88,8 +88,8 @@ class CompiledModelRunner:
             self._pooled = torch.empty(0, self.embedding_size)
         with self.pool:
             layers = self._token_graphs.choose(len(step.token_ids))
-            is_split = layers.is_bucket and layers.size in self._split_buckets
-            head = self._head_graphs.choose(len(step.logits_at)) if len(step.logits_at) and not is_split else None
+            wants_head = len(step.logits_at) > 0 and not self._is_split(layers)
+            head = self._head_graphs.choose(len(step.logits_at)) if wants_head else None
             # Embeddings want more than logits; ranks wait for each other's sums between the graphs.
             if head is not None and not (len(step.pool_at) or self._waits_for_state):
                 logits = self._run_whole(step, layers, head, on_layers)
@@ -133,6 +133,10 @@ class CompiledModelRunner:
     def _packed(self, step: Step, layers: GraphChoice, head: GraphChoice) -> PackedStep:
         return pack_step(step, num_tokens=layers.size, num_seqs=self._num_seqs(step, layers), num_rows=head.size)
 
+    def _is_split(self, choice: GraphChoice) -> bool:
+        """Whether such a step runs in halves."""
+        return choice.is_bucket and choice.size in self._split_buckets
+
     def _num_seqs(self, step: Step, choice: GraphChoice) -> int:
         # A bucket's graphs fix S to T: there are never more sequences than tokens.
         return choice.size if choice.is_bucket and self._has_padded_seqs else len(step.slot)
@@ -142,7 +146,7 @@ class CompiledModelRunner:
     ) -> tuple[list[Tensor], GraphChoice | None]:
         """The state after the last layer: delta and residual, [T, E] each, padded; with a choice, in halves."""
         graphs = self._token_graphs
-        suffix, is_split = "", choice.is_bucket and choice.size in self._split_buckets
+        suffix, is_split = "", self._is_split(choice)
         if is_split:
             graphs, suffix = self._split_graphs, SPLIT_SUFFIX
         num_seqs = self._num_seqs(step, choice)
