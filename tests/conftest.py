@@ -1,6 +1,7 @@
 """Fixtures that every part of the suite shares."""
 
 import fcntl
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # torch.export traces at DEBUG by the thousand; a failing test would show nothing else.
     config.option.log_level = config.option.log_level or "INFO"
+    # As does a line for every poll of a server.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     # Compiled graphs are kept between runs in the checkout and nowhere else: a fresh clone starts cold.
     os.environ["XDG_CACHE_HOME"] = str(CACHE)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

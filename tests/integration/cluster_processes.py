@@ -9,6 +9,9 @@ import httpx
 from tests.integration.helpers import until
 from tests.integration.serve_process import ServeProcess
 
+NUM_TOKENS = 2000
+"""Of a long answer: on a fast machine too it is under way for several reports of load (one each 250 ms)."""
+
 
 @contextmanager
 def clusters(artifact):
@@ -24,9 +27,9 @@ def clusters(artifact):
 
 
 def answers_alone(artifact, prompts):
-    """What a server without others answers: 400 tokens to each prompt."""
+    """What a server without others answers: a long answer to each prompt."""
     with ServeProcess(artifact, "--threads", "1") as server:
-        return {prompt: complete(server, prompt, max_tokens=400)[0] for prompt in prompts}
+        return {prompt: complete(server, prompt, max_tokens=NUM_TOKENS)[0] for prompt in prompts}
 
 
 class Cluster:
@@ -75,8 +78,7 @@ class Stream(threading.Thread):
     def __init__(self, server, prompt, **options):
         super().__init__()
         self._url = f"{server.http}/v1/completions"
-        self._body = {"prompt": prompt, "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True}
-        self._body |= options
+        self._body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
         self._body |= options
         self.text = ""
         self.error = None

@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from tests.integration.cluster_processes import Stream, answers_alone, busiest, clusters, complete
+from tests.integration.cluster_processes import NUM_TOKENS, Stream, answers_alone, busiest, clusters, complete
 from tests.integration.helpers import until
 from tests.integration.serve_process import run_refused
 
@@ -50,7 +50,7 @@ def test_prefill_and_decode_on_two_instances(start_cluster, expected):
     assert cluster.counts()["num_handed_over"] == len(PROMPTS)
     prefill, decode = cluster.instances["prefill-0"].metrics(), cluster.instances["decode-1"].metrics()
     assert prefill["xllm_generation_tokens_total"] == len(PROMPTS)
-    assert decode["xllm_generation_tokens_total"] == len(PROMPTS) * 399
+    assert decode["xllm_generation_tokens_total"] == len(PROMPTS) * (NUM_TOKENS - 1)
 
 
 @pytest.mark.parametrize("roles", [("mix", "mix"), ("prefill", "decode", "decode"), ("prefill", "prefill", "decode")])
@@ -70,7 +70,7 @@ def test_an_instance_that_stands_still_costs_no_token(start_cluster, expected):
     cluster.instances[name].send(signal.SIGCONT)
     until(lambda: all(each["health"] == "active" for each in cluster.members()))
     until(lambda: all(each["load"]["num_running"] == 0 for each in cluster.members()))
-    assert complete(cluster.gateway, PROMPTS[0], max_tokens=400) == [expected[PROMPTS[0]]]
+    assert complete(cluster.gateway, PROMPTS[0], max_tokens=NUM_TOKENS) == [expected[PROMPTS[0]]]
 
 
 def test_an_instance_that_is_told_to_end_loses_no_request(start_cluster, expected):

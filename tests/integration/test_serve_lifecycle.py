@@ -104,9 +104,8 @@ def test_connections_beyond_the_limit_are_refused(demo_artifact):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_what_runs_and_refuses_the_rest(demo_artifact, number):
-    body = LONG_STREAM | {"max_tokens": 100}
     with ServeProcess(demo_artifact, "--drain-timeout", "600") as server, httpx.Client() as client:
-        with client.stream("POST", f"{server.http}/v1/completions", json=body, timeout=600) as stream:
+        with client.stream("POST", f"{server.http}/v1/completions", json=LONG_STREAM, timeout=600) as stream:
             lines = stream.iter_lines()
             events = [next(lines)]
             server.send(number)

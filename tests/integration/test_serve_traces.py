@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="OpenTelemetry is not installed")
 
-from tests.integration.cluster_processes import Stream, busiest, clusters
+from tests.integration.cluster_processes import NUM_TOKENS, Stream, busiest, clusters
 from tests.integration.helpers import PROMPT, until
 from tests.integration.serve_process import ServeProcess
 from tests.otlp_receiver import otlp_receiver
@@ -89,9 +89,9 @@ def test_a_trace_shows_a_lost_instance_and_who_went_on(start_cluster, receiver):
     assert (first.is_error, first.attributes["xllm.instance"]) == (True, lost)
     assert (second.is_error, second.attributes["xllm.instance"] != lost) == (False, True)
     num_resumed = parts["resume"].attributes["xllm.num_resumed_tokens"]
-    assert 0 < num_resumed < request.attributes["gen_ai.usage.output_tokens"] == 400
+    assert 0 < num_resumed < request.attributes["gen_ai.usage.output_tokens"] == NUM_TOKENS
     (run,) = receiver.children(second).values()
-    assert run.attributes["gen_ai.usage.output_tokens"] == 400 - num_resumed
+    assert run.attributes["gen_ai.usage.output_tokens"] == NUM_TOKENS - num_resumed
 
 
 def test_a_grpc_request_carries_its_trace_too(family_artifact, receiver):
