@@ -34,11 +34,17 @@ def start_cluster(family_artifact, receiver):
         yield partial(start, options=options, gateway_options=options)
 
 
+def until_ended(receiver, *services):
+    """Each sends its spans in the order in which they ended, and at its own pace: a request's own ends last."""
+    last = dict.fromkeys(services, "xllm.v1.Instance/Run") | {"xllm-gateway": "POST /v1/completions"}
+    until(lambda: all(receiver.named(name, service) for service, name in last.items()))
+
+
 def test_a_trace_spans_gateway_prefill_and_decode(start_cluster, receiver):
     cluster = start_cluster("prefill", "decode")
     body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
     httpx.post(f"{cluster.gateway.http}/v1/completions", json=body, headers=HEADERS, timeout=120).raise_for_status()
-    until(lambda: receiver.named("POST /v1/completions") and receiver.named("decode", "xllm-decode"))
+    until_ended(receiver, "xllm-gateway", "xllm-prefill", "xllm-decode")
     assert {span.trace_id for span in receiver.spans} == {CLIENT_TRACE}
 
     request = receiver.one("POST /v1/completions", "xllm-gateway")
@@ -78,7 +84,7 @@ def test_a_trace_shows_a_lost_instance_and_who_went_on(start_cluster, receiver):
     lost = busiest(cluster)
     cluster.instances[lost].send(signal.SIGKILL)
     assert stream.result()
-    until(lambda: receiver.named("POST /v1/completions"))
+    until_ended(receiver, "xllm-gateway", "xllm-mix")
     request = receiver.one("POST /v1/completions")
     parts = receiver.children(request)
     assert set(parts) == {"placement", "resume"}
