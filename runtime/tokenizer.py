@@ -35,8 +35,6 @@ class Tokenizer:
         self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids)
         """Each of them ends a completion."""
         self.special_token_ids: frozenset[int] = frozenset(at for at, token in added.items() if token.special)
-        self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        """Smallest number above every token id; the model's own may be larger, for padding."""
         self.generation_defaults: dict[str, float] = dict(generation_defaults or {})
         """What generation_config.json says of temperature, top_p, top_k, min_p and repetition_penalty."""
         self.is_byte_level: bool = _is_byte_level(tokenizer)
@@ -82,6 +80,11 @@ class Tokenizer:
     def chat_template_text(self) -> str:
         """The source of the chat template, or of all where it has several; empty where there is none."""
         return self._chat_template.text
+
+    @property
+    def vocab_size(self) -> int:
+        """Smallest number above every token id, found by looking at all; the model's own may be larger, for padding."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def token_id(self, text: str) -> int | None:
         """The token that stands for exactly this text; None where there is none."""

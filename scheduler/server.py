@@ -92,8 +92,10 @@ async def run_server(
         http_port = http_socket.getsockname()[1]
         await grpc.start()
         await http.ready.wait()
-        # What there is now lives as long as the process: the collector need not pass over it again and again.
+        # What there is now lives as long as the process: the collector need not pass over it again and again. It
+        # stood still while the process started.
         gc.freeze()
+        gc.enable()
         async with nullcontext() if member is None else member.listed():
             on_ready(http_port, grpc_port)
             await stop.wait()

@@ -147,14 +147,35 @@ def test_a_second_signal_stops_at_once(demo_artifact):
         assert server.wait() == 128 + signal.SIGTERM
 
 
-def test_serving_does_not_import_the_compiler(demo_artifact):
+# The compiler, and what some requests and options need: each is a good part of a start.
+NOT_FOR_EVERY_START = {
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._functorch.aot_autograd",
+    "sympy",
+    "networkx",
+    "transformers",
+    "xllm_compile.build",
+    "xllm_compile.cli",
+    "jinja2",
+    "llguidance",
+    "mooncake",
+    "nixl",
+    "opentelemetry",
+    "ray",
+    "rich",
+}
+
+
+def test_a_start_imports_what_it_needs_and_resumes_the_collector(demo_artifact):
     code = (
-        "import sys, threading, os, signal\n"
+        "import gc, sys, os, signal\n"
         "from xllm_compile.scheduler.serve import command\n"
         "import xllm_compile.scheduler.startup as startup\n"
         "announce = startup.announce\n"
         "def stop(*ports):\n"
         "    announce(*ports)\n"
+        "    assert gc.isenabled()\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "startup.announce = stop\n"
         "command.main(sys.argv[1:], standalone_mode=False)\n"
@@ -165,4 +186,5 @@ def test_serving_does_not_import_the_compiler(demo_artifact):
         [command[0], "-c", code, *command[3:]], capture_output=True, text=True, check=True, timeout=120
     )
     loaded = set(done.stdout.splitlines()[-1].split())
-    assert not loaded & {"torch._dynamo", "torch._inductor", "transformers", "xllm_compile.build", "xllm_compile.cli"}
+    assert "torch" in loaded
+    assert not loaded & NOT_FOR_EVERY_START
