@@ -6,9 +6,7 @@ and the first is not kept for long. Every server is asked over HTTP, by the same
 
 import asyncio
 import shlex
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,8 +18,8 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from xllm_compile.benchmarks.bench_serve import ServeOptions, drive, summarise_run
+from xllm_compile.benchmarks.child_process import ChildProcess, free_port
 from xllm_compile.benchmarks.console import finish, say, show_table
-from xllm_compile.benchmarks.etcd_process import free_port
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
 from xllm_compile.benchmarks.openai_client import stream_completion
 from xllm_compile.benchmarks.rate_search import bracket, crossing
@@ -175,43 +173,31 @@ def _bars(found: Mapping[str, Found]) -> list[Bar]:
     return bars
 
 
-class _Server:
-    """A contender's process. Context manager: on entry it is started and healthy, on exit it has ended."""
+class _Server(ChildProcess):
+    """A contender's process, which is healthy once it is entered."""
 
     def __init__(self, contender: Contender) -> None:
         self.name, self.model = contender.name, contender.model
         self.host, self.port = "127.0.0.1", free_port()
-        self._command = [part.replace("{port}", str(self.port)) for part in contender.command]
+        command = [part.replace("{port}", str(self.port)) for part in contender.command]
+        try:
+            super().__init__(command, patience_s=30.0)
+        except OSError as err:
+            raise RuntimeError(f"{self.name} cannot be started: {err}; the command was {command}") from err
 
     def __enter__(self) -> Self:
-        # A file, not a pipe: nobody reads it until something goes wrong.
-        self._log = tempfile.TemporaryFile("w+")
-        try:
-            self._process = subprocess.Popen(self._command, stdout=self._log, stderr=subprocess.STDOUT)
-        except OSError as err:
-            self._log.close()
-            raise RuntimeError(f"{self.name} cannot be started: {err}; the command was {self._command}") from err
         try:
             self._wait_healthy()
         except BaseException:
-            self.__exit__()
+            self.__exit__(None, None, None)
             raise
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
 
     def _wait_healthy(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"{self.name} ended with code {self._process.returncode}:\n{self._last_words()}")
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{self.name} ended with code {self.process.returncode}:\n{self.last_words()}")
             try:
                 with urlopen(f"http://{self.host}:{self.port}/health", timeout=2) as answer:
                     if answer.status == 200:
@@ -219,8 +205,4 @@ class _Server:
             except (URLError, OSError):
                 pass
             time.sleep(0.2)
-        raise RuntimeError(f"{self.name} was not healthy within {_START_TIMEOUT_S:.0f} s:\n{self._last_words()}")
-
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        return self._log.read().strip()[-2000:]
+        raise RuntimeError(f"{self.name} was not healthy within {_START_TIMEOUT_S:.0f} s:\n{self.last_words()}")

@@ -23,6 +23,10 @@ from typing import Any, Protocol
 
 TokenIds = list[int]
 
+# What is installed has its bytecode beside it, whatever the environment says of writing it: nothing is compiled at a
+# start.
+KEEP_BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
+
 
 class EngineFailedError(RuntimeError):
     """The engine's process ended or answered with an error; the message is its own."""
@@ -154,7 +158,7 @@ class EngineProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **KEEP_BYTECODE, **(env or {})},
         )
 
     def __enter__(self) -> "EngineProcess":

@@ -11,16 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from xllm_compile.benchmarks.child_process import free_port
 from xllm_compile.benchmarks.host_network import Host
 
 ETCD = shutil.which("etcd")
 MISSING = "etcd is not installed (Debian: etcd-server)"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class EtcdProcess:

@@ -3,29 +3,23 @@
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
+from xllm_compile.benchmarks.child_process import ChildProcess
 from xllm_compile.benchmarks.load import process_tree
 
 
-class ServerProcess:
-    """Context manager: starts the server on free ports, ends it on leaving. ``wait_ready`` comes first."""
+class ServerProcess(ChildProcess):
+    """Starts the server on free ports. ``wait_ready`` comes first."""
 
     def __init__(
         self, artifact: Path, options: Sequence[str] = (), *, prefix: Sequence[str] = (), log: Path | None = None
     ) -> None:
         """prefix: a command that runs the server's in its own process. log: what it says is appended there."""
         command = [*prefix, sys.executable, "-m", "xllm_compile.scheduler.serve", str(artifact)]
-        # A file, not a pipe: nobody reads it until something goes wrong.
-        self._log = tempfile.TemporaryFile("w+") if log is None else open(log, "a+")  # noqa: SIM115  (see __exit__)
-        self.started = time.monotonic()
-        self._process = subprocess.Popen(
-            [*command, "--port", "0", "--grpc-port", "0", *options], stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
+        super().__init__([*command, "--port", "0", "--grpc-port", "0", *options], log=log, has_stdout=True)
         self.host, self.port = "127.0.0.1", 0
         self.registry = ""
         """Where a gateway serves its own."""
@@ -34,47 +28,28 @@ class ServerProcess:
         self.ready_s = 0.0
         """From the start of the process to the ready line."""
 
-    def __enter__(self) -> "ServerProcess":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
     def wait_ready(self) -> None:
         """Block until the ready line. Raises RuntimeError with the server's message when there is none."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         self.ready_s = time.monotonic() - self.started
         if not line.startswith("READY "):
-            self._process.wait()
-            self._log.seek(0)
-            raise RuntimeError(f"xllm-serve did not start:\n{self._log.read().strip()[-2000:]}")
+            self.process.wait()
+            raise RuntimeError(f"xllm-serve did not start:\n{self.last_words()}")
         fields = dict(field.split("=", 1) for field in line.split()[1:])
         self.host, _, port = fields["http"].rpartition(":")
         self.port = int(port)
         self.startup_s = float(fields["startup_s"])
         self.registry = fields.get("registry", "")
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def wait(self) -> None:
         """Until it has ended."""
-        self._process.wait()
+        self.process.wait()
 
     def memory(self) -> dict[str, int]:
         """Bytes of the server and its children: rss, pss, and of rss the parts rss_anon, rss_file and rss_shmem."""
         total = dict.fromkeys(("rss", "pss", "rss_anon", "rss_file", "rss_shmem"), 0)
-        for pid in process_tree(self._process.pid):
+        for pid in process_tree(self.pid):
             for key, num_bytes in process_memory(pid).items():
                 total[key] += num_bytes
         return total

@@ -12,6 +12,7 @@ import pytest
 from tests.integration.helpers import until
 from tests.integration.serve_process import ServeProcess, run_refused
 from tests.runtime.transfer.libraries import needs_library
+from xllm_compile.benchmarks.child_process import free_port
 from xllm_compile.scheduler.proto import xllm_pb2, xllm_pb2_grpc
 
 pytestmark = pytest.mark.integration
@@ -37,11 +38,6 @@ def master(tmp_path) -> Iterator[tuple[subprocess.Popen, str]]:
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return listening.getsockname()[1]
 
 
 def is_open(port: int) -> bool:

@@ -10,7 +10,8 @@ import grpc.aio
 import pytest
 
 from tests.scheduler.registry.test_registry import take
-from xllm_compile.benchmarks.etcd_process import ETCD, MISSING, EtcdProcess, free_port
+from xllm_compile.benchmarks.child_process import free_port
+from xllm_compile.benchmarks.etcd_process import ETCD, MISSING, EtcdProcess
 from xllm_compile.scheduler.proto import etcd_pb2, etcd_pb2_grpc
 from xllm_compile.scheduler.registry.etcd_config import EtcdConfig
 from xllm_compile.scheduler.registry.etcd_registry import EtcdRegistry

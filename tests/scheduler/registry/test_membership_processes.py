@@ -11,7 +11,7 @@ import pytest
 
 from tests.scheduler.registry.test_etcd_registry import client
 from tests.scheduler.registry.test_membership import until
-from xllm_compile.benchmarks.etcd_process import free_port
+from xllm_compile.benchmarks.child_process import free_port
 from xllm_compile.scheduler.registry.liveness import LivenessConfig
 from xllm_compile.scheduler.registry.membership import Membership
 

@@ -7,7 +7,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from tests.scheduler.registry.instances import instance
-from xllm_compile.benchmarks.etcd_process import free_port
+from xllm_compile.benchmarks.child_process import free_port
 from xllm_compile.scheduler.registry.liveness import Answer
 from xllm_compile.scheduler.registry.probe import probe_health
 
