@@ -53,10 +53,11 @@ class Setting:
             first_number=len(arrivals),
             gives_way=mode != MODES[0],
         )
+        is_colocated = mode == MODES[-1]
         rules = ClusterRules(
             # What the device does not get to waits: nobody is turned away.
-            routing=RoutingRules(policy="slo", max_wait_s=math.inf),
-            colocation=ColocationRules(tpot_slo_s=self.targets.tpot_slo_s) if mode == MODES[-1] else None,
+            routing=RoutingRules(policy="slo", max_wait_s=math.inf, spreads_offline=is_colocated),
+            colocation=ColocationRules(tpot_slo_s=self.targets.tpot_slo_s) if is_colocated else None,
         )
         requests = sorted([*arrivals, *beside], key=lambda one: one.arrival_s)
         Cluster(hardware=self.hardware, pools=self.pools, rules=rules, seed=seed).run(requests)

@@ -15,15 +15,15 @@ The most senior running sequence may preempt all others, so it always moves on, 
 """
 
 import heapq
-from bisect import bisect_right, insort
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import Generic
 
 from xllm_compile.runtime.policies.admission import HORIZON, fits, growth_of
 from xllm_compile.runtime.policies.chunk import StepLoad, StepSeconds, largest_chunk, load_of, step_budget_s
+from xllm_compile.runtime.policies.offline import OfflineRules, num_in_time
 from xllm_compile.runtime.policies.order import Key, Order
 from xllm_compile.runtime.policies.state import Capacity, Limits, S, Schedule
 
@@ -37,23 +37,13 @@ class SchedulingRules:
     """Decode steps that a newcomer must fit beside what runs; 0 asks for its prompt's room only."""
     min_prefill_tokens: int = 32
     """Prompt tokens that a step takes whatever TPOT targets say, so that prefill always moves on."""
-    offline_tpot_share: float = 0.98
-    """Share of online sequences' TPOT targets that a step may take with offline ones."""
-    offline_prefill_share: float = 0.1
-    """Share by which offline sequences may lengthen a step that computes online prompts."""
-    offline_step_s: float = 0.1
-    """Longest step that offline prompts fill up: so long an online one waits for them, as the next step is planned."""
+    offline: OfflineRules = field(default_factory=OfflineRules)
 
     def __post_init__(self) -> None:
         if self.admission_horizon < 0 or self.min_prefill_tokens < 1:
             raise ValueError(
                 f"admission_horizon={self.admission_horizon} must be at least 0 and min_prefill_tokens="
                 f"{self.min_prefill_tokens} at least 1"
-            )
-        if not 0 < self.offline_tpot_share <= 1 or self.offline_prefill_share < 0 or self.offline_step_s <= 0:
-            raise ValueError(
-                f"offline_tpot_share={self.offline_tpot_share} must be above 0 and at most 1, offline_prefill_share="
-                f"{self.offline_prefill_share} at least 0 and offline_step_s={self.offline_step_s} positive"
             )
 
 
@@ -168,21 +158,18 @@ class _Planner(Generic[S]):
         self.load = load_of(self.chunks.values())
         if self.has_prefill or self.budget_s < float("inf"):
             self.least_prefill_tokens = 0
-        self.budget_s *= self.rules.offline_tpot_share
-        if self.has_prefill:
-            self.budget_s = min(self.budget_s, (1 + self.rules.offline_prefill_share) * self.model.seconds(self.load))
+        prefill_s = self.model.seconds(self.load) if self.has_prefill else None
+        self.budget_s = self.rules.offline.budget_s(self.budget_s, prefill_s)
         for sequence in self._in_time(sorted(decodes, key=self._seniority)):
             if self.tokens_left > 0 and id(sequence) in self.alive_ids:
                 self._plan_running(sequence)
         self.load = load_of(self.chunks.values())
-        self.budget_s = min(self.budget_s, self.rules.offline_step_s)
+        self.budget_s = min(self.budget_s, self.rules.offline.step_s)
 
     def _in_time(self, decodes: Sequence[S]) -> Sequence[S]:
         """The first of them, as many as the step's budget leaves time for."""
-        if self.budget_s == float("inf"):
-            return decodes
-        loads = accumulate(decodes, lambda load, one: load.plus(one.num_computed_tokens, 1), initial=self.load)
-        return decodes[: max(0, bisect_right(list(loads), self.budget_s, key=self.model.seconds) - 1)]
+        contexts = [sequence.num_computed_tokens for sequence in decodes]
+        return decodes[: num_in_time(self.load, contexts, self.budget_s, self.model)]
 
     def _gives_way(self, sequence: S) -> bool:
         return sequence.is_offline and sequence is not self.elder

@@ -62,7 +62,8 @@ def serve_gateway(
         name = f"{socket.gethostname()}-{os.getpid()}"
         async with Gateway(registry, name=name, api_keys=options["api_keys"], tls=tls, roles=rules) as gateway:
             fetch = FetchRules() if options["kv_fetch"] else None
-            placer = Placer(RoutingRules(policy=options["routing"]), fetch=fetch)
+            routing = RoutingRules(policy=options["routing"], spreads_offline=colocation is not None)
+            placer = Placer(routing, fetch=fetch)
             client = ClusterClient(gateway.cluster, placer=placer, slo=slo)
             service = make_service(
                 options,

@@ -93,7 +93,8 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
 @click.option(
     "--colocation",
     is_flag=True,
-    help="Have a gateway's decoding instances take offline requests over from busier ones, within --tpot-slo-ms.",
+    help="Have all of a gateway's instances take offline requests, and take them over from busier ones, within "
+    "--tpot-slo-ms.",
 )
 @click.option(
     "--routing",

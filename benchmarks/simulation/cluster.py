@@ -13,6 +13,7 @@ from functools import partial
 from xllm_compile.benchmarks.simulation.hardware import Hardware
 from xllm_compile.benchmarks.simulation.instance import SimInstance
 from xllm_compile.benchmarks.simulation.requests import SimRequest
+from xllm_compile.runtime.policies.offline import OfflineRules
 from xllm_compile.scheduler.cluster.state import (
     Instance,
     InstanceInfo,
@@ -22,7 +23,7 @@ from xllm_compile.scheduler.cluster.state import (
     RequestShape,
     Role,
 )
-from xllm_compile.scheduler.policies.colocation import ColocationRules, pick, pull_of
+from xllm_compile.scheduler.policies.colocation import ColocationRules, pulls
 from xllm_compile.scheduler.policies.correction import Correction
 from xllm_compile.scheduler.policies.placements import Placements
 from xllm_compile.scheduler.policies.roles import RoleRules, Roles, decide
@@ -40,8 +41,6 @@ class ClusterRules:
     """None routes and hands over offline requests like any others."""
     report_s: float = 0.25
     """Loads are as old as this."""
-    pulls_s: float = 0.25
-    """Between two times that instances with slack ask for offline sequences."""
     roles_s: float = 0.5
     """Between two decisions on roles."""
     truth_factor: float = 1.1
@@ -87,11 +86,11 @@ class Cluster:
                 max_num_seqs=self.hardware.max_num_seqs,
                 max_num_batched_tokens=self.hardware.max_num_batched_tokens,
                 kv_tokens_total=self.hardware.kv_tokens,
+                transfers=("link",),
             )
             self.pool_of[name] = pool
-            self.instances[name].colocation = self.rules.colocation
+            self.instances[name].offline_rules = OfflineRules() if self.rules.colocation else None
         self._sort_out()
-        self._pulled: dict[str, int] = dict.fromkeys(self.instances, 0)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self.num_events = 0
         self._seen: dict[str, _Seen] = {}
@@ -229,34 +228,26 @@ class Cluster:
     def _sort_out(self) -> None:
         """By pools."""
         self._members: dict[Pool, list[str]] = {}
-        for name, instance in self.instances.items():
+        for name in self.instances:
             self._members.setdefault(self.pool_of[name], []).append(name)
-            instance.is_strict = self.pool_of[name] in (Pool.DECODE, Pool.PREFILL_TO_DECODE, Pool.MIX)
 
     def _pull_offline(self) -> None:
         assert self.rules.colocation is not None
-        self._at(self.now + self.rules.pulls_s, self._pull_offline)
-        relaxed = [instance for instance in self.instances.values() if not instance.is_strict]
-        for target in self._view():
-            if target.pool is not Pool.DECODE or self._pulled[target.name]:
-                continue
-            pull = pull_of(target, self.rules.colocation)
-            source = max(relaxed, key=lambda one: len(one.offline) + len(one.paused), default=None)
-            if pull is None or source is None:
-                continue
-            sequences = {str(one.number): one for one in (*source.paused, *source.offline.members())}
-            for name in pick(pull, {name: one.num_tokens for name, one in sequences.items()}):
-                self._migrate(source, sequences[name], self.instances[target.name])
+        self._at(self.now + self.rules.colocation.period_s, self._pull_offline)
+        lengths: dict[str, dict[str, int]] = {}
+        movable: dict[str, tuple[SimInstance, SimRequest]] = {}
+        for instance in self.instances.values():
+            for request in (*instance.offline.members(), *instance.paused):
+                key = str(request.number)
+                movable[key] = instance, request
+                lengths.setdefault(instance.name, {})[key] = request.num_tokens
+        for key, target in pulls(self._view(), lengths, self.rules.colocation):
+            self._migrate(*movable[key], target)
 
-    def _migrate(self, source: SimInstance, request: SimRequest, target: SimInstance) -> None:
+    def _migrate(self, source: SimInstance, request: SimRequest, target: str) -> None:
         source.take_offline(request)
-        request.decode = target.name
-        self._pulled[target.name] += 1
-
-        def arrive() -> None:
-            self._pulled[target.name] -= 1
-            self._handed_over(source, request)
-
+        request.decode = target
+        arrive = partial(self._handed_over, source, request)
         self._at(self.now + self.hardware.hand_over_s(request.num_tokens), arrive)
 
     # What the gateway knows

@@ -12,20 +12,17 @@ after the next, or in the next where otherwise there would be none.
 import math
 import random
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 from xllm_compile.benchmarks.simulation.decode_batch import DecodeBatch
 from xllm_compile.benchmarks.simulation.hardware import Hardware
 from xllm_compile.benchmarks.simulation.requests import SimRequest
 from xllm_compile.runtime.policies.admission import HORIZON
 from xllm_compile.runtime.policies.chunk import StepLoad, largest_chunk, step_budget_s
+from xllm_compile.runtime.policies.offline import OfflineRules, num_in_time
 from xllm_compile.scheduler.cluster.state import InstanceLoad, StepProfile
-from xllm_compile.scheduler.policies.colocation import (
-    ColocationRules,
-    offline_chunk_tokens,
-    offline_seqs,
-    saturation_seqs,
-)
 
 # Steps of one load differ by about this much.
 _NOISE = 0.03
@@ -64,6 +61,11 @@ class _Run:
     end_s: float
 
 
+def decode_load(batch: DecodeBatch) -> StepLoad:
+    """Of a step of them alone."""
+    return StepLoad(len(batch), len(batch), batch.num_context_tokens + len(batch))
+
+
 class _Model:
     def __init__(self, profile: StepProfile) -> None:
         self.seconds = profile.step_s
@@ -100,10 +102,8 @@ class SimInstance:
         self.version = 0
         """Of the run: what was planned to end with another one is void."""
         self.busy_s = 0.0
-        self.colocation: ColocationRules | None = None
+        self.offline_rules: OfflineRules | None = None
         """None gives offline sequences any place that online ones do not want."""
-        self.is_strict = False
-        """Whether online requests decode here."""
         self._run: _Run | None = None
         self._known_s = math.inf
         """The next steps are planned with what had arrived until then."""
@@ -217,20 +217,21 @@ class SimInstance:
 
     def report(self, now: float, believed: StepProfile) -> InstanceLoad:
         num_waiting = len(self.waiting) + len(self.waiting_offline)
-        num_offline = len(self.offline) + len(self.arriving_offline)
-        num_offline_tokens = self.offline.num_context_tokens + sum(one.num_tokens for one in self.arriving_offline)
+        beside = (*self.arriving_offline, *self.paused)
+        num_offline = len(self.offline) + len(beside)
+        num_offline_tokens = self.offline.num_context_tokens + sum(one.num_tokens for one in beside)
         # A step's tokens count as computed from its launch on.
         num_launched = sum(count for _, count in self._run.chunks) if self._run is not None else 0
         num_started = sum(not request.num_left for request in self.prefilling.values())
         return InstanceLoad(
-            num_running=self.num_decoding + len(self.prefilling) - num_started,
+            num_running=self.num_decoding + len(self.paused) + len(self.prefilling) - num_started,
             num_waiting=num_waiting,
             num_waiting_tokens=self.num_waiting_tokens - num_launched,
             num_decoding=len(self.online) + len(self.arriving) + num_offline,
             num_context_tokens=self.online.num_context_tokens
             + sum(request.num_tokens for request in self.arriving)
             + num_offline_tokens,
-            num_offline=num_offline + len(self.waiting_offline) + len(self.paused),
+            num_offline=num_offline + len(self.waiting_offline),
             num_offline_waiting_tokens=sum(request.num_left for request in self.waiting_offline),
             num_offline_decoding=num_offline,
             num_offline_context_tokens=num_offline_tokens,
@@ -278,8 +279,23 @@ class SimInstance:
     def _next_step(self, now: float) -> tuple[list[tuple[SimRequest, int]], StepLoad]:
         """Its prompts, and its load with those of what decodes."""
         self._admit_arriving()
-        self._balance_offline()
-        return self._chunks(self._decode_load(), now)
+        budget_s = step_budget_s(self.online.members(), now) if self._is_timed() else math.inf
+        if self.offline_rules is None:
+            return self._chunks(chain(self.waiting, self.waiting_offline), self._decode_load(), budget_s)
+        chunks, load = self._chunks(self.waiting, decode_load(self.online), budget_s)
+        has_online = bool(chunks) or budget_s < math.inf
+        budget_s = self.offline_rules.budget_s(budget_s, self.truth.step_s(load) if chunks else None)
+        load = self._balance_offline(load, budget_s)
+        budget_s = min(budget_s, self.offline_rules.step_s)
+        more, load = self._chunks(
+            self.waiting_offline, load, budget_s, least_tokens=0 if has_online else _LEAST_CHUNK_TOKENS
+        )
+        return chunks + more, load
+
+    def _is_timed(self) -> bool:
+        """Whether it matters how late who decodes is."""
+        others = self.waiting or self.waiting_offline or len(self.offline) or self.paused
+        return bool(others) and len(self.online) > 0
 
     def _admit_arriving(self) -> None:
         for queue, batch in ((self.arriving, self.online), (self.arriving_offline, self.offline)):
@@ -288,25 +304,21 @@ class SimInstance:
                 self.kv_used += request.num_tokens
                 batch.add(request)
 
-    def _balance_offline(self) -> None:
-        """Let as many offline sequences take part in steps as the rules say."""
-        count = len(self.offline) + len(self.paused)
-        if self.colocation is None or count == 0:
-            return
-        tokens = self.offline.num_context_tokens + sum(request.num_tokens for request in self.paused)
-        if self.is_strict and len(self.online):
-            online = StepLoad(len(self.online), len(self.online), self.online.num_context_tokens)
-            count = offline_seqs(self.truth, online, tokens // count, self.colocation, count)
-        elif self.waiting:
-            count = 0
-        else:
-            count = saturation_seqs(self.truth, tokens // count, self.colocation, count)
-        while len(self.offline) > count:
-            request = self.offline.last()
-            self.offline.remove(request)
-            self.paused.append(request)
-        while self.paused and len(self.offline) < count:
-            self.offline.add(self.paused.pop())
+    def _balance_offline(self, load: StepLoad, budget_s: float) -> StepLoad:
+        """Let as many offline sequences decode in the next steps as those have time for; the load with them."""
+        offline = sorted([*self.offline.members(), *self.paused], key=lambda one: one.number)
+        most = self.hardware.max_num_batched_tokens - load.num_tokens
+        count = min(most, num_in_time(load, [one.num_tokens for one in offline], budget_s, self._model))
+        in_time = {one.number for one in offline[:count]}
+        for request in self.offline.members():
+            if request.number not in in_time:
+                self.offline.remove(request)
+        for request in self.paused:
+            if request.number in in_time:
+                self.offline.add(request)
+        self.paused = offline[count:]
+        num_keys = load.num_keys + decode_load(self.offline).num_keys
+        return StepLoad(load.num_tokens + count, load.num_seqs + count, num_keys, load.num_pairs)
 
     def _has_room(self, request: SimRequest) -> bool:
         """Whether it can join beside what decodes, all growing for a while. Offline ones make room for others."""
@@ -352,47 +364,44 @@ class SimInstance:
         self.num_waiting_tokens += request.num_left
 
     def _decode_load(self) -> StepLoad:
-        num_seqs = self.num_decoding
-        return StepLoad(num_seqs, num_seqs, self.online.num_context_tokens + self.offline.num_context_tokens + num_seqs)
+        online, offline = decode_load(self.online), decode_load(self.offline)
+        num_seqs = online.num_seqs + offline.num_seqs
+        return StepLoad(num_seqs, num_seqs, online.num_keys + offline.num_keys)
 
-    def _chunks(self, load: StepLoad, now: float) -> tuple[list[tuple[SimRequest, int]], StepLoad]:
-        """Prompts of the next step."""
+    def _chunks(
+        self,
+        queue: Iterable[SimRequest],
+        load: StepLoad,
+        budget_s: float,
+        *,
+        least_tokens: int = _LEAST_CHUNK_TOKENS,
+    ) -> tuple[list[tuple[SimRequest, int]], StepLoad]:
+        """Prompts of the next step, and its load with them."""
         chunks: list[tuple[SimRequest, int]] = []
-        budget_s = step_budget_s(self.online.members(), now) if self.waiting or self.waiting_offline else math.inf
         tokens_left = self.hardware.max_num_batched_tokens - load.num_tokens
-        for queue in (self.waiting, self.waiting_offline):
-            if queue is self.waiting_offline and self.colocation is not None:
-                if self.waiting:
-                    break
-                most = offline_chunk_tokens(self.truth, load, self.colocation) - load.num_tokens
-                tokens_left = min(tokens_left, most)
-            for request in queue:
-                if not self._is_known(request):
-                    break
-                if tokens_left <= 0 or (request.num_computed == 0 and not self._admit(request)):
-                    return chunks, load
-                most = min(request.num_left, tokens_left)
-                count = most
-                if budget_s < math.inf:
-                    least = 0 if chunks else min(most, _LEAST_CHUNK_TOKENS)
-                    count = max(least, largest_chunk(load, request.num_computed, most, budget_s, self._model))
-                if count == 0:
-                    return chunks, load
-                chunks.append((request, count))
-                load = load.plus(request.num_computed, count)
-                tokens_left -= count
-                if count < request.num_left:
-                    return chunks, load
+        for request in queue:
+            if not self._is_known(request):
+                continue
+            if tokens_left <= 0 or (request.num_computed == 0 and not self._admit(request)):
+                break
+            most = min(request.num_left, tokens_left)
+            count = most
+            if budget_s < math.inf:
+                least = 0 if chunks else min(most, least_tokens)
+                count = max(least, largest_chunk(load, request.num_computed, most, budget_s, self._model))
+            if count == 0:
+                break
+            chunks.append((request, count))
+            load = load.plus(request.num_computed, count)
+            tokens_left -= count
+            if count < request.num_left:
+                break
         return chunks, load
 
     def _admit(self, request: SimRequest) -> bool:
         """Hold KV for the whole prompt."""
         if request.number in self.prefilling:
             return True
-        if request.is_offline and self.colocation is not None:
-            limit = self.colocation.relaxed_kv_share * self.hardware.kv_tokens
-            if self.kv_used and self.kv_used + request.num_tokens > limit:
-                return False
         if request.decode == self.name:
             if not self._has_room(request):
                 return False
@@ -422,7 +431,10 @@ class SimInstance:
         if any(queue and not self._is_known(queue[-1]) for queue in queues):
             return 1
         room = (self.hardware.kv_tokens - self.kv_used) // self.num_decoding
-        if self.colocation is not None and len(self.offline):
+        if self.paused:
+            # They may be in the next step again.
+            return 1
+        if self.offline_rules is not None and len(self.offline):
             # Contexts grow, and with them the step.
             room = min(room, _STEPS_WITH_OFFLINE)
         ends = [batch.steps_to_end() for batch in (self.online, self.offline) if len(batch)]

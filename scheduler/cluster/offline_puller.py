@@ -1,4 +1,4 @@
-"""Has instances with slack take offline sequences over from those that have none (policies/colocation.py).
+"""Has instances with slack take offline sequences over from others (policies/colocation.py).
 
 Each gateway moves its own requests, and none leads: two that see the same slack ask for the same room, and the instance
 gives it once (`Reserve`). What it took it computes only as far as its online requests' targets leave time
@@ -6,7 +6,6 @@ gives it once (`Reserve`). What it took it computes only as far as its online re
 """
 
 import asyncio
-from collections import Counter
 
 from xllm_compile.scheduler.cluster.cluster import Cluster
 from xllm_compile.scheduler.cluster.cluster_client import ClusterClient
@@ -14,35 +13,22 @@ from xllm_compile.scheduler.cluster.completion import Completion
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.policies.colocation import ColocationRules, pulls
 
-PERIOD_S = 0.5
-# For each, the instance's device is at rest for a moment.
-_MOST_AT_ONCE = 4
-
 
 class OfflinePuller:
     """Belongs to the client's event loop."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        client: ClusterClient,
-        placer: Placer,
-        rules: ColocationRules,
-        *,
-        period_s: float = PERIOD_S,
-    ) -> None:
+    def __init__(self, cluster: Cluster, client: ClusterClient, placer: Placer, rules: ColocationRules) -> None:
         """placer is the client's."""
         self._cluster = cluster
         self._client = client
         self._placer = placer
         self._rules = rules
-        self._period_s = period_s
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             await self.pull()
-            await asyncio.sleep(self._period_s)
+            await asyncio.sleep(self._rules.period_s)
 
     async def pull(self) -> None:
         """Once; returns when all that move have a place, or were refused one."""
@@ -55,11 +41,9 @@ class OfflinePuller:
                 lengths.setdefault(name, {})[str(number)] = completion.num_tokens
         if not movable:
             return
-        counts: Counter[str] = Counter()
         moves = []
         for key, target in pulls(self._placer.loaded(self._cluster.instances()), lengths, self._rules):
-            counts[target] += 1
             link = self._cluster.link(target)
-            if link is not None and counts[target] <= _MOST_AT_ONCE:
+            if link is not None:
                 moves.append(movable[key].move(link))
         await asyncio.gather(*moves)

@@ -7,9 +7,9 @@
                   prefill too
 
 Common to all: SUSPECT and draining instances get nothing; a long request goes only where it fits; decoding stays where
-the prompt was computed if that costs nothing; offline requests go to the instances that prefill, whose steps may take
-long, and have their decoding pulled from there by those with slack (`colocation.py`). Nobody is chosen for a cached
-prefix whose queue takes longer than the prefix spares: both are seconds of the same sum, so a popular prefix spreads.
+the prompt was computed if that costs nothing; offline requests go, as a whole, to the instances that prefill, whose
+steps may take long, or with co-location to any (`colocation.py`). Nobody is chosen for a cached prefix whose queue
+takes longer than the prefix spares: both are seconds of the same sum, so a popular prefix spreads.
 What another instance has of a prompt counts as cached after the time of its copy, where copying pays (`fetch.py`).
 
 Sources: the prefix by its share rather than all or nothing, xLLM's unfulfilled 3.4 (arXiv:2510.14686); spill of
@@ -46,6 +46,8 @@ class RoutingRules:
     at half of it, as it may fill half of a queue."""
     local_prefill_tokens: int = 256
     """A prompt with no more than so many tokens to compute is prefilled where it is decoded, if its target is kept."""
+    spreads_offline: bool = False
+    """Whether offline requests go to decoding instances too, which keep the targets of what decodes there."""
     ttft_margin: float = 0.8
     """Share of the TTFT target that predictions may take up; the rest is for their error. Likewise tpot_margin."""
     tpot_margin: float = 0.9
@@ -126,7 +128,7 @@ class _Router:
         decodes = [instance for instance in self.fitting if instance.takes_decodes]
         # A pool that is empty or too small for this one is replaced by whoever there is: all of them can do both.
         if self.request.is_offline:
-            return self._whole(prefills or decodes)
+            return self._whole(self.fitting if self.rules.spreads_offline else prefills or decodes)
         return self._choose(prefills or decodes, decodes or prefills)
 
     def _choose(self, prefills: list[Instance], decodes: list[Instance]) -> Placement | Refusal:

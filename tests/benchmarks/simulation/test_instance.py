@@ -1,5 +1,7 @@
 """The simulated instance against the real scheduler on the same requests, and what must hold in it."""
 
+import math
+
 import pytest
 
 from tests.benchmarks.simulation.fixtures import PROFILE, hardware, requests
@@ -12,11 +14,11 @@ from xllm_compile.runtime.local_scheduler import SchedulingRules
 from xllm_compile.runtime.policies.state import Limits
 from xllm_compile.runtime.step_predictor import StepPrior
 from xllm_compile.scheduler.cluster.state import Pool
+from xllm_compile.scheduler.policies.colocation import ColocationRules
 from xllm_compile.scheduler.policies.routing import RoutingRules
 
 
-def served_by_the_real_scheduler(arrivals: list[SimRequest], device: Hardware) -> tuple[list[float], list[float]]:
-    """TTFT and TPOT of each request."""
+def served_by_the_real_scheduler(arrivals: list[SimRequest], device: Hardware) -> list[SimulatedSequence]:
     engine = SimulatedEngine(
         rules=SchedulingRules(),
         limits=Limits(max_num_seqs=device.max_num_seqs, max_num_batched_tokens=device.max_num_batched_tokens),
@@ -29,6 +31,7 @@ def served_by_the_real_scheduler(arrivals: list[SimRequest], device: Hardware) -
             pair_s=PROFILE.pair_s,
         ),
         truth=PROFILE.step_s,
+        starvation_s=math.inf,
     )
     sequences = [
         SimulatedSequence(
@@ -40,19 +43,37 @@ def served_by_the_real_scheduler(arrivals: list[SimRequest], device: Hardware) -
             max_tokens=2048,
             ttft_slo_s=one.ttft_slo_s,
             tpot_slo_s=one.tpot_slo_s,
+            is_offline=one.is_offline,
         )
         for one in arrivals
     ]
     engine.run(sequences)
-    return [one.ttft_s for one in sequences], [one.tpot_s or 0.0 for one in sequences]
+    return sequences
+
+
+def is_close(found: list[float], expected: list[float]) -> bool:
+    """Median and the ninth decile, within a tenth."""
+    return all(percentile(found, q) == pytest.approx(percentile(expected, q), rel=0.1) for q in (50, 90))
 
 
 @pytest.mark.parametrize(("rate", "tpot_slo_s"), [(2.0, 0.05), (5.0, 0.05), (7.0, 0.05), (5.0, 0.2)])
 def test_it_serves_as_the_real_scheduler_does(rate, tpot_slo_s):
     device, arrivals = hardware(is_async=False), requests(400, rate, tpot_slo_s=tpot_slo_s)
-    ttfts, tpots = served_by_the_real_scheduler(arrivals, device)
+    real = served_by_the_real_scheduler(arrivals, device)
     rules = ClusterRules(routing=RoutingRules(policy="load"), truth_factor=1.0)
     Cluster(hardware=device, pools=[Pool.MIX], rules=rules).run(arrivals)
-    for q in (50, 90):
-        assert percentile([one.ttft_s or 0.0 for one in arrivals], q) == pytest.approx(percentile(ttfts, q), rel=0.1)
-        assert percentile([one.tpot_s for one in arrivals], q) == pytest.approx(percentile(tpots, q), rel=0.1)
+    assert is_close([one.ttft_s or 0.0 for one in arrivals], [one.ttft_s for one in real])
+    assert is_close([one.tpot_s for one in arrivals], [one.tpot_s or 0.0 for one in real])
+
+
+@pytest.mark.parametrize("rate", [5.0, 8.0])
+def test_offline_sequences_get_what_the_real_scheduler_leaves_them(rate):
+    device, arrivals = hardware(is_async=False), requests(400, rate, offline_share=0.5)
+    real = served_by_the_real_scheduler(arrivals, device)
+    colocation = ColocationRules(tpot_slo_s=0.05)
+    rules = ClusterRules(routing=RoutingRules(policy="load"), colocation=colocation, truth_factor=1.0)
+    Cluster(hardware=device, pools=[Pool.MIX], rules=rules).run(arrivals)
+    for is_offline in (False, True):
+        pairs = [pair for pair in zip(arrivals, real, strict=True) if pair[0].is_offline == is_offline]
+        assert is_close([one.ttft_s or 0.0 for one, _ in pairs], [one.ttft_s for _, one in pairs])
+        assert is_close([one.tpot_s for one, _ in pairs], [one.tpot_s or 0.0 for _, one in pairs])

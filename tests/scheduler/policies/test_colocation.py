@@ -5,52 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.scheduler.policies.instances import PROFILE, decoding, instance
+from tests.scheduler.policies.instances import PROFILE, decoding, info, instance
 from xllm_compile.runtime.policies.chunk import StepLoad
-from xllm_compile.scheduler.cluster.state import Health, Pool
+from xllm_compile.scheduler.cluster.state import Health, Instance, Pool
 from xllm_compile.scheduler.policies.colocation import (
     ColocationRules,
     Pull,
-    offline_chunk_tokens,
-    offline_seqs,
     pick,
     pull_of,
     pulls,
-    saturation_seqs,
 )
 
 RULES = ColocationRules(tpot_slo_s=0.05)
-
-
-@given(num_online=st.integers(0, 60), context=st.integers(1, 4000), most=st.integers(0, 300))
-def test_offline_sequences_ride_up_to_the_target_and_no_further(num_online, context, most):
-    online = StepLoad(num_online, num_online, num_online * 500)
-    count = offline_seqs(PROFILE, online, context, RULES, most)
-
-    def step_s(more):
-        return PROFILE.step_s(StepLoad(num_online + more, num_online + more, online.num_keys + more * (context + 1)))
-
-    assert 0 <= count <= most
-    assert count == 0 or step_s(count) <= 0.98 * 0.05
-    assert count == most or step_s(count + 1) > 0.98 * 0.05
-
-
-def test_a_batch_is_saturated_when_its_sequences_make_up_most_of_a_step():
-    # A sequence of 500 costs 0.7 ms over the 10 ms of any step: at 80 % that is 62 of them.
-    assert saturation_seqs(PROFILE, 500, RULES, 1000) == 62
-    assert saturation_seqs(PROFILE, 5000, RULES, 1000) < 20
-    assert saturation_seqs(PROFILE, 1, RULES, 40) == 40
-    assert saturation_seqs(PROFILE, 10**6, RULES, 40) >= 1
-
-
-def test_offline_chunks_end_soon():
-    decodes = StepLoad(20, 20, 10_000)
-    tokens = offline_chunk_tokens(PROFILE, decodes, RULES)
-    assert tokens > 20
-    assert PROFILE.step_s(decodes._replace(num_tokens=tokens)) <= 0.1
-    assert PROFILE.step_s(decodes._replace(num_tokens=tokens + 2)) > 0.1
-    # Whatever the decodes, prefill moves on.
-    assert offline_chunk_tokens(PROFILE, StepLoad(200, 200, 10**6), RULES) == 201
 
 
 def test_instances_with_slack_pull_and_others_do_not():
@@ -69,51 +35,93 @@ def test_instances_with_slack_pull_and_others_do_not():
 
 def test_the_lengths_that_fit_best_are_handed_over():
     pull = Pull(num_seqs=2, num_tokens=1000)
-    assert pick(pull, {"short": 10, "fits": 510, "close": 450, "long": 5000}) == ["fits", "close"]
-    assert pick(pull, {"a": 990, "b": 980}) == ["b"]
-    assert pick(pull, {"long": 5000}) == []
-    assert pick(pull, {}) == []
+    assert pick(pull, {"short": 10, "fits": 510, "close": 450, "long": 5000}, 9) == ["fits", "close"]
+    assert pick(pull, {"short": 10, "fits": 510, "close": 450, "long": 5000}, 1) == ["fits"]
+    assert pick(pull, {"a": 990, "b": 980}, 9) == ["b"]
+    assert pick(pull, {"long": 5000}, 9) == []
+    assert pick(pull, {}, 9) == []
 
 
 @given(
     lengths=st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(1, 5000)),
     num_seqs=st.integers(1, 20),
     num_tokens=st.integers(1, 20_000),
+    most=st.integers(0, 20),
 )
-def test_no_more_is_handed_over_than_was_asked_for(lengths, num_seqs, num_tokens):
-    taken = pick(Pull(num_seqs=num_seqs, num_tokens=num_tokens), lengths)
-    assert len(set(taken)) == len(taken) <= num_seqs
+def test_no_more_is_handed_over_than_was_asked_for(lengths, num_seqs, num_tokens, most):
+    taken = pick(Pull(num_seqs=num_seqs, num_tokens=num_tokens), lengths, most)
+    assert len(set(taken)) == len(taken) <= min(num_seqs, most)
     assert sum(lengths[name] for name in taken) <= num_tokens
 
 
-@pytest.mark.parametrize("values", [{"tpot_slo_s": 0}, {"tpot_share": 1.0}, {"saturation": 0}, {"interrupt_s": -1}])
+@pytest.mark.parametrize("values", [{"tpot_slo_s": 0}, {"pull_share": 1.0}, {"period_s": 0}, {"max_pulls": 0}])
 def test_bad_rules_are_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         ColocationRules(**({"tpot_slo_s": 0.05} | values))
 
 
-def test_strict_instances_with_slack_pull_from_relaxed_ones_and_from_those_without():
-    can: dict[str, Any] = {"transfers": ("shm:x",)}
-    relaxed, strict = instance("p", Pool.PREFILL, **can), decoding("d", 5, **can)
-    late, other = decoding("late", 60, **can), decoding("e", 5, **can)
-    offline = {"p": {"a": 500, "b": 400}}
-    assert sorted(pulls([relaxed, strict], offline, RULES)) == [("a", "d"), ("b", "d")]
-    assert pulls([relaxed, late], offline, RULES) == []
-    # Nobody is asked twice, and nobody gives to itself.
-    assert sorted(name for name, _ in pulls([relaxed, strict, other], offline, RULES)) == ["a", "b"]
-    assert pulls([strict, other], {"d": {"a": 500}}, RULES) == []
-    assert pulls([late, other], {"late": {"a": 500}}, RULES) == [("a", "e")]
-    busy = instance("m", Pool.MIX, num_waiting=2, num_waiting_tokens=3000, **can)
-    assert pulls([busy, other], {"m": {"a": 500}}, RULES) == [("a", "e")]
-    resting = replace(busy, load=replace(busy.load, num_offline_waiting_tokens=2500))
-    assert pulls([resting, other], {"m": {"a": 500}}, RULES) == []
+CAN: dict[str, Any] = {"transfers": ("shm:x",)}
+
+
+def offline_decoding(name: str, num_seqs: int, **values: Any) -> Instance:
+    return decoding(name, num_seqs, num_offline_decoding=num_seqs, **CAN | values)
+
+
+def lengths(name: str, count: int) -> dict[str, int]:
+    """Of so many sequences on an instance of that name."""
+    return {f"{name}{index}": 500 for index in range(count)}
+
+
+def test_decodes_move_until_both_have_as_many():
+    busy, idle = offline_decoding("a", 10, pool=Pool.PREFILL), offline_decoding("b", 4)
+    moves = pulls([busy, idle], {"a": lengths("a", 10), "b": lengths("b", 4)}, RULES)
+    assert len(moves) == 3 and {target for _, target in moves} == {"b"}
+    # Either pool pulls.
+    back = pulls([replace(busy, pool=Pool.DECODE), replace(idle, pool=Pool.PREFILL)], {"a": lengths("a", 10)}, RULES)
+    assert len(back) == 3
+    # Nobody is moved to and fro for one more or less, and nobody twice.
+    one_less = offline_decoding("b", 9)
+    offline = {"a": lengths("a", 10), "b": lengths("b", 9)}
+    assert len(pulls([busy, one_less], offline, RULES)) == 1
+    assert pulls([replace(busy, pool=Pool.DECODE), replace(one_less, pool=Pool.PREFILL)], offline, RULES) == []
+    assert pulls([replace(busy, pool=Pool.MIX), replace(one_less, pool=Pool.MIX)], offline, RULES) == []
+    moves = pulls([busy, idle, offline_decoding("c", 0)], {"a": lengths("a", 10)}, RULES)
+    assert len({name for name, _ in moves}) == len(moves) == 3 + 3
+    # Of 20 that two gateways have there, each moves half of half.
+    shared = offline_decoding("a", 20)
+    for own in (lengths("a", 12), lengths("x", 8)):
+        assert len(pulls([shared, offline_decoding("b", 10)], {"a": own}, RULES)) == len(own) // 4
+    # Online sequences count as well.
+    online = decoding("o", 20, **CAN)
+    assert pulls([busy, online], {"a": lengths("a", 10)}, RULES) == []
+
+
+def test_instances_with_prompts_or_long_steps_are_relieved_of_all():
+    fewer = {"a": lengths("a", 3)}
+    idle = offline_decoding("b", 4)
+    prompts: dict[str, Any] = {"num_waiting": 2, "num_waiting_tokens": 3000}
+    assert pulls([offline_decoding("a", 3), idle], fewer, RULES) == []
+    assert len(pulls([offline_decoding("a", 3, **prompts), idle], fewer, RULES)) == 3
+    # A step takes what else waits.
+    short = offline_decoding("a", 3, num_waiting=1, num_waiting_tokens=900)
+    assert pulls([short, idle], fewer, RULES) == []
+    # 60 ms a step where 45 are to be kept.
+    late = decoding("a", 70, num_offline_decoding=3, **CAN)
+    assert len(pulls([late, idle], fewer, RULES)) == 3
+    assert pulls([late, decoding("c", 70, **CAN)], fewer, RULES) == []
+
+
+def test_no_more_than_so_many_move_to_one_at_a_time():
+    busy, idle = offline_decoding("a", 20), offline_decoding("b", 0)
+    moves = pulls([busy, idle], {"a": lengths("a", 20)}, replace(RULES, max_pulls=5))
+    assert len(moves) == 5
 
 
 def test_kv_that_cannot_be_moved_stays():
-    can: dict[str, Any] = {"transfers": ("shm:x",)}
-    offline = {"p": {"a": 500}}
-    relaxed = instance("p", Pool.PREFILL, **can)
-    assert pulls([relaxed, decoding("d", 5)], offline, RULES) == []
-    assert pulls([instance("p", Pool.PREFILL), decoding("d", 5, **can)], offline, RULES) == []
-    assert pulls([relaxed, decoding("d", 5, weights_key="other", **can)], offline, RULES) == []
-    assert pulls([replace(relaxed, health=Health.SUSPECT), decoding("d", 5, **can)], offline, RULES) == []
+    offline = {"p": {"a": 500, "b": 500}}
+    relaxed = offline_decoding("p", 2, pool=Pool.PREFILL)
+    assert len(pulls([relaxed, instance("d", Pool.DECODE, **CAN)], offline, RULES)) == 1
+    assert pulls([relaxed, instance("d")], offline, RULES) == []
+    assert pulls([replace(relaxed, info=info("p")), instance("d", **CAN)], offline, RULES) == []
+    assert pulls([relaxed, instance("d", weights_key="other", **CAN)], offline, RULES) == []
+    assert pulls([replace(relaxed, health=Health.SUSPECT), instance("d", **CAN)], offline, RULES) == []

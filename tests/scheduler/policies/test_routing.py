@@ -210,6 +210,18 @@ def test_offline_requests_go_to_one_relaxed_instance_as_a_whole():
         instance("d", D),
     ]
     assert placed(route(request(is_offline=True), fleet, rules=rules())) == ("p2", "p2")
+    fleet[1] = instance("p2", P, num_waiting=20, num_waiting_tokens=20_000)
+    assert placed(route(request(is_offline=True), fleet, rules=rules())) == ("p1", "p1")
+
+
+def test_with_colocation_offline_requests_go_to_decoding_instances_too():
+    idle, busy = instance("d", D), decoding("e", 40)
+    shape = request(is_offline=True)
+    spreading = rules(spreads_offline=True)
+    queue = instance("p", P, num_waiting=10, num_waiting_tokens=10_000)
+    assert placed(route(shape, [queue, busy, idle], rules=spreading)) == ("d", "d")
+    # Where prompts are computed soon they are computed there: it costs nobody's tokens.
+    assert placed(route(shape, [instance("p", P), idle], rules=spreading)) == ("p", "p")
 
 
 def test_who_would_wait_too_long_is_told_when_to_come_back():
