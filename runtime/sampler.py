@@ -163,10 +163,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
     if all(state.is_plain_greedy for state in states):
         return argmax_rows(logits, [state.matcher for state in states])
     with one_thread():
-        edited = [
-            prepare_row(row, state) if state.edits_logits or state.matcher is not None else row
-            for row, state in zip(logits, states, strict=True)
-        ]
+        edited = [edit_row(row, state) for row, state in zip(logits, states, strict=True)]
         draws = {
             at: Draw(row, state.params, state.uniform())
             for at, (row, state) in enumerate(zip(edited, states, strict=True))
@@ -179,7 +176,10 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
                 results.append(row)
                 continue
             token_id = drawn[at] if at in drawn else largest(row)
-            results.append(_failure(logits[at]) if token_id is None else sampled_token(logits[at], token_id, state))
+            if token_id is None:
+                results.append(_nothing_to_choose(logits[at], state))
+            else:
+                results.append(sampled_token(logits[at], token_id, state))
         return results
 
 
@@ -250,22 +250,31 @@ def greedy_in_grammar(row: npt.NDArray[np.float32], best: int, matcher: TokenMat
     return SampledToken(token_id=token_id)
 
 
-def prepare_row(row: Tensor, state: SamplingState) -> Tensor | SamplingFailure:
-    """The logits [V] as the request edits them; the model's own where it does not."""
-    # numpy's calls cost a fraction of torch's: a row of a small model is otherwise mostly calls.
-    if not math.isfinite(row.numpy().max()):
-        return _failure(row)
+def edit_row(row: Tensor, state: SamplingState) -> Tensor | SamplingFailure:
+    """The logits [V] as the request edits them, which may leave nothing; the model's own where it edits none."""
     if not state.edits_logits and state.matcher is None:
         return row
     try:
-        edited = state.edited(row)
+        return state.edited(row)
     except GrammarError as err:
         return _grammar_failure(err)
-    if not math.isfinite(edited.numpy().max()):
-        if state.matcher is not None:
-            return SamplingFailure(reason=IMPROBABLE)
-        return SamplingFailure(reason="min_tokens and logit_bias leave no token to choose; relax them")
+
+
+def prepare_row(row: Tensor, state: SamplingState) -> Tensor | SamplingFailure:
+    """The logits [V] as the request edits them, with something to choose."""
+    edited = edit_row(row, state)
+    if isinstance(edited, Tensor) and largest(edited) is None:
+        return _nothing_to_choose(row, state)
     return edited
+
+
+def _nothing_to_choose(row: Tensor, state: SamplingState) -> SamplingFailure:
+    """Why, from the model's own logits [V]."""
+    if largest(row) is None:
+        return _failure(row)
+    if state.matcher is not None:
+        return SamplingFailure(reason=IMPROBABLE)
+    return SamplingFailure(reason="min_tokens and logit_bias leave no token to choose; relax them")
 
 
 def sampled_token(row: Tensor, token_id: int, state: SamplingState) -> SampledToken:

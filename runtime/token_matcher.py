@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # Masks that sequences keep meeting: inside a string, between two keys. 45 MB with 152 thousand tokens.
 MAX_KEPT_MASKS = 256
 
-# Below this share of the vocabulary a row is looked up at the allowed tokens instead of compared everywhere.
+# Below this share of the vocabulary allowed tokens, or forbidden ones, are named one by one: most masks have few of
+# either, and a row of 152 thousand is then masked in 20 or 40 us instead of 150.
 FEW_TOKENS_SHARE = 1 / 16
 
 # A mask that takes less of a CPU is not worth a thread beside a forward pass that keeps all of them busy.
@@ -37,8 +38,9 @@ class TokenMask:
 
     def __init__(self, allowed: npt.NDArray[np.bool_]) -> None:
         self.allowed = allowed
-        is_few = np.count_nonzero(allowed) < len(allowed) * FEW_TOKENS_SHARE
-        self._few = np.flatnonzero(allowed) if is_few else None
+        count, few = np.count_nonzero(allowed), len(allowed) * FEW_TOKENS_SHARE
+        self._few = np.flatnonzero(allowed) if count < few else None
+        self._barred = np.flatnonzero(~allowed) if len(allowed) - count < few else None
 
     @classmethod
     def of(cls, token_ids: Iterable[int], vocab_size: int) -> Self:
@@ -58,8 +60,17 @@ class TokenMask:
 
     def applied(self, row: Tensor) -> Tensor:
         """A copy of the row [V] with the others at minus infinity."""
-        # Half the time of masked_fill_, which branches.
-        return torch.where(torch.from_numpy(self.allowed), row, -torch.inf)
+        values = row.numpy()
+        if self._few is not None:
+            masked = np.full_like(values, -np.inf)
+            masked[self._few] = values[self._few]
+        elif self._barred is not None:
+            masked = values.copy()
+            masked[self._barred] = -np.inf
+        else:
+            # Half the time of masked_fill_, which branches.
+            return torch.where(torch.from_numpy(self.allowed), row, -torch.inf)
+        return torch.from_numpy(masked)
 
 
 class GrammarError(RuntimeError):

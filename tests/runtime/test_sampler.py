@@ -10,6 +10,7 @@ from torch import Tensor
 from xllm_compile.runtime.candidates import keep_candidates
 from xllm_compile.runtime.sampler import SampledToken, SamplingFailure, SamplingState, sample, token_logprobs
 from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.runtime.token_matcher import TokenMask
 
 VOCAB_SIZE = 151_936
 
@@ -236,6 +237,19 @@ def test_options_that_leave_no_token_fail_the_row() -> None:
     one = state(temperature=0, stop_ids=(0, 1), min_tokens=1)
     (result,) = sample(torch.zeros(1, 2), [one])
     assert isinstance(result, SamplingFailure) and "leave no token" in result.reason
+
+
+@pytest.mark.parametrize("num_allowed", [1, 3, 40, 63, 64])
+def test_a_mask_leaves_what_it_allows_and_no_more(num_allowed: int) -> None:
+    row = make_logits(1)[0]
+    token_ids = np.random.default_rng(0).permutation(64)[:num_allowed].tolist()
+    mask = TokenMask.of(token_ids, 64)
+    expected = torch.full_like(row, -math.inf)
+    expected[token_ids] = row[token_ids]
+    before = row.clone()
+    torch.testing.assert_close(mask.applied(row), expected, rtol=0, atol=0)
+    torch.testing.assert_close(row, before, rtol=0, atol=0)
+    assert mask.argmax(row.numpy()) == int(expected.argmax())
 
 
 def test_no_rows() -> None:
