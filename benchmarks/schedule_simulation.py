@@ -32,7 +32,7 @@ class SimulatedSequence:
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     is_offline: bool = False
-    is_resumed: bool = False
+    is_begun: bool = False
     priority: int = 0
     num_computed_tokens: int = 0
     num_outputs: int = 0

@@ -85,6 +85,7 @@ class RequestFactory:
             check_resume(resume, params, request.max_output_tokens)
             self._check_token_ids("resume.output_token_ids", resume.output_token_ids)
             request.metrics.is_resumed = len(resume.output_token_ids) > 0
+            request.is_begun = resume.is_begun or len(resume.output_token_ids) > 0
             request.reservation_id, request.num_kv_tokens = resume.reservation_id, resume.num_kv_tokens
         request.sequences = [self._make_sequence(request, index, grammar) for index in range(params.n)]
         for sequence in request.sequences:

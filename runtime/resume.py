@@ -27,11 +27,14 @@ class Resume:
     """Of the KV that was sent here for it; empty where there is none."""
     num_kv_tokens: int = 0
     """Tokens from the start whose KV has arrived there, as its sender says. The rest is computed."""
+    is_begun: bool = False
+    """Another instance had it, whatever came of that: it has waited in a queue already."""
 
 
 def check_resume(resume: Resume, params: SamplingParams, max_output_tokens: int) -> None:
     """Raises ValueError where the request cannot go on: what it was asked does not allow it."""
-    for name, value in (("n", params.n != 1), ("prompt_logprobs", params.prompt_logprobs is not None)):
+    has_kv = bool(resume.output_token_ids or resume.reservation_id)
+    for name, value in (("n", params.n != 1), ("prompt_logprobs", has_kv and params.prompt_logprobs is not None)):
         if value:
             raise ValueError(
                 f"{name}={getattr(params, name)} cannot be resumed: what it needs of the prompt, or of the other"

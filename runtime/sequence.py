@@ -144,8 +144,8 @@ class Sequence:
         return self.request.params.priority
 
     @property
-    def is_resumed(self) -> bool:
-        return self.num_resumed_tokens > 0
+    def is_begun(self) -> bool:
+        return self.request.is_begun
 
     @property
     def tpot_slo_s(self) -> float | None:
@@ -153,8 +153,8 @@ class Sequence:
 
     @property
     def first_deadline_s(self) -> float:
-        """When the first token is due; minus infinity once it is known."""
-        if self.num_output_tokens > 0:
+        """When the first token is due; minus infinity once it is known, or where it was due at another instance."""
+        if self.num_output_tokens > 0 or self.is_begun:
             return -math.inf
         target_s = self.request.metrics.ttft_slo_s
         return math.inf if target_s is None else self.request.metrics.arrival_s + target_s
@@ -210,6 +210,8 @@ class Request:
     num_cached_tokens: int = 0
     """Of the prompt, when its first sequence was first started."""
     is_prompt_sent: bool = False
+    is_begun: bool = False
+    """Another instance had it before."""
     reservation_id: str = ""
     """Of the slot that waits for it, with KV that another instance computed,"""
     num_kv_tokens: int = 0

@@ -82,6 +82,7 @@ def resume_of(request: Any) -> Resume | None:
         num_text_chars=resume.num_text_chars,
         reservation_id=resume.reservation_id,
         num_kv_tokens=resume.num_kv_tokens,
+        is_begun=resume.is_begun,
     )
 
 

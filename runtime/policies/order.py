@@ -6,7 +6,7 @@
               and so do requests without a target
 
 In each of them a request that began elsewhere goes before those that did not begin: its client is in the middle of an
-answer, and behind a queue it would stand still for as long as a new one waits for its first token.
+answer, or has waited in the queue of an instance that was lost, and would wait for as long as a new one does.
 
 A **tier** (offline, or priority) decides who may take whose place: a waiting sequence that of a running one of a
 strictly worse tier, and nobody else's. Arrival must not count there, or two sequences would preempt each other in
@@ -49,7 +49,7 @@ class Order:
 
     def seniority(self, sequence: Schedulable) -> Key:
         """The last one loses its place first."""
-        return (*self.tier(sequence), not sequence.is_resumed, sequence.number)
+        return (*self.tier(sequence), not sequence.is_begun, sequence.number)
 
     def queue_key(self, sequence: Schedulable) -> Key:
         """Sorts the waiting queue; does not change while a sequence waits."""

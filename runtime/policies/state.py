@@ -21,12 +21,13 @@ class Schedulable(Protocol):
         """Lower goes first."""
 
     @property
-    def is_resumed(self) -> bool:
-        """It began elsewhere: its client has some of the answer, and has waited already."""
+    def is_begun(self) -> bool:
+        """Another instance had it: its client has some of the answer, or has waited for it already."""
 
     @property
     def first_deadline_s(self) -> float:
-        """When the first token is due; infinity without a TTFT target, minus infinity once it is out: it has waited."""
+        """When the first token is due; infinity without a TTFT target, minus infinity once it is out, and
+        for what began elsewhere: it has waited."""
 
     @property
     def next_due_s(self) -> float:

@@ -160,7 +160,7 @@ class Completion:
     ) -> AsyncGenerator[CompletionOutput, None]:
         """Prefill on the link's instance, then wherever it is handed over to: where it decodes, or to who pulls it."""
         # Of this attempt: an instance may still hold an earlier one.
-        request = self._log.request(uuid.uuid4().hex)
+        request = self._log.request(uuid.uuid4().hex, is_begun=self._is_begun)
         if fetched is not None:
             request.resume.reservation_id = fetched.reservation_id
             request.resume.num_kv_tokens = fetched.num_kv_tokens
@@ -193,7 +193,7 @@ class Completion:
                 name = "decode"
                 claimed, self._next = self._next, None
                 link = decode = claimed.link
-                request = self._log.request(uuid.uuid4().hex)
+                request = self._log.request(uuid.uuid4().hex, is_begun=self._is_begun)
                 request.resume.reservation_id = claimed.reservation.reservation_id
                 # What a receiver cannot know: bytes that were never sent look like any others.
                 request.resume.num_kv_tokens = num_kv_tokens

@@ -80,11 +80,13 @@ class TokenLog:
         self._chain.update(self.all_token_ids)
         return tuple(self._chain.digests)
 
-    def request(self, request_id: str) -> Any:
-        """A GenerateRequest for what is left."""
+    def request(self, request_id: str, *, is_begun: bool) -> Any:
+        """A GenerateRequest for what is left. is_begun: an instance had it before."""
         message = xllm_pb2.GenerateRequest()
         message.CopyFrom(self._message)
         message.request_id = request_id
+        if is_begun:
+            message.resume.is_begun = True
         if self.token_ids:
             message.resume.output_token_ids.extend(self.token_ids)
             message.resume.num_text_chars = self._num_text_chars

@@ -65,16 +65,18 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., final_only: _Optional[bool] = ..., include_metrics: _Optional[bool] = ..., scheduling: _Optional[_Union[Scheduling, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., hand_over: _Optional[_Union[HandOver, _Mapping]] = ...) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("output_token_ids", "num_text_chars", "reservation_id", "num_kv_tokens")
+    __slots__ = ("output_token_ids", "num_text_chars", "reservation_id", "num_kv_tokens", "is_begun")
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_TEXT_CHARS_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_BEGUN_FIELD_NUMBER: _ClassVar[int]
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_text_chars: int
     reservation_id: str
     num_kv_tokens: int
-    def __init__(self, output_token_ids: _Optional[_Iterable[int]] = ..., num_text_chars: _Optional[int] = ..., reservation_id: _Optional[str] = ..., num_kv_tokens: _Optional[int] = ...) -> None: ...
+    is_begun: bool
+    def __init__(self, output_token_ids: _Optional[_Iterable[int]] = ..., num_text_chars: _Optional[int] = ..., reservation_id: _Optional[str] = ..., num_kv_tokens: _Optional[int] = ..., is_begun: _Optional[bool] = ...) -> None: ...
 
 class HandOver(_message.Message):
     __slots__ = ("reservation",)

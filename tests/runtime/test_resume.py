@@ -1,5 +1,6 @@
 """A request resumed elsewhere goes on with the very tokens and text, at whatever token it was cut."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,6 +171,21 @@ def test_the_cached_prefix_is_used_beyond_the_prompt(make_engine: EngineFactory)
     assert [token for part in drain(engine) for token in part.token_ids] == tokens[14:]
     # 7 + 14 tokens are 5 blocks and one: all but the last token is found, and 6 are generated.
     assert sum(len(step.token_ids) for step in runner.steps) - before == 6
+
+
+def test_one_that_was_lost_without_a_token_goes_before_what_came_meanwhile(make_engine: EngineFactory) -> None:
+    engine, _ = make_engine(config=EngineConfig(max_num_seqs=1, starvation_s=math.inf))
+    lost = Resume(output_token_ids=[], is_begun=True)
+    engine.add_request("running", PROMPT, params_of(REQUESTS["greedy"]))
+    engine.step()
+    engine.add_request("new", PROMPT, params_of(REQUESTS["greedy"]))
+    # What it wants of its prompt is computed here like all of it.
+    engine.add_request("lost", PROMPT, params_of({"prompt_logprobs": 1}), lost)
+    ended: dict[str, RequestMetrics] = {}
+    while engine.has_work:
+        ended |= {output.request_id: output.metrics for output in engine.step() if output.finished}
+    assert list(ended) == ["running", "lost", "new"]
+    assert not ended["lost"].is_resumed, "its first token counts like any other's"
 
 
 def test_times_begin_here(make_engine: EngineFactory) -> None:

@@ -43,9 +43,9 @@ def test_set_fields_arrive_also_where_they_are_zero(service):
 
 def test_resume_is_there_or_not():
     assert resume_of(xllm_pb2.GenerateRequest()) is None
-    resume = xllm_pb2.Resume(output_token_ids=[5, 6], num_text_chars=3, reservation_id="r")
+    resume = xllm_pb2.Resume(output_token_ids=[5, 6], num_text_chars=3, reservation_id="r", is_begun=True)
     found = resume_of(xllm_pb2.GenerateRequest(resume=resume))
-    assert found == Resume(output_token_ids=[5, 6], num_text_chars=3, reservation_id="r")
+    assert found == Resume(output_token_ids=[5, 6], num_text_chars=3, reservation_id="r", is_begun=True)
 
 
 def test_scheduling_wishes(service):

@@ -18,7 +18,7 @@ class Item:
     num_growth_tokens: int = 0
     is_offline: bool = False
     priority: int = 0
-    is_resumed: bool = False
+    is_begun: bool = False
     first_deadline_s: float = math.inf
     next_due_s: float = math.inf
     tpot_slo_s: float | None = None

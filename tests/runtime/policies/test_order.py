@@ -31,9 +31,9 @@ def test_what_began_elsewhere_goes_before_what_did_not_begin(policy: PolicyName)
     items = [
         Item("new", 1),
         Item("offline", 1, is_offline=True),
-        Item("resumed", 9, is_resumed=True),
-        Item("resumed offline", 9, is_offline=True, is_resumed=True),
-        Item("resumed later", 9, is_resumed=True),
+        Item("resumed", 9, is_begun=True),
+        Item("resumed offline", 9, is_offline=True, is_begun=True),
+        Item("resumed later", 9, is_begun=True),
     ]
     assert order_of(policy, items) == ["resumed", "resumed later", "new", "resumed offline", "offline"]
     order = Order(policy)

@@ -246,6 +246,29 @@ async def test_a_stream_that_lost_its_instance_waits_for_room_elsewhere(make_clu
     assert text_of(await request.task) == string.ascii_lowercase[2:]
 
 
+async def test_a_request_that_was_lost_without_a_token_says_so_elsewhere(make_cluster, monkeypatch):
+    cluster = await make_cluster(a={}, b={})
+    resumes: dict[str, Any] = {}
+    for name, instance in cluster.instances.items():
+        instance.runner.gate.clear()
+
+        def generated(*args, name=name, generate=instance.service.generate, **options):
+            resumes[name] = options["resume"]
+            return generate(*args, **options)
+
+        monkeypatch.setattr(instance.service, "generate", generated)
+    task = asyncio.create_task(generate(cluster))
+    await cluster.until(lambda: any(running(cluster, name) for name in cluster.instances))
+    ((gone, resume),) = resumes.items()
+    assert resume is None
+    await cluster.instances[gone].stop()
+    await cluster.until(lambda: len(resumes) == 2)
+    (other,) = set(resumes) - {gone}
+    assert resumes[other].is_begun and not resumes[other].output_token_ids
+    cluster.instances[other].runner.gate.set()
+    assert text_of(await task) == "cdef"
+
+
 async def test_a_request_that_ends_its_instances_is_given_up(make_cluster):
     cluster = await make_cluster(failover=FailoverConfig(max_losses=2, wait_s=10), a={}, b={}, c={})
     for instance in cluster.instances.values():
