@@ -2,7 +2,6 @@
 
 import math
 import os
-import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -74,17 +73,19 @@ def violations(requests: Sequence[SimRequest]) -> float:
 
 def most_offline_rate(setting: Setting, online_rate: float, grace_s: float = 0.0) -> float:
     """Offline requests a second beyond which no policy gets: with them the devices compute all the time, as cheaply as
-    they can. grace_s: time behind the last arrival in which what waits may still be finished.
+    they can. grace_s: time behind the last arrival in which what waits may still be finished, but for those requests
+    that need not be: the longest.
     """
     hardware, factor = setting.hardware, ClusterRules(routing=RoutingRules()).truth_factor
 
-    def mean_s(requests: Sequence[TraceRequest]) -> float:
-        return factor * statistics.fmean(hardware.least_s(one.prompt_tokens, one.output_tokens) for one in requests)
+    def seconds_of(requests: Sequence[TraceRequest]) -> list[float]:
+        return sorted(factor * hardware.least_s(one.prompt_tokens, one.output_tokens) for one in requests)
 
     seconds = len(setting.trace) / online_rate
-    busy_s = len(setting.trace) * mean_s(setting.trace)
-    share = _FINISHED if grace_s else 1.0
-    return (len(setting.pools) * (seconds + grace_s) - busy_s) / (share * seconds * mean_s(setting.lengths))
+    free_s = len(setting.pools) * (seconds + grace_s) - sum(seconds_of(setting.trace))
+    each_s = seconds_of(setting.lengths)
+    num_finished = math.ceil(_FINISHED * len(each_s)) if grace_s else len(each_s)
+    return free_s / (seconds * sum(each_s[:num_finished]) / len(each_s))
 
 
 def run_colocation(
