@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import Generic
 
 from xllm_compile.runtime.policies.admission import HORIZON, fits, growth_of
-from xllm_compile.runtime.policies.chunk import StepLoad, StepSeconds, largest_chunk, load_of, step_budget_s
+from xllm_compile.runtime.policies.chunk import StepBudget, StepLoad, StepSeconds, largest_chunk, load_of, step_budget
 from xllm_compile.runtime.policies.offline import OfflineRules, num_in_time
 from xllm_compile.runtime.policies.order import Key, Order
 from xllm_compile.runtime.policies.state import Capacity, Limits, S, Schedule
@@ -96,6 +96,7 @@ class _Planner(Generic[S]):
         self.blocks_at_start = capacity.num_free_blocks
         """Free before the step's chunks are counted."""
         self.load = StepLoad()
+        self.decodes_budget = StepBudget()
         self.budget_s = float("inf")
         self.has_prefill = False
         self.least_prefill_tokens = rules.min_prefill_tokens
@@ -126,9 +127,10 @@ class _Planner(Generic[S]):
             for sequence in sorted(decodes, key=self._seniority):
                 if id(sequence) in self.alive_ids:
                     self._plan_running(sequence)
-        self.budget_s = step_budget_s((one for one, _ in self.chunks.values() if not one.is_offline), self.now)
-        if self.budget_s < float("inf"):
+        self.decodes_budget = step_budget((one for one, _ in self.chunks.values() if not one.is_offline), self.now)
+        if self.decodes_budget.seconds < float("inf"):
             self.load = load_of(self.chunks.values())
+            self.budget_s = self.decodes_budget.with_prompts_s(self.model.seconds(self.load))
 
     def plan_prefills(self, waiting: Iterable[S]) -> None:
         prefills = sorted(
@@ -159,7 +161,7 @@ class _Planner(Generic[S]):
         if self.has_prefill or self.budget_s < float("inf"):
             self.least_prefill_tokens = 0
         prefill_s = self.model.seconds(self.load) if self.has_prefill else None
-        self.budget_s = self.rules.offline.budget_s(self.budget_s, prefill_s)
+        self.budget_s = self.rules.offline.budget_s(self.decodes_budget.seconds, prefill_s)
         for sequence in self._in_time(sorted(decodes, key=self._seniority)):
             if self.tokens_left > 0 and id(sequence) in self.alive_ids:
                 self._plan_running(sequence)

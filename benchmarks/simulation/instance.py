@@ -20,7 +20,7 @@ from xllm_compile.benchmarks.simulation.decode_batch import DecodeBatch
 from xllm_compile.benchmarks.simulation.hardware import Hardware
 from xllm_compile.benchmarks.simulation.requests import SimRequest
 from xllm_compile.runtime.policies.admission import HORIZON
-from xllm_compile.runtime.policies.chunk import StepLoad, largest_chunk, step_budget_s
+from xllm_compile.runtime.policies.chunk import StepBudget, StepLoad, largest_chunk, step_budget
 from xllm_compile.runtime.policies.offline import OfflineRules, num_in_time
 from xllm_compile.scheduler.cluster.state import InstanceLoad, StepProfile
 
@@ -279,12 +279,13 @@ class SimInstance:
     def _next_step(self, now: float) -> tuple[list[tuple[SimRequest, int]], StepLoad]:
         """Its prompts, and its load with those of what decodes."""
         self._admit_arriving()
-        budget_s = step_budget_s(self.online.members(), now) if self._is_timed() else math.inf
+        budget = step_budget(self.online.members(), now) if self._is_timed() else StepBudget()
+        prompts_s = budget.with_prompts_s(self.truth.step_s(decode_load(self.online)))
         if self.offline_rules is None:
-            return self._chunks(chain(self.waiting, self.waiting_offline), self._decode_load(), budget_s)
-        chunks, load = self._chunks(self.waiting, decode_load(self.online), budget_s)
-        has_online = bool(chunks) or budget_s < math.inf
-        budget_s = self.offline_rules.budget_s(budget_s, self.truth.step_s(load) if chunks else None)
+            return self._chunks(chain(self.waiting, self.waiting_offline), self._decode_load(), prompts_s)
+        chunks, load = self._chunks(self.waiting, decode_load(self.online), prompts_s)
+        has_online = bool(chunks) or budget.seconds < math.inf
+        budget_s = self.offline_rules.budget_s(budget.seconds, self.truth.step_s(load) if chunks else None)
         load = self._balance_offline(load, budget_s)
         budget_s = min(budget_s, self.offline_rules.step_s)
         more, load = self._chunks(

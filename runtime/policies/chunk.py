@@ -1,5 +1,6 @@
 """How many tokens of prompts ride along, so that the sequences that decode in the same step keep their TPOT."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
@@ -8,6 +9,10 @@ from xllm_compile.runtime.policies.state import Schedulable
 # A sequence that fell behind asks for shorter steps, but not for less than this share of its target: prefill would
 # stop altogether, and with it the TTFT of everybody else. Source: xLLM's latency budget.
 _LEAST_SHARE = 0.65
+# Nor for less than leaves prompts this share of the time between the decodes alone and the target. A sequence whose KV
+# came from another instance begins some steps behind; where such come all the time and decodes take most of the target
+# by themselves, there is little to make up for it with, and no prompt would ever get more than its least chunk.
+_PROMPTS_SHARE = 0.5
 
 
 class StepLoad(NamedTuple):
@@ -60,15 +65,30 @@ class Paced(Protocol):
     def next_due_s(self) -> float: ...
 
 
-def step_budget_s(decodes: Iterable[Paced], now: float) -> float:
-    """Longest step that keeps the tightest TPOT target among the decoding sequences; infinity without targets."""
-    budget_s = float("inf")
+class StepBudget(NamedTuple):
+    """How long a step may be for those that decode in it; infinity without targets."""
+
+    seconds: float = math.inf
+    """Keeps the tightest TPOT target, and makes up for delay."""
+    target_s: float = math.inf
+    """The tightest itself."""
+
+    def with_prompts_s(self, alone_s: float) -> float:
+        """With online prompts beside them, where the step takes so long without."""
+        if self.target_s == math.inf:
+            return math.inf
+        return max(self.seconds, self.target_s - (1 - _PROMPTS_SHARE) * max(0.0, self.target_s - alone_s))
+
+
+def step_budget(decodes: Iterable[Paced], now: float) -> StepBudget:
+    seconds = tightest_s = math.inf
     for sequence in decodes:
         target_s = sequence.tpot_slo_s
         if target_s is not None:
             slack_s = sequence.next_due_s - now
-            budget_s = min(budget_s, target_s, max(slack_s, _LEAST_SHARE * target_s))
-    return budget_s
+            seconds = min(seconds, target_s, max(slack_s, _LEAST_SHARE * target_s))
+            tightest_s = min(tightest_s, target_s)
+    return StepBudget(seconds, tightest_s)
 
 
 def largest_chunk(load: StepLoad, num_computed: int, most: int, budget_s: float, model: StepSeconds) -> int:

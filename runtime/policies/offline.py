@@ -33,7 +33,7 @@ class OfflineRules:
     def budget_s(self, online_budget_s: float, prefill_s: float | None) -> float:
         """Longest step with offline sequences that decode; for prompts of theirs `step_s` is a limit as well.
 
-        online_budget_s: as `step_budget_s` has it for the online ones, who get shorter steps where they are late.
+        online_budget_s: as `step_budget` has it for the online ones, who get shorter steps where they are late.
         prefill_s: predicted time of the step with what is online in it; None if no prompt is.
         """
         budget_s = self.tpot_share * online_budget_s

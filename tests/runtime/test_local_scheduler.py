@@ -187,6 +187,17 @@ def test_as_many_offline_sequences_decode_as_the_target_of_online_ones_leaves_ti
     assert names(plan) == [("z", 1), ("a", 1)]
 
 
+def test_a_sequence_that_is_behind_leaves_time_to_prompts_but_none_to_offline_work() -> None:
+    behind = [decoding(f"{number}", 5, tpot_slo_s=60e-3, next_due_s=-1.0) for number in range(40)]
+    offline = decoding("x", 5, is_offline=True)
+    plan = schedule([Item("p", 40)], [*behind, offline], limits(seqs=64, tokens=128))
+    # 40 decodes take more than 0.65 of the target already; of the 20 ms that they leave, prompts get 10.
+    assert names(plan)[40:] == [("p", 10)]
+    assert plan.num_held_back == 1
+    plan = schedule([], [*behind[:30], offline], limits(seqs=64, tokens=128))
+    assert names(plan)[30:] == [("x", 1)]
+
+
 def test_online_prompts_take_the_time_of_offline_decodes() -> None:
     offline = [decoding(name, 5, is_offline=True) for name in "xyz"]
     plan = schedule([Item("b", 40)], [*offline, paced("a", 5, 12.0)], limits(tokens=64))

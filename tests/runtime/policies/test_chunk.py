@@ -3,7 +3,7 @@ import math
 import pytest
 
 from tests.runtime.policies.items import Item, MillisecondsPerToken
-from xllm_compile.runtime.policies.chunk import StepLoad, largest_chunk, load_of, step_budget_s
+from xllm_compile.runtime.policies.chunk import StepLoad, largest_chunk, load_of, step_budget
 
 
 def test_the_load_of_a_step() -> None:
@@ -20,11 +20,34 @@ def test_the_load_of_a_step() -> None:
 def test_a_step_keeps_the_target_and_makes_up_for_delay(next_due_s: float, budget_s: float) -> None:
     item = Item("a", 5, 4, tpot_slo_s=0.05, next_due_s=next_due_s)
     relaxed = Item("b", 5, 4, tpot_slo_s=0.5)
-    assert step_budget_s([relaxed, item, Item("c", 5, 4)], 10.0) == pytest.approx(budget_s)
+    assert step_budget([relaxed, item, Item("c", 5, 4)], 10.0).seconds == pytest.approx(budget_s)
 
 
 def test_without_targets_steps_have_no_limit() -> None:
-    assert step_budget_s([Item("a", 5, 4)], 0.0) == math.inf
+    budget = step_budget([Item("a", 5, 4)], 0.0)
+    assert (budget.seconds, budget.with_prompts_s(0.03)) == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("next_due_s", "alone_s", "budget_s"),
+    [
+        # Short beside the target: what a sequence behind asks for.
+        (9.0, 0.01, 0.0325),
+        # They leave 10 ms, and prompts get half of it; or all of it while nobody is behind.
+        (9.0, 0.04, 0.045),
+        (10.047, 0.04, 0.047),
+        (10.5, 0.04, 0.05),
+        # Nothing is left, and the target stays the limit.
+        (9.0, 0.05, 0.05),
+        (9.0, 0.08, 0.05),
+    ],
+)
+def test_prompts_keep_half_of_what_decodes_leave_whoever_is_behind(
+    next_due_s: float, alone_s: float, budget_s: float
+) -> None:
+    behind = Item("a", 5, 4, tpot_slo_s=0.05, next_due_s=next_due_s)
+    relaxed = Item("b", 5, 4, tpot_slo_s=0.5, next_due_s=10.5)
+    assert step_budget([relaxed, behind], 10.0).with_prompts_s(alone_s) == pytest.approx(budget_s)
 
 
 @pytest.mark.parametrize(("budget_s", "chunk"), [(0.03, 22), (0.0085, 0), (0.009, 1), (1.0, 100), (-1.0, 0)])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_compile.runtime.policies.chunk import StepLoad, step_budget_s
+from xllm_compile.runtime.policies.chunk import StepLoad, step_budget
 from xllm_compile.runtime.policies.offline import OfflineRules, num_in_time
 
 RULES = OfflineRules()
@@ -48,14 +48,14 @@ def test_late_online_sequences_shorten_the_steps_that_offline_ones_ride_in():
     offline = [1000] * 100
 
     def riding(num_more, now):
-        budget_s = RULES.budget_s(step_budget_s([Online(num_more)], now), None)
+        budget_s = RULES.budget_s(step_budget([Online(num_more)], now).seconds, None)
         return num_in_time(StepLoad(1, 1, 500), offline, budget_s, Model())
 
     # In time: 98 of 100 ms. It waited for two steps before it could join: 65 of 100 ms until it has caught up.
     assert riding(10, 1.0) == 43
     assert riding(0, 0.2) == 26
     assert riding(9, 0.92) == 33
-    assert RULES.budget_s(step_budget_s([Online(0, None)], 0.2), None) == math.inf
+    assert RULES.budget_s(step_budget([Online(0, None)], 0.2).seconds, None) == math.inf
 
 
 def test_online_prompts_are_held_up_by_a_tenth_at_most():
