@@ -89,6 +89,12 @@ class Found:
         """Sustained, by round."""
         return [crossing(points, ENOUGH) for points in self.points]
 
+    @property
+    def is_bracketed(self) -> bool:
+        """Whether every round tried a rate that was served well and one that was too much; else its limit is a
+        guess."""
+        return all(min(points.values()) < ENOUGH <= max(points.values()) for points in self.points)
+
 
 def run_serving_rate(
     contenders: Sequence[Contender],
@@ -144,6 +150,9 @@ def _search(server: "_Server", setting: RateSetting, found: Found, *, first_seed
 
     bracket(share_served_well, ENOUGH, start=_FIRST_SHARE * found.burst_rps[-1], max_tries=setting.max_tries)
     found.points.append(points)
+    if not found.is_bracketed:
+        extreme = "no rate was too much" if min(points.values()) >= ENOUGH else "every rate was too much"
+        say(f"{server.name}: {extreme} in {setting.max_tries} tries; raise --tries to have it compared")
 
 
 def _play(server: "_Server", requests: Sequence[PlannedRequest], setting: RateSetting, seed: int) -> dict[str, Any]:
@@ -161,13 +170,19 @@ def _play(server: "_Server", requests: Sequence[PlannedRequest], setting: RateSe
         began = time.monotonic()
         done = asyncio.run(drive(send, requests, options))
         wall_s = time.monotonic() - began
+    for request, result in zip(requests, done, strict=True):
+        if result.error is None and result.num_output_tokens != request.output_tokens:
+            raise RuntimeError(
+                f"{server.name} sent {result.num_output_tokens} tokens where {request.output_tokens} were asked for,"
+                " with ignore_eos; servers that do other work cannot be compared"
+            )
     return {"seed": seed, "foreign_cores": load.cores, **summarise_run(done, wall_s, options)}
 
 
 def _bars(found: Mapping[str, Found]) -> list[Bar]:
     bars = [Bar(what=f"{name}, sustained", value=median(one.rates), unit="requests/s") for name, one in found.items()]
     ours, *others = found.values()
-    if others:
+    if others and all(one.is_bracketed for one in found.values()):
         best = max(median(other.rates) for other in others)
         bars.append(Bar(what="against the best other", value=median(ours.rates) / best, unit="x", bar=">= 1.3"))
     return bars

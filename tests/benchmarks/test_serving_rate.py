@@ -32,9 +32,17 @@ def test_a_rate_changes_the_pace_of_the_same_requests():
 
 
 def test_the_first_is_compared_with_the_best_of_the_others():
-    found = {name: Found(points=[{rate: 1.0}]) for name, rate in ((OURS, 3.0), ("slow", 1.0), ("quick", 2.0))}
+    rates = {OURS: 3.0, "slow": 1.0, "quick": 2.0}
+    found = {name: Found(points=[{rate: 0.95, 9.0: 0.0}]) for name, rate in rates.items()}
     assert _bars(found)[-1].value == pytest.approx(1.5)
     assert len(_bars({OURS: found[OURS]})) == 1
+
+
+@pytest.mark.parametrize("points", [{2.0: 1.0}, {2.0: 0.0}, {2.0: 0.5, 3.0: 0.1}])
+def test_a_limit_that_was_not_found_is_not_compared(points):
+    known, guessed = Found(points=[{3.0: 0.95, 9.0: 0.0}]), Found(points=[points])
+    for found in ({OURS: known, "other": guessed}, {OURS: guessed, "other": known}):
+        assert [bar.what for bar in _bars(found)] == [f"{OURS}, sustained", "other, sustained"]
 
 
 def test_a_contender_that_ends_says_its_last_words(tmp_path):
@@ -45,6 +53,35 @@ def test_a_contender_that_ends_says_its_last_words(tmp_path):
     with pytest.raises(RuntimeError, match="none cannot be started"):
         run_serving_rate([missing], SETTING, tmp_path, ["bench"], name="rate")
     assert list(tmp_path.iterdir()) == []
+
+
+# Whatever is asked of it: two tokens.
+CURT = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Curt(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        self.do_GET()
+        events = [{"choices": [{"text": "a"}]}, {"choices": [{"text": "b"}], "usage": {"completion_tokens": 2}}]
+        for event in [*map(json.dumps, events), "[DONE]"]:
+            self.wfile.write(f"data: {event}\\n\\n".encode())
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+
+Server(("127.0.0.1", int(sys.argv[1])), Curt).serve_forever()
+"""
+
+
+def test_a_server_that_ends_early_is_not_compared(tmp_path):
+    curt = Contender(name="curt", command=(sys.executable, "-c", CURT, "{port}"))
+    with pytest.raises(RuntimeError, match=r"curt sent 2 tokens where \d+ were asked for"):
+        run_serving_rate([curt], SETTING, tmp_path, ["bench"], name="rate")
 
 
 @pytest.mark.integration
