@@ -51,6 +51,7 @@ _TOKEN_WISE = {
     xllm.int4_linear.default,
     xllm.int4_zero_linear.default,
     xllm.int8_dynamic_linear.default,
+    xllm.int4_dynamic_linear.default,
     ALL_REDUCE,
     WAIT,
 }

@@ -351,6 +351,7 @@ _RULES: dict[str, Callable[[_Call], NodeCost]] = {
     "xllm::int4_linear": _linear,
     "xllm::int4_zero_linear": _linear,
     "xllm::int8_dynamic_linear": _linear,
+    "xllm::int4_dynamic_linear": _linear,
     "xllm::attention": _attention,
     "xllm::packed_embedding": _gather,
     "xllm::int8_embedding": _gather,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SCHEMES = ("int8", "int4", "int8-dynamic")
+SCHEMES = ("int8", "int4", "int8-dynamic", "int4-dynamic")
 GROUP_SIZES = (32, 128)
 
 
@@ -11,7 +11,7 @@ class Quantisation:
     """How the products of a model are quantised. Raises ValueError, naming field and limit, on a bad value."""
 
     scheme: str
-    """int8 and int4 round weights only; int8-dynamic rounds the activations too, one scale per token."""
+    """int8 and int4 round weights only; with -dynamic activations are rounded to int8 too, one scale per token."""
     group_size: int | None = None
     """int4: elements along the reduction axis that share a scale, 32 where it is not given. 4.5 bits a weight at 32,
     4.125 at 128."""
@@ -26,14 +26,20 @@ class Quantisation:
             return
         if self.scheme not in SCHEMES:
             raise ValueError(f"quantize={self.scheme!r} is not supported; supported: {', '.join(SCHEMES)}")
-        if self.group_size is None and self.scheme == "int4":
+        if self.group_size is None and self.weight_kind == "int4":
             object.__setattr__(self, "group_size", GROUP_SIZES[0])
-        elif self.group_size is not None and self.scheme != "int4":
+        elif self.group_size is not None and self.weight_kind != "int4":
             raise ValueError(
-                f"quantize-group={self.group_size} is for int4 only; {self.scheme} has a scale per channel"
+                f"quantize-group={self.group_size} is for int4 and int4-dynamic only; {self.scheme} has a scale per"
+                " channel"
             )
         if self.group_size not in (None, *GROUP_SIZES):
             raise ValueError(f"quantize-group={self.group_size} is not supported; supported: 32, 128")
+
+    @property
+    def weight_kind(self) -> str:
+        """int8 or int4."""
+        return self.scheme.removesuffix("-dynamic")
 
     @property
     def label(self) -> str:

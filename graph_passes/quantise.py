@@ -2,17 +2,17 @@
 
 Matches: aten.linear on a plain weight in a layer region; with ``has_head`` in the head, and aten.embedding on the table
     that a head shares.
-Rewrites: xllm::int8_linear, int4_linear or int8_dynamic_linear on the packed values and their scales, two weights made
-    from the same sources; float32 is written directly where a cast to float32 is all that follows. Of a checkpoint that
-    is quantised already int4 becomes int4_zero_linear, on values, scales and zero points. The head is int8 with int4
-    layers too, and a table it shares is read by xllm::int8_embedding.
+Rewrites: xllm::int8_linear, int4_linear, int8_dynamic_linear or int4_dynamic_linear on the packed values and their
+    scales, two weights made from the same sources; float32 is written directly where a cast to float32 is all that
+    follows. Of a checkpoint that is quantised already int4 becomes int4_zero_linear, on values, scales and zero points.
+    The head is int8 with int4 layers too, and a table it shares is read by xllm::int8_embedding.
 Skips: a weight that is computed in the graph or read by another node; the head where it was not asked for; fewer than
     32 outputs or inputs, which padding and scales would make no smaller; int4 where the reduction axis is no multiple
     of the group. What the checkpoint holds quantised cannot be skipped: that is an error.
 Numerics: those of the checkpoint's own values, where it is quantised already. Otherwise changes them, opt-in: int8 is
-    off by half a step of 1/127 of a channel's largest weight, int4 by one of 1/8 of a group's; int8-dynamic rounds each
-    token's activations by as much, whoever made the weights. The rewritten graph equals the operators'
-    references on the same rounded weights.
+    off by half a step of 1/127 of a channel's largest weight, int4 by one of 1/8 of a group's; the dynamic schemes
+    round each token's activations by half a step of 1/127 of its largest, whoever made the weights. The rewritten graph
+    equals the operators' references on the same rounded weights.
 """
 
 from dataclasses import replace
@@ -34,6 +34,7 @@ _OPERATORS = {
     "int8": xllm.int8_linear.default,
     "int4": xllm.int4_linear.default,
     "int8-dynamic": xllm.int8_dynamic_linear.default,
+    "int4-dynamic": xllm.int4_dynamic_linear.default,
 }
 _STORED_OPERATORS = {**_OPERATORS, "int4": xllm.int4_zero_linear.default}
 
@@ -43,9 +44,9 @@ def quantise(
 ) -> PassReport:
     """``tied_weights``: names of embedding tables that a head also multiplies by."""
     report = PassReport(name="quantise", region=region.name)
-    if not region.name.startswith("layer") and quantisation.scheme == "int4":
+    if not region.name.startswith("layer") and quantisation.weight_kind == "int4":
         # Four bits of a head cost more accuracy than those of a layer, and a table's rows are read one by one.
-        quantisation = replace(quantisation, scheme="int8", group_size=None)
+        quantisation = replace(quantisation, scheme=quantisation.scheme.replace("int4", "int8"), group_size=None)
     for node in region.graph.find_nodes(op="call_function", target=aten.linear.default):
         if _match(region, args_of(node)[1], quantisation, report):
             _rewrite(region, node, quantisation)
@@ -119,8 +120,7 @@ def _rewrite_embedding(region: RegionGraph, node: fx.Node, quantisation: Quantis
 def _quantised_weights(region: RegionGraph, weight: fx.Node, quantisation: Quantisation) -> list[fx.Node]:
     """Placeholders of the values, under the weight's own name, of their scales and, where there are, of the zeros."""
     plain, value = region.weights[weight.name], weight.meta["val"]
-    # The dynamic scheme differs in what is done to the activations: the weights are those of int8.
-    kind = "int4" if quantisation.scheme == "int4" else "int8"
+    kind = quantisation.weight_kind
     group_size = quantisation.group_size or 0
 
     with value.fake_mode:

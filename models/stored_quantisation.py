@@ -174,8 +174,8 @@ def read_stored_quantisation(hf: Mapping[str, Any]) -> StoredQuantisation | None
     else:
         raise UnsupportedModelError(
             f"quantization_config: quant_method={method!r} is not supported; supported: {', '.join(METHODS)}."
-            " Use one of these, or a bfloat16, float16 or float32 checkpoint, which --quantize int8, int4 or"
-            " int8-dynamic rounds while compiling"
+            " Use one of these, or a bfloat16, float16 or float32 checkpoint, which --quantize int8, int4,"
+            " int8-dynamic or int4-dynamic rounds while compiling"
         )
     _require(config, "bits", (4,), None)
     return StoredQuantisation(

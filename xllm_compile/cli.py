@@ -69,7 +69,7 @@ def read_quantisation(scheme: str, group_size: int | None, has_head: bool) -> Qu
     help="partial: attention outside the graphs; eager: no graphs.",
 )
 @click.option("--quantize", type=click.Choice(["none", *SCHEMES]), default="none", help="Round the layers' weights.")
-@click.option("--quantize-group", type=int, help="int4: weights that share a scale, 32 or 128.  [default: 32]")
+@click.option("--quantize-group", type=int, help="int4, int4-dynamic: weights to a scale, 32 or 128.  [default: 32]")
 @click.option(
     "--quantize-head", is_flag=True, help="Round the head's weight too, to int8, and an embedding that shares it."
 )

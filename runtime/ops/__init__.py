@@ -65,6 +65,10 @@ SCHEMAS: dict[str, str] = {
     "int8_dynamic_linear": (
         "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features, bool f32_out) -> Tensor"
     ),
+    # int4_linear with x rounded likewise, each group summed in int32.
+    "int4_dynamic_linear": (
+        "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features, bool f32_out) -> Tensor"
+    ),
     # Rows token_ids [T] of a packed [vocab, columns] weight: a tied embedding is held once, in the head's layout.
     "packed_embedding": "(Tensor token_ids, Tensor weight, int columns) -> Tensor",
     # Rows of a weight in the layout of int8_linear times their scales, as float32 or rounded to bfloat16.

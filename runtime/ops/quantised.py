@@ -13,10 +13,12 @@ the matrix-vector kernel and tiled by the matrix-matrix kernel; N is padded with
 - int8 [N/32, C/4, 32, 4] int8: four consecutive elements of the reduction axis (the operand order of the 8-bit dot
   products), C padded with zeros.
 - int4 [N/32, C/8, 32, 4] uint8: eight consecutive elements as code + 8. The even ones are the nibbles of the low two
-  bytes, lowest first, the odd ones those of the high two: two shifts give a pair for the bfloat16 dot product.
+  bytes, lowest first, the odd ones those of the high two: two shifts give a pair for the bfloat16 dot product, and
+  one mask the operand of an 8-bit one, of elements 0, 4, 1, 5 or 2, 6, 3, 7.
 - int4 scale [N/32, C/group_size, 32].
 
 Products are sums of x times values, multiplied by the scale of the channel or group: no weight is rounded once more.
+Dynamic products round x to int8, one scale per row, and are the same sums of integers.
 Only AMX tiles, which keep one sum for all groups, multiply by bfloat16(value * scale) for int4.
 
 A checkpoint that is quantised already brings values, scales and zero points of its own:

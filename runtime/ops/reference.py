@@ -249,14 +249,10 @@ def int4_zero_linear_meta(
 def int8_dynamic_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
 ) -> Tensor:
-    x32 = x.float()
-    largest = x32.abs().amax(1, keepdim=True)
-    # A division in float32: "127 / largest" would multiply by a rounded reciprocal and move ties.
-    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0).clamp(max=3e38)
-    rounded = (x32 * inverse).round().nan_to_num(0.0)
+    codes, row_scale = _rounded_rows(x)
     # Exact in float64: below 2^53 for any width.
-    sums = rounded.double() @ quantised.unpack_int8(weight, out_features, x.shape[1]).double().T
-    y = sums.float() * (largest / 127) * scale
+    sums = codes.double() @ quantised.unpack_int8(weight, out_features, x.shape[1]).double().T
+    y = sums.float() * row_scale * scale
     return _with_bias(y, bias).to(torch.float32 if f32_out else x.dtype)
 
 
@@ -264,6 +260,30 @@ def int8_dynamic_linear_meta(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
 ) -> Tensor:
     return packed_linear_meta(x, weight, bias, out_features, f32_out)
+
+
+def int4_dynamic_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    codes, row_scale = _rounded_rows(x)
+    y = int4_linear(codes, weight, scale, None, out_features, True) * row_scale
+    return _with_bias(y, bias).to(torch.float32 if f32_out else x.dtype)
+
+
+def int4_dynamic_linear_meta(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    return packed_linear_meta(x, weight, bias, out_features, f32_out)
+
+
+def _rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, C] as codes [T, C] of at most 127 in magnitude and their scale [T, 1], both float32; a row that is not
+    finite has codes of zero and a scale that is not finite."""
+    x32 = x.float()
+    largest = x32.abs().amax(1, keepdim=True)
+    # A division in float32: "127 / largest" would multiply by a rounded reciprocal and move ties.
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0).clamp(max=3e38)
+    return (x32 * inverse).round().nan_to_num(0.0), largest / 127
 
 
 def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -32,8 +32,8 @@ from xllm_compile.runtime.ops.quantised import quantise_int4, quantise_int8
 
 # Every reduction axis is a multiple of 32.
 SHAPE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
-OPERATORS = {"int8": "int8_linear", "int4": "int4_linear", "int8-dynamic": "int8_dynamic_linear"}
-IN_HEAD = {"int8": "int8", "int4": "int8", "int8-dynamic": "int8-dynamic"}
+OPERATORS = {scheme: f"{scheme.replace('-', '_')}_linear" for scheme in SCHEMES}
+IN_HEAD = {scheme: scheme.replace("int4", "int8") for scheme in SCHEMES}
 # Sums in another order.
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 # Activations of a few hundred elements rounded to 1/127 of the largest.
@@ -50,7 +50,7 @@ def rounded(scheme, group_size=32):
     def change(spec, weight):
         if weight.dim() != 2 or spec.quantised:
             return weight
-        if scheme != "int4":
+        if not scheme.startswith("int4"):
             values, scale = quantise_int8(weight)
             return (values * scale.unsqueeze(1)).to(weight.dtype)
         values, scale = quantise_int4(weight, group_size)
@@ -74,7 +74,7 @@ def test_fires_on_a_layer_and_equals_eager_on_the_rounded_weights(family, scheme
         inputs = layer_inputs(config, torch.float32, step)
         expected, found = run_graph(before, inputs, change=rounded(scheme)), run_graph(after, inputs)
         for name, value in expected.items():
-            if scheme == "int8-dynamic" and value.is_floating_point():
+            if scheme.endswith("-dynamic") and value.is_floating_point():
                 assert (found[name] - value).norm() <= DYNAMIC_ERROR * value.norm(), name
             else:
                 torch.testing.assert_close(found[name], value, **TOLERANCE)
@@ -97,7 +97,7 @@ def test_bfloat16(scheme):
     inputs = {"x": torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)}
     expected = run_graph(before, inputs, change=rounded(scheme))["0"].float()
     found = run_graph(after, inputs)["0"].float()
-    assert (found - expected).norm() <= (0.1 if scheme == "int4" else DYNAMIC_ERROR) * expected.norm()
+    assert (found - expected).norm() <= (0.1 if scheme.startswith("int4") else DYNAMIC_ERROR) * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,7 +132,7 @@ def test_the_head_where_it_is_asked_for_writes_float32_itself(scheme):
     inputs["logits_at"] = torch.tensor([6, 0, 3], dtype=torch.int32)
     expected, found = run_graph(before, inputs, change=rounded(IN_HEAD[scheme]))["0"], run_graph(after, inputs)["0"]
     assert found.dtype == torch.float32
-    assert (found - expected).norm() <= (DYNAMIC_ERROR if scheme == "int8-dynamic" else 1e-5) * expected.norm()
+    assert (found - expected).norm() <= (DYNAMIC_ERROR if scheme.endswith("-dynamic") else 1e-5) * expected.norm()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -177,9 +177,10 @@ def test_near_misses_stay(region, scheme, reason):
     assert_untouched(run(scheme), region, reason)
 
 
-def test_a_group_of_128():
+@pytest.mark.parametrize("scheme", ["int4", "int4-dynamic"])
+def test_a_group_of_128(scheme):
     region = near_miss(plain, inputs=256)
-    assert apply(run("int4", group_size=128), region).matches == 1
+    assert apply(run(scheme, group_size=128), region).matches == 1
     (scale,) = [spec for spec in region.weights.values() if spec.quantised == "int4.scale"]
     assert scale.shape == (2, 2, 32)
 
@@ -213,8 +214,9 @@ def test_merged_products_round_as_the_parts_do():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"scheme": "fp8"}, "'fp8' is not supported; supported: int8, int4, int8-dynamic"),
-        ({"scheme": "int8", "group_size": 32}, "quantize-group=32 is for int4 only"),
+        ({"scheme": "fp8"}, "'fp8' is not supported; supported: int8, int4, int8-dynamic, int4-dynamic"),
+        ({"scheme": "int8", "group_size": 32}, "quantize-group=32 is for int4 and int4-dynamic only; int8 has"),
+        ({"scheme": "int8-dynamic", "group_size": 128}, "quantize-group=128 is for int4 and int4-dynamic only"),
         ({"scheme": "int4", "group_size": 48}, "quantize-group=48 is not supported; supported: 32, 128"),
     ],
 )

@@ -25,7 +25,7 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3},
 }
 HAS_TILES = "amx_bf16" in native.cpu_features()
-OPERATORS = ["int8_linear", "int8_dynamic_linear", "int4_linear"]
+OPERATORS = ["int8_linear", "int8_dynamic_linear", "int4_linear", "int4_dynamic_linear"]
 # (operator, inputs, outputs): whole blocks, one more and one less than them, one panel of AMX and more.
 CASES = [
     *((operator, inputs, outputs) for operator in OPERATORS for inputs, outputs in ((64, 32), (96, 31), (544, 70))),
@@ -68,11 +68,30 @@ def test_equals_the_reference(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [8, 128])
-def test_int4_groups(ops: native.Kernels, dtype: torch.dtype, group_size: int) -> None:
-    weight, scale = weights("int4_linear", 70, 384, group_size)
-    x = torch.randn(9, 384).to(dtype)
-    got, want = both(ops, "int4_linear", x, weight, scale, None, 70, True)
-    assert_close(got, want, **tolerance_of("int4_linear", dtype, torch.float32))
+@pytest.mark.parametrize("operator", ["int4_linear", "int4_dynamic_linear"])
+def test_int4_groups(ops: native.Kernels, dtype: torch.dtype, operator: str, group_size: int) -> None:
+    weight, scale = weights(operator, 70, 384, group_size)
+    for rows in (9, 29):
+        x = torch.randn(rows, 384).to(dtype)
+        got, want = both(ops, operator, x, weight, scale, None, 70, True)
+        assert_close(got, want, **tolerance_of(operator, dtype, torch.float32))
+
+
+@pytest.mark.parametrize("group_size", [8, 32, 512])
+def test_int4_sums_of_integers_are_exact(ops: native.Kernels, group_size: int) -> None:
+    """Every code with every rounded activation, in each place of a step; scales of powers of two round nothing."""
+    codes = torch.randint(-8, 8, (40, 512))
+    codes[:2] = torch.tensor([[-8], [7]])
+    x = torch.randint(-127, 128, (26, 512))
+    x[:, 0] = 127
+    x[0], x[1] = 127, -127
+    scales = 2.0 ** torch.randint(-2, 3, (40, 512 // group_size))
+    packed = pack_int4(codes.to(torch.int8)), pack_scale(scales.to(torch.bfloat16))
+    want = x.double() @ (codes * scales.repeat_interleave(group_size, 1)).double().T
+    for rows in (x, x[:1], x[3:11]):
+        got = ops.int4_dynamic_linear(rows.float(), *packed, None, 40, True)
+        first = 3 if len(rows) == 8 else 0
+        assert torch.equal(got.double(), want[first : first + len(rows)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,6 +233,12 @@ def test_errors_name_operator_value_and_limit(ops: native.Kernels) -> None:
             (x[:, 4:], int4, scales, None, 40, True),
         ),
         (r"int4_linear: scale has dtype", "int4_linear", (x, int4, scales.float(), None, 40, True)),
+        (r"int4_dynamic_linear: scale has dtype", "int4_dynamic_linear", (x, int4, scales.float(), None, 40, True)),
+        (
+            r"int4_dynamic_linear: weight.shape\[1\] is 8, expected 7",
+            "int4_dynamic_linear",
+            (x[:, 8:], int4, scales, None, 40, True),
+        ),
         (
             r"int4_zero_linear: zero.shape\[1\] is 1, expected 2",
             "int4_zero_linear",

@@ -218,6 +218,7 @@ def test_the_key_covers_every_option_that_changes_the_artifact(model, tmp_path):
         key(quantisation=Quantisation(scheme="int8")),
         key(quantisation=Quantisation(scheme="int8-dynamic")),
         key(quantisation=Quantisation(scheme="int4")),
+        key(quantisation=Quantisation(scheme="int4-dynamic")),
         key(quantisation=Quantisation(scheme="int4", group_size=128)),
         key(quantisation=Quantisation(scheme="int4", has_head=True)),
         key(compiler="g++ 2"),

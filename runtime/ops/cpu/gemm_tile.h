@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "gemm.h"
+#include "rounded_rows.h"
 
 namespace xllm {
 
@@ -21,10 +22,15 @@ namespace xllm {
 constexpr int64_t kGroupBytes = 256 * 1024;
 
 struct TileJob : Product {
-  const uint32_t* packed;
+  uint32_t* packed;
   int64_t tiles;
   // Sums of the groups of each row, [rows][groups], where columns have zero points.
   const float* group_sums;
+  // Where rows are rounded: what their codes mean, and what the sums of each group begin with, [group][row of the tile].
+  float* row_scale;
+  int32_t* begins;
+  // There is room after each tile, for who reads it by whole vectors.
+  uint32_t* tile_at(int64_t tile, int64_t row) const { return packed + row * steps + tile * kLanes; }
 };
 
 // Two cache lines of every step are fetched, which lie this many bytes from where it is read: the hardware prefetchers
@@ -53,10 +59,10 @@ struct Nothing {
 // calls work(where the step is read, its first unit, column). Blocks lie block_bytes() apart. Up to kMostRows rows are
 // multiplied with columns as they lie, with kIsDirect any number. The sums of group_units() units are one group, which
 // scale(block, group, column) multiplies, less zero(block, group, column) times the sum of x with kHasZero; without
-// kIsGrouped all units are one group and nothing does.
+// kIsGrouped all units are one group and nothing does. With kIsRounded the rows are packed as codes and sums are int32.
 template <class T>
 struct StoredColumns {
-  static constexpr bool kIsStored = true, kIsDirect = true, kIsGrouped = false, kHasZero = false;
+  static constexpr bool kIsStored = true, kIsDirect = true, kIsGrouped = false, kHasZero = false, kIsRounded = false;
   static constexpr int kMostRows = kTileRows;
   static constexpr int64_t kUnits = 1;
   const uint32_t* data;
@@ -90,19 +96,42 @@ struct PlainWeight {
 
 // The sums of one group take as many registers as the totals: a tile of rows needs what twice its rows need without
 // groups. Where one tile can have all rows it may be higher than that, with totals in L1: better than to read weights
-// twice.
+// twice. Four bytes an instruction are more than memory gives, even with few accumulators: one block of rounded rows'
+// columns is read at a time, at 1.1 of the rate of four.
 template <class Columns, int R>
-constexpr int kBlocks = kWide<Columns::kIsGrouped ? 2 * R : R>;
+constexpr int kBlocks = Columns::kIsRounded ? 1 : kWide<Columns::kIsGrouped ? 2 * R : R>;
 template <class Columns>
 int64_t num_tiles(int64_t rows) {
   constexpr int64_t kMostRows = Columns::kIsGrouped ? kTileRows / 2 : kTileRows;
   return rows <= kTileRows ? 1 : (rows + kMostRows - 1) / kMostRows;
 }
 
+template <class Columns>
+int64_t num_groups(const Columns& columns, int64_t units) {
+  if constexpr (Columns::kIsGrouped) return units / columns.group_units();
+  return 1;
+}
+
+template <class Columns>
+using SumOf = std::conditional_t<Columns::kIsRounded, vi, vf>;
+
+// The sums of a group before its first product; `begins` are the tile's.
+template <class Columns, int R, int V>
+XLLM_INLINE void begin_sums(const int32_t* begins, int64_t group, SumOf<Columns> (&acc)[R][V]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    SumOf<Columns> begin{};
+    if constexpr (Columns::kIsRounded) begin += begins[group * R + r];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[r][v] = begin;
+  }
+}
+
 template <class T, int R, int NB, class Columns, class Work>
 __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& columns, const uint32_t* a, int64_t row,
                                           int64_t block, const Meanwhile<Work>& meanwhile) {
   constexpr int kVectors = NB * kTileVecs;
+  const int32_t* begins = Columns::kIsRounded ? job.begins + row * num_groups(columns, job.steps) : nullptr;
   for (int64_t sub = 0; sub < kBlockColumns; sub += kTileColumns) {
     // Copied with constant indices: an accumulator that is indexed by a loop would live in memory, not in a register.
     vf result[R][kVectors];
@@ -110,7 +139,8 @@ __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& col
       vf total[R][kVectors] = {};
       const int64_t groups = Columns::kHasZero ? job.steps / columns.group_units() : 0;
       for (int64_t group = 0, unit = 0; unit < job.steps; ++group, unit += columns.group_units()) {
-        vf acc[R][kVectors] = {};
+        SumOf<Columns> acc[R][kVectors];
+        begin_sums<Columns>(begins, group, acc);
         for (int n = 0; n < NB; ++n) columns.fetch_scales(meanwhile.next + n, group);
         columns.template multiply<R, NB>(a + unit * R, block, sub, unit, unit + columns.group_units(),
                                          unit < meanwhile.turn ? meanwhile.before : meanwhile.after, acc);
@@ -118,7 +148,7 @@ __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& col
         for (int v = 0; v < kVectors; ++v) {
           const vf scale = columns.scale(block + v / kTileVecs, group, sub + v % kTileVecs * kLanes);
 #pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) total[r][v] = multiply_add(acc[r][v], scale, total[r][v]);
+          for (int r = 0; r < R; ++r) total[r][v] = multiply_add(to_floats(acc[r][v]), scale, total[r][v]);
           if constexpr (Columns::kHasZero) {
             const vf offset = -scale * columns.zero(block + v / kTileVecs, group, sub + v % kTileVecs * kLanes);
             const float* sums = job.group_sums + row * groups + group;
@@ -129,7 +159,8 @@ __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& col
       }
       unrolled_copy(total, result);
     } else {
-      vf acc[R][kVectors] = {};
+      SumOf<Columns> acc[R][kVectors];
+      begin_sums<Columns>(begins, 0, acc);
       for (int64_t unit = 0; unit < job.steps;) {
         const bool is_before = unit < meanwhile.turn;
         const int64_t end = is_before ? meanwhile.turn : job.steps;
@@ -145,8 +176,11 @@ __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& col
         const int64_t count = job.columns - first < kLanes ? job.columns - first : kLanes;
         if (count <= 0) break;
         const Finish finish = finish_of<T>(job, first, count);
-        for (int r = 0; r < R; ++r)
-          store_results<T>(job, row + r, first, count, finish(result[r][n * kTileVecs + v]));
+        for (int r = 0; r < R; ++r) {
+          vf y = result[r][n * kTileVecs + v];
+          if constexpr (Columns::kIsRounded) y *= job.row_scale[row + r];
+          store_results<T>(job, row + r, first, count, finish(y));
+        }
       }
     }
   }
@@ -193,7 +227,7 @@ template <class T, class Columns>
 void run_item(const TileJob& job, const Columns& columns, int64_t begin, int64_t end, Span tiles, int64_t following) {
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const Span rows = even_span(job.rows, job.tiles, tile);
-    const uint32_t* a = job.packed + rows.begin * job.steps;
+    const uint32_t* a = job.tile_at(tile, rows.begin);
     with_rows<Columns::kMostRows>(rows.end - rows.begin, [&](auto height) {
       constexpr int R = height.value, kWidth = kBlocks<Columns, R>;
       const auto multiply = [&](auto width, int64_t block) {
@@ -213,13 +247,24 @@ void run_item(const TileJob& job, const Columns& columns, int64_t begin, int64_t
   }
 }
 
-template <class T>
-void pack_tile(const View& x, const TileJob& job, int64_t tile, uint32_t* packed) {
+// Packs a tile of rows, rounded where the columns want it.
+template <class T, class Columns>
+void pack_tile(const View& x, const TileJob& job, const Columns& columns, int64_t tile) {
   const Span span = even_span(job.rows, job.tiles, tile);
   const int count = int(span.end - span.begin);
   const T* rows[kTileRows];
   for (int r = 0; r < count; ++r) rows[r] = x.ptr<const T>() + (span.begin + r) * x.strides[0];
-  transpose_units(rows, count, x.sizes[1], packed + span.begin * job.steps, count);
+  uint32_t* packed = job.tile_at(tile, span.begin);
+  if constexpr (Columns::kIsRounded) {
+    static thread_local Scratch scratch;
+    round_tile(rows, count, x.sizes[1], job.steps, Columns::kIsInterleaved,
+               scratch.get<uint32_t>(size_t(count * job.steps) * 4), packed, job.row_scale + span.begin);
+    const int64_t groups = num_groups(columns, job.steps);
+    begin_groups(packed, count, job.steps, job.steps / groups, Columns::kOffset,
+                 job.begins + span.begin * groups);
+    return;
+  }
+  transpose_units(rows, count, x.sizes[1], packed, count);
 }
 
 // Sums of `group` elements each, in order.
@@ -250,7 +295,7 @@ void run_unpacked(const TileJob& job, const Weight& weight, int64_t row_parts, W
     const Span tiles = even_span(job.tiles, row_parts, item % row_parts);
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
       const Span rows = even_span(job.rows, job.tiles, tile);
-      const uint32_t* a = job.packed + rows.begin * job.steps;
+      const uint32_t* a = job.tile_at(tile, rows.begin);
       with_rows<kTileRows>(rows.end - rows.begin, [&](auto height) {
         constexpr int R = height.value;
         if (tile > tiles.begin || following < 0) {
@@ -272,11 +317,16 @@ void linear_registers(const View& x, const Product& product, const Weight& weigh
   using Columns = std::decay_t<decltype(weight.columns())>;
   TileJob job{product};
   job.tiles = num_tiles<Columns>(job.rows);
-  const bool direct = job.rows == 1 && x.sizes[1] % kPair<T> == 0;
+  const bool direct = job.rows == 1 && x.sizes[1] % kPair<T> == 0 && !Columns::kIsRounded;
   const bool is_unpacked = !Columns::kIsDirect && job.rows > Columns::kMostRows;
   static thread_local Scratch scratch;
-  uint32_t* packed = direct ? nullptr : scratch.get<uint32_t>(size_t(job.rows * job.steps) * 4);
-  job.packed = direct ? x.ptr<const uint32_t>() : packed;
+  const int64_t packed_units = job.rows * job.steps + job.tiles * kLanes;
+  job.packed = direct ? x.ptr<uint32_t>() : scratch.get<uint32_t>(size_t(packed_units) * 4);
+  if constexpr (Columns::kIsRounded) {
+    static thread_local Scratch scales, begins;
+    job.row_scale = scales.get<float>(size_t(job.rows) * 4);
+    job.begins = begins.get<int32_t>(size_t(job.rows * num_groups(weight.columns(), job.steps)) * 4);
+  }
 
   const int threads = threads_for(job.rows * job.steps * job.blocks * 4);
   const int64_t block_units = job.steps * kBlockColumns;
@@ -289,7 +339,7 @@ void linear_registers(const View& x, const Product& product, const Weight& weigh
   // Few column groups for the threads: share the row tiles of a group as well.
   const int64_t row_parts = std::min(job.tiles, std::max<int64_t>(1, 4 * threads / groups));
 
-  const auto pack = [&](int64_t tile) { pack_tile<T>(x, job, tile, packed); };
+  const auto pack = [&](int64_t tile) { pack_tile<T>(x, job, weight.columns(), tile); };
   if (!direct) parallel_for(job.tiles > 1 ? threads : 1, job.tiles, pack);
   if constexpr (Columns::kHasZero) {
     static thread_local Scratch sums;

@@ -50,6 +50,7 @@ struct Int4Codes {
 template <class T, template <class> class Codes>
 struct CodeColumns {
   static constexpr bool kIsStored = false, kIsDirect = Codes<T>::kIsDirect, kIsGrouped = false, kHasZero = false;
+  static constexpr bool kIsRounded = false;
   static constexpr int kMostRows = kIsDirect ? kTileRows : kTileRows / 2;
   static constexpr int64_t kUnits = Codes<T>::kUnits;
   const uint8_t* data;
@@ -139,6 +140,50 @@ struct Unpacker {
   }
 };
 
+// Codes of all blocks, as `Bytes` makes operands of them for rounded rows: never in more than registers.
+template <class Bytes>
+struct RoundedColumns {
+  static constexpr bool kIsStored = false, kIsDirect = true, kIsGrouped = false, kHasZero = false, kIsRounded = true;
+  static constexpr bool kIsInterleaved = Bytes::kIsInterleaved;
+  static constexpr int kMostRows = kTileRows;
+  static constexpr int64_t kUnits = Bytes::kUnits;
+  static constexpr int32_t kOffset = Bytes::kOffset;
+  const uint8_t* data;
+  int64_t stride;
+  int64_t block_bytes() const { return stride; }
+
+  template <int R, int NB, class Work>
+  XLLM_INLINE void multiply(const uint32_t* a, int64_t block, int64_t column, int64_t begin, int64_t end, Work work,
+                            vi (&acc)[R][NB * kTileVecs]) const {
+    const uint8_t* from = data + block * stride + begin / kUnits * kStepBytes + 4 * column;
+    for (int64_t unit = begin; unit < end; unit += kUnits, from += kStepBytes, a += kUnits * R) {
+      // Block by block: the codes of all would not stay in registers.
+#pragma GCC unroll 16
+      for (int n = 0; n < NB; ++n) {
+        work(from + n * stride, unit, column);
+        Bytes codes[kTileVecs];
+#pragma GCC unroll 16
+        for (int v = 0; v < kTileVecs; ++v) codes[v] = Bytes(from + n * stride + 4 * v * kLanes);
+#pragma GCC unroll 16
+        for (int part = 0; part < kUnits; ++part) {
+          vu columns[kTileVecs];
+#pragma GCC unroll 16
+          for (int v = 0; v < kTileVecs; ++v) columns[v] = codes[v].operand(part);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            const vu row = vu{} + a[part * R + r];
+#pragma GCC unroll 16
+            for (int v = 0; v < kTileVecs; ++v) {
+              vi& sum = acc[r][n * kTileVecs + v];
+              sum = add_quads<Bytes::kBits>(sum, columns[v], row);
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
 // Columns whose sums are scaled group by group: the codes mean (code - zero) * scale. With zero points scales are
 // float32, see quantised.py.
 template <class Columns, bool kZero>
@@ -214,6 +259,14 @@ struct Int4Weight {
     }
     return to;
   }
+};
+
+// Multiplied with rounded rows; register kernels only.
+template <class Columns>
+struct RoundedWeight {
+  static constexpr bool kIsStored = false;
+  Columns codes;
+  const Columns& columns() const { return codes; }
 };
 
 }  // namespace xllm

@@ -36,4 +36,19 @@ inline void check_int8(const View& x, const View& weight, const View& scale, int
   scale.expect_dim(1).expect_dtype(aoti_torch_dtype_float32()).expect_size(0, out_features).expect_last_contiguous();
 }
 
+// Returns how many inputs share a scale.
+inline int64_t check_int4(const View& x, const View& weight, const View& scale, int32_t scale_dtype) {
+  const int64_t in_features = x.sizes[1];
+  weight.expect_dtype(aoti_torch_dtype_uint8());
+  check(in_features % 8 == 0, "x.shape[1] is %lld, expected a multiple of 8", (long long)in_features);
+  check_steps(weight, in_features / 8);
+  scale.expect_dim(3).expect_dtype(scale_dtype).expect_size(0, weight.sizes[0]).expect_size(2, kBlockColumns);
+  expect_contiguous_blocks(scale);
+  const int64_t groups = scale.sizes[1];
+  check(groups > 0 && in_features % groups == 0 && in_features / groups % 8 == 0,
+        "scale.shape[1] is %lld, expected to cut %lld inputs into groups of a multiple of 8", (long long)groups,
+        (long long)in_features);
+  return in_features / groups;
+}
+
 }  // namespace xllm

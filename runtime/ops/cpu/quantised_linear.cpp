@@ -31,21 +31,12 @@ template <bool kHasZero>
 static void int4_linear(const View& x, const View& weight, const View& scale, const View* zero,
                         AtenTensorHandle* bias_handle, int64_t out_features, bool f32_out, AtenTensorHandle* ret0) {
   Product job = quantised_product(x, weight, bias_handle, out_features, f32_out);
-  const int64_t in_features = x.sizes[1];
-  weight.expect_dtype(aoti_torch_dtype_uint8());
-  check(in_features % 8 == 0, "x.shape[1] is %lld, expected a multiple of 8", (long long)in_features);
-  check_steps(weight, in_features / 8);
-  scale.expect_dim(3).expect_dtype(kHasZero ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
-  scale.expect_size(0, weight.sizes[0]).expect_size(2, kBlockColumns);
-  expect_contiguous_blocks(scale);
-  const int64_t groups = scale.sizes[1];
-  check(groups > 0 && in_features % groups == 0 && in_features / groups % 8 == 0,
-        "scale.shape[1] is %lld, expected to cut %lld inputs into groups of a multiple of 8", (long long)groups,
-        (long long)in_features);
+  const int64_t group_size =
+      check_int4(x, weight, scale, kHasZero ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
   const bf16* zeros = nullptr;
   if constexpr (kHasZero) {
     zero->expect_dim(3).expect_dtype(aoti_torch_dtype_bfloat16()).expect_size(0, weight.sizes[0]);
-    zero->expect_size(1, groups).expect_size(2, kBlockColumns);
+    zero->expect_size(1, scale.sizes[1]).expect_size(2, kBlockColumns);
     expect_contiguous_blocks(*zero);
     check(zero->strides[0] == scale.strides[0], "zero.stride(0) is %lld, expected scale's %lld",
           (long long)zero->strides[0], (long long)scale.strides[0]);
@@ -56,10 +47,10 @@ static void int4_linear(const View& x, const View& weight, const View& scale, co
   dispatch(x, [&](auto tag) {
     using T = decltype(tag);
     using Weight = Int4Weight<T, kHasZero>;
-    job.steps = units_of<T>(in_features);
+    job.steps = units_of<T>(x.sizes[1]);
     linear<T>(x, job, Weight{{{weight.ptr<const uint8_t>(), weight.strides[0]},
                               scale.ptr<const typename Weight::Scale>(), zeros, scale.strides[0],
-                              in_features / groups / kPair<T>}});
+                              group_size / kPair<T>}});
   });
   out.release(ret0);
 }

@@ -110,12 +110,13 @@ XLLM_INLINE void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, cons
   multiply<T, R, NB>(a, a_row, a_step, b, b_step, b_block, steps, acc, [](const uint32_t*, int64_t) {});
 }
 
-template <int R, int V>
-XLLM_INLINE void unrolled_copy(const vf (&from)[R][V], vf (&to)[R][V]) {
+// Sums of either kind as floats.
+template <class Sum, int R, int V>
+XLLM_INLINE void unrolled_copy(const Sum (&from)[R][V], vf (&to)[R][V]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) to[r][v] = from[r][v];
+    for (int v = 0; v < V; ++v) to[r][v] = to_floats(from[r][v]);
   }
 }
 

@@ -82,6 +82,8 @@ XLLM_INLINE vf to_floats(vi v) {
 #endif
 }
 
+XLLM_INLINE vf to_floats(vf v) { return v; }
+
 XLLM_INLINE vf widen(vh v) { return as_float(zero_extend(v) << 16); }
 
 XLLM_INLINE vh narrow(vf v) {
