@@ -146,7 +146,9 @@ def main() -> None:
     parser.add_argument("--flash-attention", choices=list(_FLASH_ATTENTION), default="auto")
     parser.add_argument("--kv-tokens", type=int, required=True)
     options = parser.parse_args()
-    serve_engine(LlamaAdapter(options.gguf, flash_attention=options.flash_attention, kv_tokens=options.kv_tokens))
+    serve_engine(
+        lambda: LlamaAdapter(options.gguf, flash_attention=options.flash_attention, kv_tokens=options.kv_tokens)
+    )
 
 
 if __name__ == "__main__":

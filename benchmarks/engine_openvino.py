@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--kv-precision")
     parser.add_argument("--kv-gib", type=int, required=True)
     options = parser.parse_args()
-    serve_engine(OpenVinoAdapter(options.model_dir, kv_precision=options.kv_precision, kv_gib=options.kv_gib))
+    serve_engine(lambda: OpenVinoAdapter(options.model_dir, kv_precision=options.kv_precision, kv_gib=options.kv_gib))
     # Its threads would outlive what Python takes apart on the way out, and abort.
     os._exit(0)
 

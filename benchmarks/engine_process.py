@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -118,11 +118,12 @@ class SteppedAdapter(ABC):
             token_ids[index] += ids
 
 
-def serve_engine(adapter: Adapter) -> None:
-    """The child's loop: answers requests until stdin ends."""
+def serve_engine(make: Callable[[], Adapter]) -> None:
+    """The child's loop: makes the adapter, then answers requests until stdin ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    # Whatever a library prints must not come between the answers.
+    # Whatever a library prints, from its loading on, must not come between the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    adapter = make()
     print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
         request = json.loads(line)

@@ -131,4 +131,4 @@ class StockAdapter:
 
 
 if __name__ == "__main__":
-    serve_engine(StockAdapter(Path(sys.argv[1])))
+    serve_engine(lambda: StockAdapter(Path(sys.argv[1])))

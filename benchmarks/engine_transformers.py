@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    serve_engine(TransformersAdapter(options.model_dir, options.mode, options.dtype))
+    serve_engine(lambda: TransformersAdapter(options.model_dir, options.mode, options.dtype))
 
 
 if __name__ == "__main__":

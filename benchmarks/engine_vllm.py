@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("model_dir")
     parser.add_argument("--kv-gib", type=int, required=True)
     options = parser.parse_args()
-    serve_engine(VllmAdapter(options.model_dir, kv_gib=options.kv_gib))
+    serve_engine(lambda: VllmAdapter(options.model_dir, kv_gib=options.kv_gib))
 
 
 if __name__ == "__main__":

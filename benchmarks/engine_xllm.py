@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--kv-memory-bytes", type=int)
     options = parser.parse_args()
-    adapter = XllmAdapter(options.artifact, max_num_seqs=options.max_num_seqs, kv_memory_bytes=options.kv_memory_bytes)
-    serve_engine(adapter)
+    limits = {"max_num_seqs": options.max_num_seqs, "kv_memory_bytes": options.kv_memory_bytes}
+    serve_engine(lambda: XllmAdapter(options.artifact, **limits))
 
 
 if __name__ == "__main__":

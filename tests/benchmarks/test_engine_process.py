@@ -58,6 +58,9 @@ from xllm_compile.benchmarks.engine_process import SteppedAdapter, serve_engine
 
 
 class Adapter(SteppedAdapter):
+    def __init__(self):
+        print("what a library prints while it is loaded", flush=True)
+
     def begin(self, prompts, lengths):
         if "xllm_compile" in sys.modules:
             raise RuntimeError("the package itself must not be needed")
@@ -73,7 +76,7 @@ class Adapter(SteppedAdapter):
         pass
 
 
-serve_engine(Adapter())
+serve_engine(Adapter)
 """
 
 
