@@ -30,6 +30,7 @@ PRECISIONS = {
     "int8": ">= 0.85",
     "int4": ">= 0.75",
     "int8-dynamic": "",
+    "int4-dynamic": "",
     f"none{INT8_KV}": "",
     f"int4{INT8_KV}": "",
 }

@@ -25,10 +25,17 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "int8": ("--quantize", "int8"),
     "int8-dynamic": ("--quantize", "int8-dynamic"),
     "int4, groups of 32": ("--quantize", "int4"),
+    "int4-dynamic, groups of 32": ("--quantize", "int4-dynamic"),
     "int8 KV cache": ("--kv-cache-dtype", "int8"),
 }
 # Most a scheme may lose against bfloat16, in bits per byte.
-MAX_LOSS = {"int8": 0.002, "int8-dynamic": 0.005, "int4, groups of 32": 0.015, "int8 KV cache": 0.002}
+MAX_LOSS = {
+    "int8": 0.002,
+    "int8-dynamic": 0.005,
+    "int4, groups of 32": 0.015,
+    "int4-dynamic, groups of 32": 0.02,
+    "int8 KV cache": 0.002,
+}
 # Windows as in models/demo/evaluate.py, which measured the float32 model.
 WINDOW, STRIDE = 2048, 1024
 CHUNK = 512

@@ -13,8 +13,8 @@ from xllm_compile.benchmarks.peer_models import LLAMA, OPENVINO, VLLM, Peers, gg
 from xllm_compile.runtime.artifact import Manifest
 
 OURS = "xllm-compile"
-# By precision: schemes of --quantize. Peers, too, round activations to int8 where weights are int8.
-SCHEMES = {"bfloat16": ("none",), "int8": ("int8", "int8-dynamic"), "int4": ("int4",)}
+# By precision: schemes of --quantize. Peers, too, round activations to int8 where weights are quantised.
+SCHEMES = {"bfloat16": ("none",), "int8": ("int8", "int8-dynamic"), "int4": ("int4", "int4-dynamic")}
 KV_GIB = 2
 MEDIUM = Case(name="decode batch 8, context 128", num_seqs=8, prompt_tokens=128, num_tokens=24)
 CASES = (PREFILL, LONG_PREFILL, DECODE, LONG, MEDIUM, WIDE)
@@ -53,7 +53,7 @@ def contestants(shape: Shape, precision: str, peers: Peers, work_dir: Path, *, s
     for quantize in SCHEMES[precision]:
         say(f"building {shape.name}, {quantize}")
         artifact, manifest = artifact_of_shape(shape, work_dir, seed=seed, quantize=quantize)
-        found.append(_ours(artifact, "int8-dynamic" if quantize == "int8-dynamic" else ""))
+        found.append(_ours(artifact, quantize if quantize.endswith("-dynamic") else ""))
     if OPENVINO in peers.pythons:
         python = peers.pythons[OPENVINO]
         exported = openvino_model(python, model_dir, precision, work_dir)

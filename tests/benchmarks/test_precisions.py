@@ -8,7 +8,8 @@ from tests.benchmarks.test_roofline import CONFIG, LIMITS
 from xllm_compile.benchmarks.bench_latency import LimitedRates
 from xllm_compile.benchmarks.bench_precisions import CASES, INT8_KV, PRECISIONS, _bars
 
-WEIGHTS = {"none": 1_000_000_000, "int8": 500_000_000, "int4": 250_000_000, "int8-dynamic": 500_000_000}
+WEIGHTS = {"none": 1_000_000_000, "int8": 500_000_000, "int4": 250_000_000}
+WEIGHTS |= {f"{name}-dynamic": WEIGHTS[name] for name in ("int8", "int4")}
 MANIFESTS: dict[str, Any] = {
     name: SimpleNamespace(
         memory_plan={
@@ -37,7 +38,7 @@ def bars_of(rates):
 
 
 def test_a_decode_step_reads_weights_and_the_kv_of_its_context():
-    bars = bars_of({"none": 38.0, "int8": 70.0, "int4": 100.0, "int8-dynamic": 60.0})
+    bars = bars_of({"none": 38.0, "int8": 70.0, "int4": 100.0, "int8-dynamic": 60.0, "int4-dynamic": 90.0})
     short = bars["bfloat16, decode batch 1, context 128: of read bandwidth"]
     # 128 tokens and half of the 48 that follow.
     assert short.value == pytest.approx(38 * (1e9 + 152 * 1e5) / 40e9) and short.met
@@ -52,7 +53,7 @@ def test_a_decode_step_reads_weights_and_the_kv_of_its_context():
 
 
 def test_only_what_was_promised_has_a_bar():
-    bars = bars_of({"none": 100.0, "int8": 100.0, "int4": 100.0, "int8-dynamic": 165.0})
+    bars = bars_of({"none": 100.0, "int8": 100.0, "int4": 100.0, "int8-dynamic": 165.0, "int4-dynamic": 170.0})
     against = {what: bar.met for what, bar in bars.items() if what.endswith("against bfloat16")}
     assert {what for what, met in against.items() if met is not None} == {"int8-dynamic, prefill 512: against bfloat16"}
     assert against["int8-dynamic, prefill 512: against bfloat16"]
