@@ -21,11 +21,9 @@ _MARGIN = 1.05
 _LEAST_CHANCE = 0.02
 # Chances for a draft between two probes, while none pays: those of all sequences. It doubles with every probe that is
 # refused; where one was accepted the next comes soon.
-_LAST_PROBE_AFTER = 1024
+LAST_PROBE_AFTER = 1024
 _NEXT_PROBE_AFTER = 8
 PROBE_LENGTH = 2
-# After so many looks in vain the next ones come half as often.
-_VAIN_LOOKS = 8
 # Steps after which what one without drafts takes is measured again.
 _STALE_AFTER = 128
 # Observations of a size before it is believed to take longer than predicted.
@@ -84,7 +82,7 @@ class Probes:
 
     def verified(self, *, is_accepted: bool) -> None:
         """What came of a draft, a probe or one that was expected to pay."""
-        self._after = _NEXT_PROBE_AFTER if is_accepted else min(2 * self._after, _LAST_PROBE_AFTER)
+        self._after = _NEXT_PROBE_AFTER if is_accepted else min(2 * self._after, LAST_PROBE_AFTER)
 
 
 class Looks:
@@ -93,11 +91,12 @@ class Looks:
     A look costs as much as all else that a step without drafts does for speculation.
     """
 
-    def __init__(self, longest_period: int = 8) -> None:
-        """longest_period is a power of 2."""
+    def __init__(self, longest_period: int = 8, *, patience: int = 8) -> None:
+        """longest_period is a power of 2. After ``patience`` looks in vain the next ones come half as often."""
         self.period = 1
         """Steps from the last look to the next."""
         self._longest_period = longest_period
+        self._patience = patience
         self._num_left = 1
         self._num_vain = 0
 
@@ -114,7 +113,7 @@ class Looks:
     def found(self, *, pays: bool) -> None:
         """Whether the look that was due found a draft that pays."""
         self._num_vain = 0 if pays else self._num_vain + 1
-        self.period = self._num_left = min(2 ** (self._num_vain // _VAIN_LOOKS), self._longest_period)
+        self.period = self._num_left = min(2 ** (self._num_vain // self._patience), self._longest_period)
 
     def hurry(self) -> None:
         """A draft was accepted, so others may pay: look after the step that just ended."""

@@ -14,6 +14,7 @@ from xllm_compile.runtime.sampler import SampledToken
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.speculative.adaptive import (
     HOT_OPTIMISM,
+    LAST_PROBE_AFTER,
     PROBE_LENGTH,
     Acceptance,
     Looks,
@@ -73,7 +74,7 @@ class Speculator:
             num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=max_output_tokens,
             # Of a draft model nothing new is known before a draft was verified.
-            looks=Looks(64) if self._proposer.is_costly else Looks(),
+            looks=Looks(64, patience=2) if self._proposer.is_costly else Looks(),
         )
 
     def reserve(self, sequence: Speculation | None) -> int:
@@ -123,13 +124,15 @@ class Speculator:
         for sequence, draft, results in zip(batch.sampled, drafts, verified, strict=True):
             speculation = sequence.speculation
             assert speculation is not None
-            speculation.token_ids += [result.token_id if isinstance(result, SampledToken) else 0 for result in results]
+            for result in results:
+                speculation.token_ids.append(result.token_id if isinstance(result, SampledToken) else 0)
             if draft.token_ids:
                 num_drafted += len(draft.token_ids)
                 self._count(speculation, len(draft.token_ids), len(results) - 1)
-            matcher = sequence.sampling.matcher
-            speculation.forced = [] if matcher is None else matcher.forced()
             speculation.num_wanted = 0
+            matcher = sequence.sampling.matcher
+            if matcher is not None:
+                speculation.forced = matcher.forced()
             if speculation.looks.is_due() or speculation.forced:
                 due.append(speculation)
         if batch.is_decode_only:
@@ -197,7 +200,9 @@ class Speculator:
         shared = self._shared.get(kind)
         if shared is None:
             if sequence.heat > 1:
-                shared = Acceptance(self.max_length, optimism=HOT_OPTIMISM), Probes(512)
+                # With a draft model the first probe computes the whole text there, which takes as long as ten steps.
+                first_after = LAST_PROBE_AFTER if self._proposer.is_costly else 512
+                shared = Acceptance(self.max_length, optimism=HOT_OPTIMISM), Probes(first_after)
             else:
                 shared = Acceptance(self.max_length), Probes()
             self._shared[kind] = shared

@@ -99,6 +99,16 @@ def test_a_text_without_drafts_is_looked_at_ever_more_rarely_until_one_pays() ->
         looks.found(pays=True)
 
 
+@pytest.mark.parametrize(("patience", "num_looks"), [(8, 56), (2, 26)])
+def test_with_little_patience_looks_are_soon_rare(patience: int, num_looks: int) -> None:
+    looks, due = Looks(64, patience=patience), 0
+    for _ in range(1024):
+        if looks.is_due():
+            due += 1
+            looks.found(pays=False)
+    assert due == num_looks
+
+
 def test_an_accepted_draft_has_a_text_looked_at_at_once() -> None:
     looks = Looks()
     for _ in range(100):

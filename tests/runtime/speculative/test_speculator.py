@@ -113,6 +113,14 @@ def test_text_that_does_not_pay_costs_next_to_nothing() -> None:
     assert player.num_drafted - drafted < 30
 
 
+def test_hot_text_is_shown_to_a_draft_model_late() -> None:
+    player = Player()
+    player.play(0.0, 960, **HOT)
+    assert player.num_drafted == 0
+    player.play(0.0, 192, **HOT)
+    assert player.num_drafted > 0
+
+
 def test_a_text_that_begins_to_pay_is_noticed() -> None:
     player = Player()
     for _ in range(4):
