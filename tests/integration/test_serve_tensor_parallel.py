@@ -50,5 +50,13 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def test_ranks_hand_nothing_over(artifact):
-    assert "move the KV of one rank, and the artifact has 2" in run_refused(artifact, "--role", "prefill")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--role", "prefill"), "move the KV of one rank, and the artifact has 2"),
+        (("--kv-host-memory", "16MiB"), "tiers hold the KV of one rank, and the artifact has 2; leave it out"),
+        (("--kv-swap-memory", "16MiB"), "only the KV of one rank is copied out, and the artifact has 2; leave it out"),
+    ],
+)
+def test_the_kv_of_ranks_is_neither_sent_nor_copied_out(artifact, options, message):
+    assert message in run_refused(artifact, *options)

@@ -16,7 +16,8 @@ from xllm_compile.runtime.artifact import read_manifest
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.kv_cache_config import KVCacheConfig
-from xllm_compile.runtime.memory.kv_tiers import KVTiers
+from xllm_compile.runtime.memory.kv_tiers import DiskTier, KVTiers
+from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.speculative.adaptive import StepSeconds
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.speculative.suffix import SuffixProposer
@@ -103,6 +104,29 @@ def test_blocks_come_back_from_a_tier(model, prompts, expected):
             assert greedy(engine, [prompt], NUM_TOKENS) == [tokens]
     assert tiers.stats.num_restored > 0
     engine.close()
+
+
+def test_the_next_start_finds_on_disk_what_the_last_one_left(model, prompts, expected, tmp_path):
+    """The first has room for no block in host memory, so whatever loses its pages goes to disk."""
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NUM_TOKENS)
+    for is_first in (True, False):
+        disk = DiskTier(tmp_path, max_bytes=1 << 24, layout="int8 rows")
+        tiers = KVTiers(host_bytes=1 if is_first else 1 << 24, disk=disk)
+        engine = engine_with(model, 420, tiers=tiers)
+        for _ in range(2 if is_first else 1):
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                request = engine.make_request("r", prompt, params)
+                reading = engine.prefetch(request)
+                if reading is not None:
+                    reading.result()
+                engine.add(request)
+                found = []
+                while engine.has_work:
+                    found += engine.step()
+                assert found[-1].outputs[0].token_ids == tokens
+        engine.close()
+        assert tiers.stats.num_damaged == 0
+    assert tiers.stats.num_restored > 0
 
 
 def test_speculation(model, prompts, expected):

@@ -169,6 +169,27 @@ def test_quantised_ranks(tiny_model_dir, tmp_path, kernels):
     assert 1e-4 * rms(exact) < rms(seen[-1] - exact) < 0.05 * rms(exact)
 
 
+def test_ranks_with_an_int8_kv_cache(tiny_model_dir, tmp_path, kernels):
+    """Rows are rounded head by head, so whoever holds a head has the bytes that one rank would have."""
+    model_dir = tiny_model_dir("qwen3")
+    output = tmp_path / "int8-kv.xllm"
+    options = (*COMPILE_OPTIONS, "--graph-mode", "eager", "--tensor-parallel-size", "2", "--kv-cache-dtype", "int8")
+    done = compile_model(model_dir, "-o", output, *options)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(output).model.kv_cache_dtype == "int8"
+    (prompt,) = random_prompts((130,), 4099)
+    exact, of_one_rank = (
+        all_logits(eager_model(model_dir, tmp_path, kv_cache_dtype=dtype), prompt)[-1:] for dtype in ("auto", "int8")
+    )
+    seen: list[Tensor] = []
+    with opened_instance(output, InstanceConfig(max_num_seqs=2, kv_cache_dtype="int8")) as instance:
+        record_logits(instance.engine, seen)
+        greedy(instance.engine, [prompt], 1)
+    # Rounding shows, and is the same but for codes that another order of summing tips over.
+    assert rms(of_one_rank - exact) > 1e-4 * rms(exact)
+    assert rms(seen[-1] - of_one_rank) < 0.3 * rms(of_one_rank - exact)
+
+
 def test_ranks_share_their_graphs(artifact):
     """One graph per region and size, for every rank: the keys cover nothing that differs between two."""
     manifest = read_manifest(artifact)
