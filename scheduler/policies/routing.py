@@ -3,8 +3,8 @@
     round_robin   the next one in turn
     load          prefill where fewest prompt tokens wait, decode where least of the KV cache is taken
     prefix        where the first tokens are out soonest, counting what the prefix cache spares there
-    slo           likewise, as long as the targets are kept; where they are not, decoding instances with slack
-                  prefill too
+    slo           likewise, among those that keep the targets; where prefill takes long, decoding instances with
+                  slack do it too
 
 Common to all: SUSPECT and draining instances get nothing; a long request goes only where it fits; decoding stays where
 the prompt was computed if that costs nothing; offline requests go, as a whole, to the instances that prefill, whose
@@ -51,6 +51,9 @@ class RoutingRules:
     ttft_margin: float = 0.8
     """Share of the TTFT target that predictions may take up; the rest is for their error. Likewise tpot_margin."""
     tpot_margin: float = 0.9
+    spill_share: float = 0.25
+    """Where the first token would take more than this share of the TTFT target, decoding instances with slack prefill
+    too: early, since their slack is taken up in many short steps, and a queue that is late already stays so."""
     many_instances: int = 64
     """Up to so many are all looked at for each request; of more, these few:"""
     num_candidates_each: int = 8
@@ -66,7 +69,7 @@ class RoutingRules:
             )
         if self.num_candidates_each < 2:
             raise ValueError(f"num_candidates_each={self.num_candidates_each} must be at least 2, to choose from")
-        for name in ("ttft_margin", "tpot_margin"):
+        for name in ("ttft_margin", "tpot_margin", "spill_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
 
@@ -141,7 +144,7 @@ class _Router:
             local = self._local(decodes, best)
             if local is not None:
                 return self._placed(local, local.instance)
-            return self._pair(self._spilled(best, decodes) if best.ttft_s > self._ttft_limit_s() else best, decodes)
+            return self._pair(self._spilled(best, decodes), decodes)
         return self._pair(min(map(self._choice, prefills), key=self._first_tokens_s), decodes)
 
     def _pair(self, prefill: _Choice, decodes: list[Instance]) -> Placement | Refusal:
@@ -169,7 +172,10 @@ class _Router:
         return min(short, key=self._first_tokens_s, default=None)
 
     def _spilled(self, best: _Choice, decodes: list[Instance]) -> _Choice:
-        """A decoding instance instead of prefilling ones that are late, where it is in time and its TPOT stays."""
+        """A decoding instance instead of prefilling ones that take long, where it is sooner and its TPOT stays."""
+        target_s = self.request.ttft_slo_s
+        if target_s is None or best.ttft_s <= self.rules.spill_share * target_s:
+            return best
         able = [choice for choice in map(self._choice, decodes) if self._has_slack(choice)]
         return min([best, *able], key=lambda choice: choice.ttft_s)
 

@@ -185,6 +185,16 @@ def test_prefills_that_would_be_late_spill_to_decodes_with_slack():
     assert placed(route(slo(1500), full, rules=rules())) == ("p", "d"), "no slack there"
 
 
+def test_prefill_spills_before_it_is_late_where_that_is_sooner():
+    fleet = [instance("p", P, num_waiting=8, num_waiting_tokens=8000, num_running=1), decoding("d", 5)]
+    # About 1 s there; 0.2 s where five decode.
+    assert placed(route(slo(1000, ttft_slo_s=3.0), fleet, rules=rules())) == ("d", "d")
+    assert placed(route(slo(1000, ttft_slo_s=3.0), fleet, rules=rules(spill_share=0.5))) == ("p", "d")
+    assert placed(route(slo(1000, ttft_slo_s=5.0), fleet, rules=rules())) == ("p", "d"), "not long"
+    busy = [fleet[0], decoding("d", 5, num_waiting=9, num_waiting_tokens=9000)]
+    assert placed(route(slo(1000, ttft_slo_s=3.0), busy, rules=rules())) == ("p", "d"), "later there"
+
+
 def test_instances_that_do_both_and_keep_the_targets_come_first():
     fleet = [
         decoding("full", 350, pool=Pool.MIX, max_num_seqs=512, kv_tokens_total=10**6),
@@ -252,6 +262,7 @@ def test_who_would_wait_too_long_is_told_when_to_come_back():
         ({"max_wait_s": 0}, "max_wait_s=0 must be positive"),
         ({"local_prefill_tokens": -1}, "local_prefill_tokens=-1 at least 0"),
         ({"tpot_margin": 0}, "tpot_margin=0 must be above 0"),
+        ({"spill_share": 1.5}, "spill_share=1.5 must be above 0 and at most 1"),
     ],
 )
 def test_bad_rules_are_refused(values, said):
