@@ -177,8 +177,8 @@ class Instance:
     load_age_s: float = 0.0
     """Since the load was reported. What was sent there since then is added to `load` by whoever routes."""
     ttft_ratio: float = 1.0
-    """What happened over what was predicted, lately (scheduler/policies/correction.py). Likewise tpot_ratio."""
-    tpot_ratio: float = 1.0
+    """What happened over what was predicted, lately (scheduler/policies/correction.py). Steps need none:
+    instances correct their own profiles by those that they measured."""
 
     @property
     def name(self) -> str:

@@ -154,5 +154,5 @@ def _decodes(instance: Instance) -> StepLoad:
 
 def _slack_s(instance: Instance, rules: ColocationRules) -> float:
     """What such a step leaves of the target's share; below 0 where it is too long."""
-    step_s = predict.profile_of(instance).step_s(_decodes(instance)) * instance.tpot_ratio
+    step_s = predict.profile_of(instance).step_s(_decodes(instance))
     return rules.pull_share * rules.tpot_slo_s - step_s

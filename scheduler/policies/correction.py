@@ -16,7 +16,7 @@ _LEAST, _MOST = 0.25, 4.0
 
 @dataclass(slots=True)
 class Correction:
-    """Of TTFT or of TPOT, for all instances. A restarted instance starts anew."""
+    """Of TTFT, for all instances. A restarted instance starts anew."""
 
     _sums: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
     """Seconds that were predicted, and that it took."""

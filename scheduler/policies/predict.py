@@ -77,7 +77,7 @@ def interval_s(instance: Instance, num_context_tokens: int = 0, num_more: int = 
     decodes = decode_load(instance)
     num_seqs = decodes.num_seqs + num_more
     load = StepLoad(num_seqs, num_seqs, decodes.num_keys + num_context_tokens)
-    return profile_of(instance).step_s(load) * instance.tpot_ratio
+    return profile_of(instance).step_s(load)
 
 
 def join_wait_s(instance: Instance) -> float:

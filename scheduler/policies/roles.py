@@ -201,7 +201,7 @@ class _Fleet:
         num_seqs, num_keys = -(-self.num_seqs // num_decodes), -(-self.num_context // num_decodes)
         load = StepLoad(num_seqs, num_seqs, num_keys)
         sides = (*self.decodes, *self.prefills)
-        return max(predict.profile_of(one).step_s(load) * one.tpot_ratio for one in sides)
+        return max(predict.profile_of(one).step_s(load) for one in sides)
 
     def _holds(self, num_decodes: int, share: float) -> bool:
         """Whether so many have the KV cache and the seats for all that decodes."""
