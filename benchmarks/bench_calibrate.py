@@ -14,7 +14,7 @@ import torch
 from xllm_compile.benchmarks.artifacts import artifact_of_shape
 from xllm_compile.benchmarks.checkpoints import Shape
 from xllm_compile.benchmarks.console import finish, say, show_table
-from xllm_compile.benchmarks.fit_efficiency import Sample, fit_efficiency
+from xllm_compile.benchmarks.fit_efficiency import Sample, fit_efficiency, fit_rate
 from xllm_compile.benchmarks.kernel_samples import KernelSamples
 from xllm_compile.benchmarks.limits import measure_limits
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
@@ -128,7 +128,7 @@ def fit_kernels(artifact: Path, model: TimedModel, repeats: int) -> tuple[Device
         sources={
             **base.sources,
             "memory_bytes_per_s": "measured: loads only",
-            "core_flops": "measured: best of torch.matmul",
+            "core_flops": "measured: best of torch.matmul; int8: fitted to measured kernels",
             "launch_s": "measured: an operator on one token",
             "efficiency": "fitted to measured kernels",
         },
@@ -147,7 +147,8 @@ def fit_kernels(artifact: Path, model: TimedModel, repeats: int) -> tuple[Device
     kernels = native.Kernels(artifact / "graphs/kernels.so")
     kernels.set_num_threads(threads)
     dtype = getattr(torch, model.manifest.model.dtype)
-    samples = list(KernelSamples(kernels, config, dtype, repeats).measure())
+    measured = KernelSamples(kernels, config, dtype, repeats)
+    samples = list(measured.measure())
     one_token = [seconds for what, (_, seconds) in samples if what.endswith(", 1 tokens")]
     spec = replace(spec, launch_s=min(one_token))
     # What takes hardly longer than a launch says nothing of the work in it.
@@ -158,7 +159,12 @@ def fit_kernels(artifact: Path, model: TimedModel, repeats: int) -> tuple[Device
             continue
         found = fit_efficiency(spec, family, telling)
         spec = replace(spec, efficiency={**spec.efficiency, family: found})
-    return spec, samples
+    rounded = [(what, sample) for what, sample in measured.rounded_linears() if sample[1] > 3 * spec.launch_s]
+    if rounded:
+        spec = fit_rate(spec, "int8", [sample for _, sample in rounded])
+    else:
+        say("int8 keeps the rate of bfloat16: on this model no product takes longer than a launch")
+    return spec, [*samples, *rounded]
 
 
 def fit_steps(model: TimedModel, spec: DeviceSpec, *, seed: int, repeats: int) -> DeviceSpec:

@@ -1,6 +1,8 @@
-"""Efficiency factors that make the cost model agree with measurements: least squares of log(predicted / measured)."""
+"""Efficiency factors, and rates, that make the cost model agree with measurements: least squares of log(predicted /
+measured)."""
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -30,6 +32,21 @@ def fit_efficiency(spec: DeviceSpec, family: str, samples: Sequence[Sample]) -> 
     if any(cost.flops_per_row for cost, _ in chosen):
         names.append("half_rows")
     return _descend(start, names, lambda trial: _error(spec, family, trial, chosen))
+
+
+def fit_rate(spec: DeviceSpec, dtype: str, samples: Sequence[Sample]) -> DeviceSpec:
+    """The spec with the cube's rate for ``dtype`` with which the model is right at the median of samples that compute.
+    Raises ValueError without samples."""
+    if not samples:
+        raise ValueError(f"the rate of {dtype} needs samples")
+    rate = spec.peak_flops("cube", dtype) / spec.cores["cube"]
+    # What is no arithmetic stays as it is: each turn leaves less of the error.
+    for _ in range(8):
+        rates = {**spec.core_flops, "cube": {**spec.core_flops["cube"], dtype: rate}}
+        spec = replace(spec, core_flops=rates)
+        model = CostModel(spec=spec)
+        rate *= statistics.median(model.seconds(cost) / seconds for cost, seconds in samples)
+    return spec
 
 
 def _descend(best: Efficiency, names: Sequence[str], error: Callable[[Efficiency], float]) -> Efficiency:

@@ -11,6 +11,7 @@ from xllm_compile.benchmarks.timing import measure
 from xllm_compile.graph_passes.cost_model import NodeCost
 from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.models.config import DecoderConfig
+from xllm_compile.runtime.ops.quantised import quantise_packed
 from xllm_compile.runtime.ops.reference import pack_weight
 
 if TYPE_CHECKING:
@@ -43,15 +44,42 @@ class KernelSamples:
         yield from self._attentions()
         yield from self._token_wise()
 
-    def _linears(self) -> Iterator[tuple[str, Sample]]:
+    def rounded_linears(self) -> Iterator[tuple[str, Sample]]:
+        """Products of a layer on activations rounded to int8, with int8 weights and rows enough to compute for long."""
+        for name, (inner, columns) in self._layer_shapes().items():
+            weight, scale = quantise_packed(torch.randn(columns, inner), "int8", 0)
+            for rows in (64, 128, 256, 512):
+                flops = 2.0 * rows * inner * columns
+                x = torch.randn(rows, inner).to(self.dtype)
+                call = partial(self.kernels.int8_dynamic_linear, x, weight, scale, None, columns, False)
+                cost = NodeCost(
+                    unit="cube",
+                    family="linear",
+                    dtype="int8",
+                    flops=flops,
+                    flops_per_row=flops / rows,
+                    outputs=(1, rows, columns),
+                    bytes_read=weight.numel() + x.numel() * self.dtype.itemsize,
+                    bytes_written=rows * columns * self.dtype.itemsize,
+                )
+                yield (
+                    f"rounded linear {name}, {rows} rows",
+                    (cost, self._seconds([call] * int(max(2, _PASS_FLOPS // flops)))),
+                )
+
+    def _layer_shapes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each product."""
         c = self.config
-        shapes = {
+        return {
             "qkv": (c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim),
             "o": (c.num_heads * c.head_dim, c.hidden_size),
             "gate_up": (c.hidden_size, 2 * c.intermediate_size),
             "down": (c.intermediate_size, c.hidden_size),
-            "head": (c.hidden_size, c.vocab_size),
         }
+
+    def _linears(self) -> Iterator[tuple[str, Sample]]:
+        c = self.config
+        shapes = {**self._layer_shapes(), "head": (c.hidden_size, c.vocab_size)}
         size = self.dtype.itemsize
         for name, (inner, columns) in shapes.items():
             packed = pack_weight(torch.randn(columns, inner).to(self.dtype))

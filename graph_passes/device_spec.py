@@ -106,8 +106,10 @@ class DeviceSpec:
             )
 
     def peak_flops(self, unit: str, dtype: str) -> float:
-        """Of all cores. A dtype without a rate of its own computes as the widest one listed."""
+        """Of all cores. A dtype without a rate of its own computes as the widest one listed, int8 as bfloat16."""
         rates = self.core_flops[unit]
+        if dtype == "int8" and dtype not in rates:
+            dtype = "bfloat16"
         return self.cores[unit] * rates.get(dtype, min(rates.values()))
 
     def with_cores(self, num_cores: int) -> "DeviceSpec":

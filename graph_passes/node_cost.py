@@ -163,6 +163,11 @@ def _linear(call: _Call) -> NodeCost:
     return _product(call, rows=math.prod(x[:-1]), inner=x[-1], columns=out[-1])
 
 
+def _rounded_linear(call: _Call) -> NodeCost:
+    """On activations rounded to int8; what int4 weights hold is multiplied as int8, too."""
+    return replace(_linear(call), dtype="int8")
+
+
 def _addmm(call: _Call) -> NodeCost:
     rows, inner = call.shape(call.value(1))
     return _product(call, rows=rows, inner=inner, columns=call.shape(call.value(2))[1])
@@ -350,8 +355,8 @@ _RULES: dict[str, Callable[[_Call], NodeCost]] = {
     "xllm::int8_linear": _linear,
     "xllm::int4_linear": _linear,
     "xllm::int4_zero_linear": _linear,
-    "xllm::int8_dynamic_linear": _linear,
-    "xllm::int4_dynamic_linear": _linear,
+    "xllm::int8_dynamic_linear": _rounded_linear,
+    "xllm::int4_dynamic_linear": _rounded_linear,
     "xllm::attention": _attention,
     "xllm::packed_embedding": _gather,
     "xllm::int8_embedding": _gather,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xllm_compile.benchmarks.bench_calibrate import _FITTED_STEPS, HELD_OUT, step_name
-from xllm_compile.benchmarks.fit_efficiency import fit_efficiency
+from xllm_compile.benchmarks.fit_efficiency import fit_efficiency, fit_rate
 from xllm_compile.benchmarks.step_timing import step_of
 from xllm_compile.graph_passes.cost_model import CostModel, NodeCost
 from xllm_compile.graph_passes.device_spec import Efficiency, cpu_device_spec
@@ -55,6 +55,18 @@ def test_a_tenth_of_noise_moves_the_fit_by_less():
     assert found.compute == pytest.approx(truth.compute, rel=0.1) and found.memory == pytest.approx(
         truth.memory, rel=0.1
     )
+
+
+def test_the_rate_of_int8_is_found_beside_launches_and_moves():
+    truth = 3 * SPEC.core_flops["cube"]["bfloat16"]
+    cube = {**SPEC.core_flops["cube"], "int8": truth}
+    known = CostModel(spec=replace(SPEC, core_flops={**SPEC.core_flops, "cube": cube}))
+    costs = [replace(cost, dtype="int8") for cost in products() if cost.flops / cost.flops_per_row >= 64]
+    found = fit_rate(SPEC, "int8", [(cost, known.seconds(cost)) for cost in costs])
+    assert found.core_flops["cube"]["int8"] == pytest.approx(truth, rel=0.01)
+    assert found.peak_flops("cube", "bfloat16") == SPEC.peak_flops("cube", "bfloat16")
+    with pytest.raises(ValueError, match="the rate of int8 needs samples"):
+        fit_rate(SPEC, "int8", [])
 
 
 def test_a_family_needs_samples():

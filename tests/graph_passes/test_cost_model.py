@@ -41,8 +41,8 @@ def test_rows_are_rounded_to_tiles_and_start_slowly():
     assert MODEL.compute_seconds(LINEAR) == pytest.approx(10e6 / 2e9)
     float32 = replace(LINEAR, dtype="float32")
     assert MODEL.compute_seconds(float32) == pytest.approx(2 * MODEL.compute_seconds(LINEAR))
-    # int8 is not listed: as the widest.
-    assert MODEL.compute_seconds(replace(LINEAR, dtype="int8")) == MODEL.compute_seconds(float32)
+    # float16 is not listed: as the widest.
+    assert MODEL.compute_seconds(replace(LINEAR, dtype="float16")) == MODEL.compute_seconds(float32)
 
 
 def test_the_longer_of_computing_and_moving_counts():
@@ -88,6 +88,13 @@ def test_every_device_file_says_where_its_figures_come_from(path):
     wanted = {"cores", "core_flops", "memory_bytes_per_s", "cache_bytes", "link_bytes_per_s", "launch_s", "efficiency"}
     assert wanted <= spec.sources.keys() and all(spec.sources.values())
     assert spec.peak_flops("cube", "bfloat16") >= spec.peak_flops("cube", "float32")
+
+
+def test_int8_without_a_rate_computes_as_bfloat16():
+    rates = {unit: {"bfloat16": 4e9, "float32": 1e9} for unit in ("cube", "vector")}
+    assert replace(SPEC, core_flops=rates).peak_flops("cube", "int8") == SPEC.cores["cube"] * 4e9
+    rates["cube"]["int8"] = 7e9
+    assert replace(SPEC, core_flops=rates).peak_flops("cube", "int8") == SPEC.cores["cube"] * 7e9
 
 
 def test_ascend_figures():

@@ -16,6 +16,7 @@ from xllm_compile.graph_passes.node_cost import (
     step_seconds,
 )
 from xllm_compile.graph_passes.pipeline import cpu_pipeline, npu_pipeline, run_passes
+from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.runtime.ops import LIBRARY, SCHEMAS, npu
 
@@ -152,6 +153,18 @@ def test_plain_products_of_every_form():
         "bmm": 960,
     }
     assert found["bmm"][0].flops_per_row == 192 and found["bmm"][0].bytes_cold == 3 * 8 * 4 * 4
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("int8-dynamic", 1), ("int4-dynamic", 0.5)])
+def test_products_of_rounded_activations_compute_in_int8(scheme, size):
+    config = family_config("qwen3", hidden_size=96, intermediate_size=160, head_dim=32)
+    region = layer_graph(config, torch.bfloat16)
+    run_passes(region, cpu_pipeline(quantisation=Quantisation(scheme=scheme)))
+    products = costs(region)[f"{scheme.replace('-', '_')}_linear"]
+    assert len(products) == 4 and {cost.dtype for cost in products} == {"int8"}
+    # The last one; scales are float32 of a column, or bfloat16 of 32 inputs.
+    scales = 96 * 4 if size == 1 else 96 * 160 // 32 * 2
+    assert products[3].bytes_cold == 96 * 160 * size + scales and products[3].flops == 2 * 9 * 96 * 160
 
 
 def test_every_operator_of_ours_has_a_rule():
