@@ -45,6 +45,14 @@ class CompletionOutput:
         self.stop_reason = new.stop_reason
 
 
+def hold(held: dict[int, CompletionOutput], new: CompletionOutput) -> None:
+    """Add what is new of a completion to what is held of it, by its index. What is held belongs to the holder."""
+    if new.index in held:
+        held[new.index].join(new)
+    else:
+        held[new.index] = new
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVSent:
     """KV of one request that went to another instance, first to last byte; monotonic clock."""
@@ -97,10 +105,8 @@ class RequestOutput:
         """Add the request's next output, where both have only what is new."""
         held = {output.index: output for output in self.outputs}
         for output in new.outputs:
-            if output.index in held:
-                held[output.index].join(output)
-            else:
-                self.outputs.append(output)
+            hold(held, output)
+        self.outputs = list(held.values())
         if new.prompt_logprobs is not None:
             self.prompt_logprobs = new.prompt_logprobs
         self.finished = new.finished
@@ -198,9 +204,9 @@ class EngineStats:
     prefix_queried_tokens: int = 0
     """Tokens of sequences that were looked up in the prefix cache."""
     prefix_hit_tokens: int = 0
+    """Tokens found there."""
     kv_tiers: TierStats | None = None
     """Of host memory and disk below the KV cache; None where there are none."""
-    """Tokens found there."""
     num_steps: int = 0
     busy_s: float = 0.0
     """Seconds that steps took on the device: forward and sampling."""

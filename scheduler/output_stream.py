@@ -6,7 +6,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 
-from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, hold
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.response_metrics import response_metrics
 from xllm_compile.scheduler.tasks import cancel_all
@@ -74,13 +74,8 @@ class OutputStream:
             self._metrics[prompt_index] = output.metrics
         for choice in output.outputs:
             self.num_completion_tokens += len(choice.token_ids)
-            index = prompt_index * self._n + choice.index
-            held = self._pending.get(index)
-            if held is None:
-                choice.index = index
-                self._pending[index] = choice
-            else:
-                held.join(choice)
+            choice.index += prompt_index * self._n
+            hold(self._pending, choice)
 
     @property
     def metrics(self) -> dict[str, Any]:

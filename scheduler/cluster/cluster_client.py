@@ -10,7 +10,7 @@ from typing import NoReturn
 from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
 from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.memory.prefix_cache import BlockChain
-from xllm_compile.runtime.outputs import CompletionOutput, EngineStats, RequestOutput
+from xllm_compile.runtime.outputs import CompletionOutput, EngineStats, RequestOutput, hold
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import errors
@@ -164,10 +164,7 @@ async def _merge(completions: Sequence[Completion]) -> AsyncGenerator[Completion
         try:
             async with aclosing(completion.outputs()) as outputs:
                 async for output in outputs:
-                    if output.index in pending:
-                        pending[output.index].join(output)
-                    else:
-                        pending[output.index] = output
+                    hold(pending, output)
                     changed.set()
         except Exception as err:
             errors_found.append(err)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, hold
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.scheduler.cluster.completion import Completion
 
@@ -38,11 +38,7 @@ class RequestOutputs:
         if self._kind is RequestOutputKind.DELTA:
             outputs = [output]
         else:
-            held = self._held.get(output.index)
-            if held is None:
-                self._held[output.index] = output
-            else:
-                held.join(output)
+            hold(self._held, output)
             if self._kind is RequestOutputKind.FINAL_ONLY and not is_finished:
                 return None
             outputs = [replace(each) for _, each in sorted(self._held.items())]
