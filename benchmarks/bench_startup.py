@@ -54,7 +54,7 @@ def run_startup(
     }
     whole, torch_alone = (list(summaries.values())[index].median for index in (0, -1))
     bars = [
-        Bar(what="process start to first streamed token", value=whole, unit="s", bar="<= 4"),
+        Bar(what="process start to first streamed token", value=whole, unit="s", bar="<= 2"),
         Bar(what="of it, beyond import torch", value=whole - torch_alone, unit="s"),
     ]
     finish(make_record("startup", command, seed=seed, raw=raw, bars=bars), results)
