@@ -54,8 +54,15 @@ def serve(options: Mapping[str, Any]) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     max_connections = min(options["max_connections"], raise_open_files() - _RESERVED_FILES)
     artifacts = [find_artifact(path, options) for path in options["artifacts"]]
-    # What imports make stays: passes of the collector over it would be a tenth of the time. run_server resumes it.
+    # What imports make stays: passes of the collector over it would be a tenth of the start. run_server resumes it.
     gc.disable()
+    try:
+        return _serve(artifacts, options, max_connections)
+    finally:
+        gc.enable()
+
+
+def _serve(artifacts: Sequence[Path], options: Mapping[str, Any], max_connections: int) -> int:
     names = served_names(artifacts, options["served_model_name"])
     if options["role"] is not None and len(artifacts) > 1:
         raise ValueError(
