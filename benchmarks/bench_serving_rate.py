@@ -135,7 +135,7 @@ def _search(server: "_Server", setting: RateSetting, found: Found, *, first_seed
     """Everything of one round. Each trial has prompts of its own, so that none is found in a cache."""
     seeds = iter(range(first_seed, first_seed + 1000))
     _play(server, mixed_requests(_WARM_UP_REQUESTS, rate=None, seed=setting.seed), setting, next(seeds))
-    burst = _play(server, mixed_requests(4 * _WARM_UP_REQUESTS, rate=None, seed=setting.seed), setting, next(seeds))
+    burst = _play(server, mixed_requests(2 * _WARM_UP_REQUESTS, rate=None, seed=setting.seed), setting, next(seeds))
     found.burst_rps.append(burst["num_requests"] / burst["wall_s"])
     points: dict[float, float] = {}
 
