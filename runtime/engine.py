@@ -25,6 +25,7 @@ from xllm_compile.runtime.output_processor import append_token, collect_prompt_l
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
 from xllm_compile.runtime.policies.admission import lacks_room
 from xllm_compile.runtime.policies.chunk import StepLoad, load_of
+from xllm_compile.runtime.policies.offline import OfflineRules
 from xllm_compile.runtime.policies.order import Order
 from xllm_compile.runtime.policies.preemption import swap_pays
 from xllm_compile.runtime.policies.queue_bound import QueueBound, QueueFullError, ServiceTime, check_queue
@@ -94,8 +95,11 @@ class Engine:
                 runner.max_num_batched_tokens, self.config.max_num_batched_tokens or runner.max_num_batched_tokens
             ),
         )
+        tpot_slo_ms = self.config.tpot_slo_ms
         self._rules = SchedulingRules(
-            order=Order(self.config.scheduling_policy), admission_horizon=self.config.admission_horizon
+            order=Order(self.config.scheduling_policy),
+            admission_horizon=self.config.admission_horizon,
+            offline=OfflineRules.within(None if tpot_slo_ms is None else tpot_slo_ms / 1e3),
         )
         self._predictor = StepPredictor(prior)
         self._mean_output_tokens = _FIRST_MEAN_TOKENS

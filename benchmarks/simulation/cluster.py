@@ -89,7 +89,8 @@ class Cluster:
                 transfers=("link",),
             )
             self.pool_of[name] = pool
-            self.instances[name].offline_rules = OfflineRules() if self.rules.colocation else None
+            if self.rules.colocation is not None:
+                self.instances[name].offline_rules = OfflineRules.within(self.rules.colocation.tpot_slo_s)
         self._sort_out()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self.num_events = 0

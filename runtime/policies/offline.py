@@ -6,8 +6,9 @@ have to give way wait instead of being computed again, and a chunk is where pref
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Self
 
 from xllm_compile.runtime.policies.chunk import StepLoad, StepSeconds
 
@@ -29,6 +30,14 @@ class OfflineRules:
                 f"tpot_share={self.tpot_share} must be above 0 and at most 1, prefill_share={self.prefill_share} at "
                 f"least 0 and step_s={self.step_s} positive"
             )
+
+    @classmethod
+    def within(cls, tpot_slo_s: float | None) -> Self:
+        """Of an instance whose requests usually have that target: whoever joins with a first token from elsewhere waits
+        for the steps that are planned, though nobody online decodes in them.
+        """
+        rules = cls()
+        return rules if tpot_slo_s is None else replace(rules, step_s=min(rules.step_s, tpot_slo_s))
 
     def budget_s(self, online_budget_s: float, prefill_s: float | None) -> float:
         """Longest step with offline sequences that decode; for prompts of theirs `step_s` is a limit as well.

@@ -408,6 +408,20 @@ def test_online_requests_take_the_places_of_offline_ones(make_engine: EngineFact
     assert engine.stats().num_preemptions == engine.stats().num_offline_preemptions == 1
 
 
+def test_offline_prompts_keep_the_instances_target_where_nobody_decodes(make_engine: EngineFactory) -> None:
+    def first_chunk(tpot_slo_ms: float | None) -> int:
+        config = EngineConfig(tpot_slo_ms=tpot_slo_ms)
+        engine, runner = make_engine(config=config, max_num_batched_tokens=64, max_model_len=128)
+        engine.add_request("a", [1] * 60, SamplingParams(max_tokens=1, offline=True, **GREEDY))
+        while not runner.steps:
+            engine.step()
+        return len(runner.steps[0].token_ids)
+
+    assert first_chunk(None) == 60
+    # No step is that short: the least that moves on.
+    assert first_chunk(1e-6) == 32
+
+
 def test_preempted_offline_requests_end_as_if_alone(make_engine: EngineFactory) -> None:
     engine, runner = make_engine(max_num_seqs=2)
     for name in ("x", "y"):

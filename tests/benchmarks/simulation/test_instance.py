@@ -11,6 +11,7 @@ from xllm_compile.benchmarks.simulation.hardware import Hardware
 from xllm_compile.benchmarks.simulation.requests import SimRequest
 from xllm_compile.benchmarks.timing import percentile
 from xllm_compile.runtime.local_scheduler import SchedulingRules
+from xllm_compile.runtime.policies.offline import OfflineRules
 from xllm_compile.runtime.policies.state import Limits
 from xllm_compile.runtime.step_predictor import StepPrior
 from xllm_compile.scheduler.cluster.state import Pool
@@ -20,7 +21,7 @@ from xllm_compile.scheduler.policies.routing import RoutingRules
 
 def served_by_the_real_scheduler(arrivals: list[SimRequest], device: Hardware) -> list[SimulatedSequence]:
     engine = SimulatedEngine(
-        rules=SchedulingRules(),
+        rules=SchedulingRules(offline=OfflineRules.within(0.05)),
         limits=Limits(max_num_seqs=device.max_num_seqs, max_num_batched_tokens=device.max_num_batched_tokens),
         num_kv_tokens=device.kv_tokens,
         prior=StepPrior(

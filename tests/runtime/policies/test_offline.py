@@ -64,6 +64,11 @@ def test_online_prompts_are_held_up_by_a_tenth_at_most():
     assert RULES.budget_s(0.05, 0.05) == pytest.approx(0.049)
 
 
+def test_steps_of_offline_prompts_keep_the_usual_target():
+    assert OfflineRules.within(0.03) == OfflineRules(step_s=0.03)
+    assert OfflineRules.within(0.5) == OfflineRules.within(None) == RULES
+
+
 @pytest.mark.parametrize("values", [{"tpot_share": 1.1}, {"prefill_share": -0.1}, {"step_s": 0.0}])
 def test_bad_rules_are_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
