@@ -1,12 +1,12 @@
 """A thread that computes the masks of structured outputs beside the forward pass before which they are not needed."""
 
 import logging
-import weakref
 from collections.abc import Iterable
 from queue import SimpleQueue
 from threading import Thread
 
 from xllm_compile.runtime.token_matcher import TokenMatcher
+from xllm_compile.runtime.worker_thread import start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,7 @@ class MaskWorker:
         if not wanted:
             return
         if self._thread is None:
-            self._thread = Thread(target=_serve, args=(self._queue,), name="xllm-masks", daemon=True)
-            self._thread.start()
-            weakref.finalize(self, self._queue.put, None)
+            self._thread = start_worker(self, "xllm-masks", _serve, self._queue)
         self._queue.put(wanted)
 
     def close(self) -> None:

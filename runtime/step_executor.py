@@ -10,12 +10,10 @@ the host, which never waits once it has the lock, reports and plans.
 """
 
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from threading import Thread
 
 import numpy as np
 from torch import Tensor
@@ -37,6 +35,7 @@ from xllm_compile.runtime.sampler import (
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.speculative.verify import verify
 from xllm_compile.runtime.step import Int32Array, ModelRunner
+from xllm_compile.runtime.worker_thread import start_worker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,11 +105,7 @@ class StepExecutor:
         self._is_interrupted = False
         if is_async:
             self._queue = SimpleQueue()
-            arguments = (self._queue, self._done, self._device.run)
-            self._thread = Thread(target=_serve, args=arguments, name="xllm-device", daemon=True)
-            self._thread.start()
-            # An executor that nobody closed ends its thread with itself.
-            weakref.finalize(self, self._queue.put, None)
+            self._thread = start_worker(self, "xllm-device", _serve, self._queue, self._done, self._device.run)
 
     @property
     def is_async(self) -> bool:
