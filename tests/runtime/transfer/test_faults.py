@@ -322,12 +322,12 @@ def test_memory_that_could_shrink_during_a_copy_is_refused(target):
 def test_strangers_are_turned_away_and_the_receiver_lives(target, source, words):
     receiver = open_receiver(["tcp"], target, CONFIG)
     host, port = receiver.addresses[0].split(":")[1:]
-    with socket.create_connection((host, int(port))) as stranger:
+    # It may be turned away before it has said all.
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port))) as stranger:
         stranger.sendall(words)
         stranger.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionResetError):
-            assert stranger.recv(1000)[:8] == b"xllm-kv1"
-            assert stranger.recv(1000) == b""
+        assert stranger.recv(1000)[:8] == b"xllm-kv1"
+        assert stranger.recv(1000) == b""
     sender = connect(receiver.addresses, source, CONFIG)
     write_whole(sender, permitted(receiver))
     sender.close()
