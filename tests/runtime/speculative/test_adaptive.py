@@ -32,8 +32,12 @@ def test_costs_shorten_drafts() -> None:
     assert lengths([survival] * 4, row=1.0) == [0] * 4
 
 
+# Less likely guesses are never made.
+CHANCES = st.just(0.0) | st.floats(0.02, 1)
+
+
 @given(
-    st.lists(st.lists(st.floats(0, 1), max_size=4).map(lambda chances: sorted(chances, reverse=True)), max_size=3),
+    st.lists(st.lists(CHANCES, max_size=4).map(lambda chances: sorted(chances, reverse=True)), max_size=3),
     st.floats(0, 0.5),
     st.floats(0, 0.5),
 )
