@@ -105,7 +105,7 @@ class StepExecutor:
         self._is_interrupted = False
         if is_async:
             self._queue = SimpleQueue()
-            self._thread = start_worker(self, "xllm-device", _serve, self._queue, self._done, self._device.run)
+            self._end_thread = start_worker(self, "xllm-device", _serve, self._queue, self._done, self._device.run)
 
     @property
     def is_async(self) -> bool:
@@ -143,8 +143,7 @@ class StepExecutor:
     def close(self) -> None:
         """Wait for what was launched, and end the thread."""
         if self._queue is not None:
-            self._queue.put(None)
-            self._thread.join()
+            self._end_thread()
         self._device.close()
 
 

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 from queue import SimpleQueue
 
 from xllm_compile.runtime.worker_thread import start_worker
@@ -28,6 +29,11 @@ class Owner:
     """What nobody else refers to."""
 
 
+def started(name):
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == name)
+    return thread
+
+
 def test_the_process_waits_for_it():
     done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["worked", "ended"]
@@ -41,7 +47,8 @@ def test_whoever_frees_the_owner_waits_for_it():
         while (item := queue.get()) is not None:
             taken.append(item)
 
-    thread = start_worker(owner, "worker", work, items)
+    start_worker(owner, "waited-for", work, items)
+    thread = started("waited-for")
     items.put(1)
     assert thread.is_alive()
     del owner
@@ -56,7 +63,8 @@ def test_it_may_be_the_one_that_frees_the_owner():
         while queue.get() is not None:
             owners.clear()
 
-    thread = start_worker(owners[0], "worker", work, items)
+    start_worker(owners[0], "freeing", work, items)
+    thread = started("freeing")
     items.put(1)
     thread.join(timeout=60)
     assert not thread.is_alive()
