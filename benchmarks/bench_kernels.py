@@ -21,7 +21,7 @@ import click
 
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.timing import Summary, measure, measure_in_turns
-from xllm_compile.graph_passes.quantisation import SCHEMES
+from xllm_compile.graph_passes.quantisation import SCHEMES, Quantisation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,8 +184,8 @@ def quantised_linears(bench: Bench) -> None:
         count = COLD_BYTES // (2 * inputs * outputs)
         plain = pack_weight(dense.bfloat16()).unsqueeze(0).repeat(count, 1, 1, 1, 1)
         for scheme in SCHEMES:
-            is_dynamic = scheme.endswith("-dynamic")
-            packed = quantise_packed(dense, scheme.removesuffix("-dynamic"), 32)
+            kind = Quantisation(scheme=scheme).weight_kind
+            packed = quantise_packed(dense, kind, 32)
             # As many as fill the caches in the quantised form, too.
             size = sum(part.numel() * part.element_size() for part in packed)
             weights = [part.unsqueeze(0).repeat(COLD_BYTES // 2 // size, *[1] * part.dim()) for part in packed]
@@ -213,7 +213,7 @@ def quantised_linears(bench: Bench) -> None:
                     bench.against_memory(f"{scheme} {name}, 1 row, cold", run, plain, size * calls)
                 else:
                     label = f"{scheme} {name}, {rows} rows, cold"
-                    peer_bar = ">= 1.5" if is_dynamic and rows >= 32 else ">= 1"
+                    peer_bar = ">= 1.5" if scheme != kind and rows >= 32 else ">= 1"
                     bench.against_peak(label, run, flops * calls, peer, peer_bar=peer_bar)
 
 
