@@ -16,9 +16,9 @@ from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler.cluster.state import StepProfile
 
 # (prompts, tokens of each), all of one step, or of whole steps where one prompt is longer.
-_PROMPTS = ((1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (4, 32), (8, 16), (4, 128), (2, 256))
+PROMPTS = ((1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (4, 32), (8, 16), (4, 128), (2, 256))
 # (sequences, KV tokens of each).
-_DECODES = ((1, 16), (2, 64), (3, 256), (4, 64), (8, 64), (10, 16), (8, 256), (16, 64), (16, 256), (24, 64), (32, 128))
+DECODES = ((1, 16), (2, 64), (3, 256), (4, 64), (8, 64), (10, 16), (8, 256), (16, 64), (16, 256), (24, 64), (32, 128))
 _DECODE_STEPS = 8
 _SIZES = (1, 8, 32, 128, 512)
 _TOKEN_IDS = (100, 4000)
@@ -28,10 +28,18 @@ _TOKEN_IDS = (100, 4000)
 class StepSample:
     load: StepLoad
     seconds: float
-    """Median of the repetitions."""
+    """Median of such steps."""
 
 
-def sample_steps(artifact: Path, config: InstanceConfig, *, repeats: int, seed: int) -> list[StepSample]:
+def sample_steps(
+    artifact: Path,
+    config: InstanceConfig,
+    *,
+    repeats: int,
+    seed: int,
+    prompts: Sequence[tuple[int, int]] = PROMPTS,
+    decodes: Sequence[tuple[int, int]] = DECODES,
+) -> list[StepSample]:
     """Of one instance, on one thread. Raises what opening an instance raises."""
     torch.set_num_threads(1)
     engine = open_instance(artifact, config).engine
@@ -39,10 +47,10 @@ def sample_steps(artifact: Path, config: InstanceConfig, *, repeats: int, seed: 
     try:
         found: dict[StepLoad, list[float]] = {}
         for round_number in range(repeats + 1):
-            for load, seconds in _steps(engine, rng):
+            for sample in _steps(engine, rng, prompts, decodes):
                 # The first round warms caches and memory up.
                 if round_number:
-                    found.setdefault(load, []).append(seconds)
+                    found.setdefault(sample.load, []).append(sample.seconds)
     finally:
         engine.close()
     return [StepSample(load=load, seconds=statistics.median(each)) for load, each in found.items()]
@@ -87,31 +95,55 @@ def fit_errors(profile: StepProfile, samples: Sequence[StepSample]) -> list[floa
     return [abs(profile.step_s(sample.load) / sample.seconds - 1) for sample in samples]
 
 
-def _steps(engine: Engine, rng: random.Random) -> Iterator[tuple[StepLoad, float]]:
+def _steps(
+    engine: Engine, rng: random.Random, prompts: Sequence[tuple[int, int]], decodes: Sequence[tuple[int, int]]
+) -> Iterator[StepSample]:
     most = engine.limits.max_num_batched_tokens
-    for count, length in _PROMPTS:
+    for count, length in prompts:
         _add(engine, rng, count, length, 1)
         for begin in range(0, length, most):
             load = StepLoad()
             for _ in range(count):
                 load = load.plus(begin, min(most, length - begin))
-            yield load, _step_s(engine)
-    for count, context in _DECODES:
-        _add(engine, rng, count, context, _DECODE_STEPS + 1)
-        for _ in range(-(-count * context // most)):
-            _step_s(engine)
-        seconds = []
-        while engine.has_work:
-            seconds.append(_step_s(engine))
-        middle = context + _DECODE_STEPS // 2
-        yield StepLoad(count, count, count * middle), statistics.median(seconds)
+            yield StepSample(load=load, seconds=_step_s(engine))
+    for count, context in decodes:
+        yield _decode_sample(engine, rng, count, context)
 
 
-def _add(engine: Engine, rng: random.Random, count: int, length: int, num_outputs: int) -> None:
+def _decode_sample(engine: Engine, rng: random.Random, count: int, context: int) -> StepSample:
+    """Of steps in which all sequences decode; those whose prompts were done first have more tokens by then."""
+    num_prefills = -(-count * context // engine.limits.max_num_batched_tokens)
+    # Beside those that decode already, prompts may take one step more.
+    num_outputs = dict.fromkeys(_add(engine, rng, count, context, _DECODE_STEPS + num_prefills + 2), 0)
+    while not all(num_outputs.values()):
+        _decode(engine, num_outputs)
+    samples = []
+    for _ in range(_DECODE_STEPS):
+        load = StepLoad(count, count, count * context + sum(num_outputs.values()))
+        samples.append(StepSample(load=load, seconds=_decode(engine, num_outputs)))
+    for name in num_outputs:
+        engine.abort(name)
+    engine.step()
+    return StepSample(
+        load=samples[_DECODE_STEPS // 2].load, seconds=statistics.median(sample.seconds for sample in samples)
+    )
+
+
+def _decode(engine: Engine, num_outputs: dict[str, int]) -> float:
+    """Device time of the next step, whose tokens are counted."""
+    before = engine.stats().busy_s
+    for output in engine.step():
+        num_outputs[output.request_id] = len(output.outputs[0].token_ids)
+    return engine.stats().busy_s - before
+
+
+def _add(engine: Engine, rng: random.Random, count: int, length: int, num_outputs: int) -> list[str]:
+    """Returns the ids of the requests."""
     params = SamplingParams(max_tokens=num_outputs, temperature=0.0, ignore_eos=True)
-    for _ in range(count):
-        prompt = [rng.randrange(*_TOKEN_IDS) for _ in range(length)]
-        engine.add_request(f"{rng.getrandbits(64):x}", prompt, params)
+    names = [f"{rng.getrandbits(64):x}" for _ in range(count)]
+    for name in names:
+        engine.add_request(name, [rng.randrange(*_TOKEN_IDS) for _ in range(length)], params)
+    return names
 
 
 def _step_s(engine: Engine) -> float:

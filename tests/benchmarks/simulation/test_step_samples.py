@@ -1,7 +1,10 @@
 import pytest
+import torch
 
-from xllm_compile.benchmarks.simulation.step_samples import StepSample, fit_errors, fit_profile
+from xllm_compile.benchmarks.simulation.step_samples import StepSample, fit_errors, fit_profile, sample_steps
+from xllm_compile.runtime.instance import InstanceConfig
 from xllm_compile.runtime.policies.chunk import StepLoad
+from xllm_compile.runtime.slowed_runner import load_of_step
 from xllm_compile.scheduler.cluster.state import StepProfile
 
 TRUTH = StepProfile(
@@ -37,3 +40,24 @@ def test_what_costs_nothing_is_never_below_nothing():
     found = fit_profile(samples)
     assert min(found.sequence_s, found.key_s, found.pair_s) >= 0
     assert list(found.seconds) == sorted(found.seconds)
+
+
+def test_samples_are_of_loads_that_steps_had(demo_artifact, monkeypatch):
+    executed = set()
+
+    def noted(step):
+        load = load_of_step(step)
+        executed.add(load)
+        return load
+
+    monkeypatch.setattr("xllm_compile.runtime.slowed_runner.load_of_step", noted)
+    num_threads = torch.get_num_threads()
+    try:
+        # The smallest slow-down that puts a runner between, which asks for the load of each step.
+        config = InstanceConfig(max_num_seqs=8, prefix_cache=False, async_scheduling=False, slow_down=1 + 1e-9)
+        prompts, decodes = ((1, 16), (3, 20)), ((1, 16), (8, 40), (8, 200))
+        samples = sample_steps(demo_artifact, config, repeats=1, seed=0, prompts=prompts, decodes=decodes)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert {sample.load for sample in samples} <= executed
+    assert sum(sample.load.num_keys >= 8 * 200 for sample in samples) == 1
