@@ -113,10 +113,11 @@ def run_validate(
     setting: LiveSetting,
     shares: Sequence[float],
     seconds: float,
+    least_requests: int,
 ) -> None:
     """shares: of the rate at which the simulated service still keeps the targets of 90 %; seconds: of arrivals at each.
 
-    Writes NAME.json.
+    They go on until there are least_requests, of which medians can be told. Writes NAME.json.
     """
     say("compiling demo-code")
     artifact = artifact_of_demo(work_dir)
@@ -135,13 +136,14 @@ def run_validate(
         say("the ways of an idle service")
         measured = measure(cluster, artifact, profile, samples, setting)
         for stem, trace in workloads.items():
-            most = sustained(trace, seconds, measured.hardware, setting)
+            most = sustained(trace, seconds, measured.hardware, setting, least_requests=least_requests)
             for share in shares:
                 rate = share * most
                 say(f"{stem} at {rate:.2f} requests/s")
-                arrivals = window(trace, rate, seconds, setting)
+                arrivals = window(trace, rate, seconds, setting, least_requests)
                 live = figures_of_live(arrivals, cluster.replay(arrivals, seed=setting.seed))
-                simulated, _ = simulate(window(trace, rate, seconds, setting), measured.hardware, setting)
+                again = window(trace, rate, seconds, setting, least_requests)
+                simulated, _ = simulate(again, measured.hardware, setting)
                 figures[f"{stem}, {share:.0%} load"] = {
                     "requests/s": rate,
                     "num_requests": len(arrivals),
@@ -156,6 +158,7 @@ def run_validate(
         "routing": "slo",
         "instance_options": options,
         "seconds": seconds,
+        "least_requests": least_requests,
         "measured": measured.to_json(),
         "runs": figures,
         "foreign_cores": foreign.cores,
@@ -208,19 +211,23 @@ def sustained(
     hardware: Hardware,
     setting: LiveSetting,
     rules: ClusterRules | None = None,
+    least_requests: int = 2,
 ) -> float:
     """Requests a second of which nine in ten meet both targets, in simulation."""
 
     def measure(rate: float, _: int) -> float:
-        return simulate(window(trace, rate, seconds, setting), hardware, setting, rules)[0].attainment
+        return simulate(window(trace, rate, seconds, setting, least_requests), hardware, setting, rules)[0].attainment
 
     return highest_rate(measure, lambda share: share >= ENOUGH, (0,), start=2.0, precision=0.05).median
 
 
-def window(trace: Sequence[TraceRequest], rate: float, seconds: float, setting: LiveSetting) -> list[SimRequest]:
-    """The first seconds of the trace, scaled in time to so many requests a second within them."""
+def window(
+    trace: Sequence[TraceRequest], rate: float, seconds: float, setting: LiveSetting, least_requests: int = 2
+) -> list[SimRequest]:
+    """The first requests of the trace, scaled in time to so many a second: those of so many seconds, but the least."""
     start_s = trace[0].arrival_s or 0.0
-    first = [replace(one, arrival_s=(one.arrival_s or 0.0) - start_s) for one in trace[: max(2, round(rate * seconds))]]
+    count = max(least_requests, round(rate * seconds))
+    first = [replace(one, arrival_s=(one.arrival_s or 0.0) - start_s) for one in trace[:count]]
     arrivals = online(scaled(first, rate, 0), setting.ttft_slo_s, setting.tpot_slo_s)
     for one in arrivals:
         one.max_output_tokens = one.num_output_tokens

@@ -118,6 +118,13 @@ def _live_setting(options: dict[str, Any]) -> Any:
     help="Of the rate that the simulated service sustains; may be repeated.",
 )
 @click.option("--seconds", type=click.FloatRange(1), default=75.0, help="Of arrivals at each rate.")
+@click.option(
+    "--requests",
+    "least_requests",
+    type=click.IntRange(2),
+    default=100,
+    help="Arrivals at each rate go on until there are so many.",
+)
 @live_options
 def simulate_validate_command(traces: tuple[Path, ...], **options: Any) -> None:
     """The simulator against four live instances, on the same arrivals -> simulation_validated.json."""
