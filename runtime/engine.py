@@ -6,52 +6,49 @@ Either way a request's tokens are the same. `async_engine` puts a thread and asy
 """
 
 import itertools
-import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
+from dataclasses import replace
 
-from torch import Tensor
-
-from xllm_compile.runtime.batch import Batch, PoolRows, build_batch
+from xllm_compile.runtime.batch import Batch, build_batch
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.kv_events import KVEventLog, KVTier
 from xllm_compile.runtime.kv_exchange import KVExchange, NoTransferError
-from xllm_compile.runtime.local_scheduler import SchedulingRules, schedule
-from xllm_compile.runtime.output_processor import append_token, collect_prompt_logprobs, finish_length, make_output
+from xllm_compile.runtime.local_scheduler import SchedulingRules
+from xllm_compile.runtime.output_processor import (
+    add_pooled,
+    append_token,
+    collect_prompt_logprobs,
+    fail,
+    finish_length,
+    make_outputs,
+)
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
-from xllm_compile.runtime.policies.admission import lacks_room
 from xllm_compile.runtime.policies.chunk import StepLoad, load_of
 from xllm_compile.runtime.policies.offline import OfflineRules
 from xllm_compile.runtime.policies.order import Order
-from xllm_compile.runtime.policies.preemption import swap_pays
-from xllm_compile.runtime.policies.queue_bound import QueueBound, QueueFullError, ServiceTime, check_queue
-from xllm_compile.runtime.policies.state import Capacity, Limits, Schedule
-from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
-from xllm_compile.runtime.pooling import make_embedding
-from xllm_compile.runtime.prefix_sharing import look_up, readable_chain, without_followers
+from xllm_compile.runtime.policies.queue_bound import QueueBound, check_queue
+from xllm_compile.runtime.policies.state import Limits, Schedule
+from xllm_compile.runtime.prefix_sharing import readable_chain, without_followers
 from xllm_compile.runtime.request_factory import RequestFactory
 from xllm_compile.runtime.reservations import Reservation
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampler import SampledToken, SamplingFailure
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.runtime.sequence import Request, Sequence, SequenceStatus, num_queued_tokens
+from xllm_compile.runtime.sequence_queues import SequenceQueues
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step import ModelRunner
 from xllm_compile.runtime.step_executor import StepExecutor, StepResult
+from xllm_compile.runtime.step_planner import StepPlanner
 from xllm_compile.runtime.step_predictor import StepPredictor, StepPrior
 from xllm_compile.runtime.steps_in_flight import StepsInFlight
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.transfer.endpoint import TransferEndpoint
-
-logger = logging.getLogger(__name__)
-
-# Length of outputs before any has ended, and how much of the past their mean keeps.
-_FIRST_MEAN_TOKENS = 128.0
-_MEAN_DECAY = 0.95
 
 
 class Engine:
@@ -96,18 +93,15 @@ class Engine:
             ),
         )
         tpot_slo_ms = self.config.tpot_slo_ms
-        self._rules = SchedulingRules(
+        rules = SchedulingRules(
             order=Order(self.config.scheduling_policy),
             admission_horizon=self.config.admission_horizon,
             offline=OfflineRules.within(None if tpot_slo_ms is None else tpot_slo_ms / 1e3),
         )
         self._predictor = StepPredictor(prior)
-        self._mean_output_tokens = _FIRST_MEAN_TOKENS
         self._requests: dict[str, Request] = {}
         """In order of arrival."""
         self._numbers = itertools.count()
-        self._waiting: WaitingQueue[Sequence] = WaitingQueue(self._rules.order.queue_key)
-        self._running: list[Sequence] = []
         self._speculator = speculator
         self._executor = StepExecutor(
             runner,
@@ -123,11 +117,22 @@ class Engine:
         self._exchange = (
             None if transfer is None else KVExchange(kv_cache, transfer, clock=clock, free=self._in_flight.give_back)
         )
+        self._queues = SequenceQueues(kv_cache, self._in_flight, self._exchange, order=rules.order)
+        self._planner = StepPlanner(
+            self._queues,
+            kv_cache,
+            self._in_flight,
+            self._exchange,
+            self._predictor,
+            limits=self._limits,
+            rules=rules,
+            max_model_len=self.max_model_len,
+        )
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do. Requests that only wait for KV to be sent need `tend`."""
-        return bool(len(self._waiting) or self._running or self._ended or len(self._in_flight))
+        return bool(len(self._queues.waiting) or self._queues.running or self._ended or len(self._in_flight))
 
     @property
     def is_settled(self) -> bool:
@@ -174,11 +179,11 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queues.waiting)
 
     @property
     def num_waiting_tokens(self) -> int:
-        return self._waiting.num_tokens
+        return self._queues.waiting.num_tokens
 
     def add_request(
         self, request_id: str, prompt: str | Items[int], params: SamplingParams, resume: Resume | None = None
@@ -222,15 +227,7 @@ class Engine:
             num_new=len(request.sequences),
             num_new_tokens=num_queued_tokens(request.sequences),
             bound=bound.offline() if request.params.offline else bound,
-            time=self._service_time(),
-        )
-
-    def _service_time(self) -> ServiceTime:
-        num_seqs = self._limits.max_num_seqs
-        decode = StepLoad(num_tokens=num_seqs, num_seqs=num_seqs, num_keys=self._kv_cache.used_tokens)
-        return ServiceTime(
-            token_s=self._predictor.token_s(self._limits.max_num_batched_tokens),
-            sequence_s=self._mean_output_tokens * self._predictor.seconds(decode) / num_seqs,
+            time=self._planner.service_time(),
         )
 
     def add(self, request: Request) -> None:
@@ -245,11 +242,7 @@ class Engine:
         self._requests[request.request_id] = request
         for sequence in request.sequences:
             sequence.number = next(self._numbers)
-            if self._exchange is not None and self._exchange.adopt(sequence):
-                # Its place was kept for it: it was admitted when that was reserved.
-                self._begin(sequence, self._clock())
-            else:
-                self._waiting.add(sequence)
+            self._queues.add(sequence, self._clock())
 
     def reserve(self, reservation_id: str, token_ids: Items[int], timeout_s: float, holder: str = "") -> Reservation:
         """Hold a slot for a sequence that begins with these tokens, whose KV another instance sends.
@@ -264,7 +257,7 @@ class Engine:
         self._factory.check_prompt(token_ids, num_new=1)
         # The sender does not wait for steps: none may be under way that reads or copies what the reservation gets.
         self._complete(self._ended, num_left=0)
-        self._check_room(len(token_ids))
+        self._planner.check_room(len(token_ids))
         reservation = exchange.reservations.open(reservation_id, token_ids, timeout_s, holder)
         self._executor.prepare_memory(self._kv_cache.ops.take(), self._kv_cache.ops.take_restores())
         return reservation
@@ -283,7 +276,7 @@ class Engine:
             )
         # What is found may belong to a step under way, and its slot may need copies.
         self._complete(self._ended, num_left=0)
-        self._check_room(num_tokens)
+        self._planner.check_room(num_tokens)
         slot = exchange.hold_prefix(digests)
         self._executor.prepare_memory(self._kv_cache.ops.take(), self._kv_cache.ops.take_restores())
         return exchange.send_prefix(slot, target)
@@ -334,13 +327,13 @@ class Engine:
         request.hand_over = target
         if sequence.status is SequenceStatus.WAITING:
             # It has nothing to send.
-            self._leave(sequence)
+            self._queues.leave(sequence)
             sequence.finish("handed_over")
             self._close(request)
             return
         exchange.push([(sequence, sequence.num_computed_tokens)])
         exchange.hand_over(sequence)
-        self._forget_finished()
+        self._queues.forget_ended()
 
     def tend(self) -> float | None:
         """Take note of what came of KV that other threads and instances read and write, between two steps.
@@ -350,7 +343,7 @@ class Engine:
         if self._exchange is None:
             return None
         for sequence in self._exchange.tend():
-            self._release(sequence)
+            self._queues.release(sequence)
             self._close(sequence.request)
         return self._exchange.reservations.next_due_s()
 
@@ -361,10 +354,10 @@ class Engine:
             return
         for sequence in request.sequences:
             if not sequence.is_finished:
-                self._leave(sequence)
+                self._queues.leave(sequence)
                 sequence.detokenizer.finish()
                 sequence.finish("abort")
-        self._forget_finished()
+        self._queues.forget_ended()
         self._stats.num_aborted += 1
         self._close(request)
 
@@ -389,14 +382,14 @@ class Engine:
             if self._kv_cache.share is not None:
                 # From here on nobody would say that this model has no use for its pages.
                 self._kv_cache.balance(0)
-        return _outputs(changed)
+        return make_outputs(changed.values())
 
     def settle(self) -> list[RequestOutput]:
         """Launch nothing and report what is on its way. Afterwards the device is idle until the next `step`."""
         changed, self._ended = self._ended, {}
         self._complete(changed, num_left=0)
         self._in_flight.rest()
-        return _outputs(changed)
+        return make_outputs(changed.values())
 
     @property
     def is_asked_for_pages(self) -> bool:
@@ -412,7 +405,7 @@ class Engine:
     def give_pages(self) -> list[RequestOutput]:
         """Report what is on its way, and give up pages that another model lacks as far as this one can."""
         outputs = self.settle()
-        self._kv_cache.balance(self._num_wanted_pages())
+        self._kv_cache.balance(self._planner.num_wanted_pages())
         return outputs
 
     def release_memory(self) -> None:
@@ -439,16 +432,19 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""
-        running = list(self._running)
+        waiting, running = self._queues.waiting, list(self._queues.running)
         decoding = [sequence for sequence in running if sequence.is_behind_prompt]
         prefilling = [sequence for sequence in running if not sequence.is_behind_prompt]
-        return EngineStats(
+        return replace(
+            self._stats,
             num_running=len(running),
-            num_waiting=len(self._waiting),
-            num_waiting_tokens=self._waiting.num_tokens + sum(each.num_uncomputed_tokens for each in prefilling),
+            num_waiting=len(waiting),
+            num_waiting_tokens=waiting.num_tokens + sum(each.num_uncomputed_tokens for each in prefilling),
             num_decoding=len(decoding),
             num_context_tokens=sum(each.num_computed_tokens for each in decoding),
-            num_offline_waiting_tokens=self._waiting.num_offline_tokens
+            num_offline_running=sum(each.is_offline for each in running),
+            num_offline_waiting=waiting.num_offline,
+            num_offline_waiting_tokens=waiting.num_offline_tokens
             + sum(each.num_uncomputed_tokens for each in prefilling if each.is_offline),
             num_offline_decoding=sum(each.is_offline for each in decoding),
             num_offline_context_tokens=sum(each.num_computed_tokens for each in decoding if each.is_offline),
@@ -458,21 +454,11 @@ class Engine:
             prefix_queried_tokens=self._kv_cache.stats.num_queried_tokens,
             prefix_hit_tokens=self._kv_cache.stats.num_hit_tokens,
             kv_tiers=self._kv_cache.tiers.stats if self._kv_cache.tiers else None,
+            kv_swap_bytes=self._kv_cache.swap.num_bytes if self._kv_cache.swap else None,
             num_steps=self._in_flight.num_completed,
             busy_s=self._in_flight.busy_s,
             gap_s=self._in_flight.gap_s,
-            num_prompt_tokens=self._stats.num_prompt_tokens,
-            num_generated_tokens=self._stats.num_generated_tokens,
-            num_preemptions=self._stats.num_preemptions,
-            num_swaps=self._stats.num_swaps,
-            kv_swap_bytes=self._kv_cache.swap.num_bytes if self._kv_cache.swap else None,
-            num_offline_running=sum(each.is_offline for each in running),
-            num_offline_waiting=self._waiting.num_offline,
-            num_offline_preemptions=self._stats.num_offline_preemptions,
-            num_offline_held_back=self._stats.num_offline_held_back,
-            num_offline_generated_tokens=self._stats.num_offline_generated_tokens,
             step_error_ratio=self._predictor.error_ratio,
-            num_aborted=self._stats.num_aborted,
             graph_cache=self._runner.graph_cache_stats(),
             speculation=None if self._speculator is None else self._speculator.stats(),
             reservations=None if self._exchange is None else self._exchange.reservations.stats(),
@@ -484,19 +470,21 @@ class Engine:
         if self._kv_cache.share is not None:
             if self.is_asked_for_pages:
                 self._complete(changed, num_left=0)
-            self._kv_cache.balance(self._num_wanted_pages())
-        plan = self._plan()
+            self._kv_cache.balance(self._planner.num_wanted_pages())
+        plan = self._planner.plan(now=self._clock(), elder=self._elder())
         if len(self._in_flight) and (plan.preempted or plan.swapped or plan.too_large):
             # Whoever loses its place must have its token first, and memory may come free by itself.
             self._complete(changed, num_left=0)
-            plan = self._plan()
+            plan = self._planner.plan(now=self._clock(), elder=self._elder())
         self._stats.num_offline_held_back += plan.num_held_back
         for sequence in plan.swapped:
-            self._swap_out(sequence)
+            self._stats.num_swaps += self._queues.swap_out(sequence)
         for sequence in sorted((*plan.preempted, *plan.swapped), key=lambda sequence: sequence.number):
-            self._preempt(sequence)
+            self._queues.preempt(sequence)
+            self._stats.num_preemptions += 1
+            self._stats.num_offline_preemptions += sequence.is_offline
         for sequence in plan.too_large:
-            self._leave(sequence)
+            self._queues.leave(sequence)
             finish_length(sequence)
             self._report(sequence, changed)
         now = self._clock()
@@ -504,153 +492,32 @@ class Engine:
         # All that is shared is held before anybody takes pages.
         for sequence, _ in plan.chunks:
             if sequence.slot is None:
-                self._start(sequence, now)
+                self._queues.start(sequence, now)
         plan.chunks = [(sequence, min(count, sequence.num_uncomputed_tokens)) for sequence, count in plan.chunks]
         for sequence, count in plan.chunks:
             assert sequence.slot is not None
             has_room = self._kv_cache.extend(sequence.slot, count)
             assert has_room, "the scheduler counts no fewer pages than the cache"
-        self._forget_finished()
+        self._queues.forget_ended()
         return plan
 
-    def _grant_drafts(self, chunks: Items[tuple[Sequence, int]]) -> dict[Sequence, int]:
-        """Drafted tokens that decoding sequences may verify in the step, from what its plan leaves of tokens and KV.
-
-        Sequences whose launched step verifies drafts get 0 at least: their positions are not known yet.
-        """
-        granted: dict[Sequence, int] = {}
-        tokens_left = self._limits.max_num_batched_tokens - sum(count for _, count in chunks)
-        for sequence, _ in chunks:
-            if self._speculator is None or not sequence.is_decoding:
-                continue
-            assert sequence.slot is not None
-            wanted = min(self._speculator.reserve(sequence.speculation), sequence.num_left_tokens - 1, tokens_left)
-            if wanted > 0 and self._kv_cache.extend(sequence.slot, wanted):
-                tokens_left -= wanted
-                granted[sequence] = wanted
-            elif sequence.num_draft_tokens:
-                granted[sequence] = 0
-        return granted
-
-    def _capacity(self) -> Capacity:
-        exchange, num_ended = self._exchange, self._in_flight.num_ended_slots
-        return Capacity(
-            num_blocks=self._kv_cache.num_pages,
-            num_free_blocks=self._kv_cache.num_free_pages,
-            block_tokens=self._kv_cache.page_tokens,
-            num_held_seqs=num_ended + (exchange.num_held if exchange else 0),
-            num_promised_blocks=exchange.num_promised_blocks(self.config.admission_horizon) if exchange else 0,
-            swap_pays=None if self._kv_cache.swap is None else self._swap_pays,
-        )
-
-    def _check_room(self, num_tokens: int) -> None:
-        """Raise QueueFullError when a sequence of so many tokens does not fit beside what runs and what is reserved."""
-        self._count_own_pages()
-        full = lacks_room(
-            num_tokens,
-            self._running,
-            self._capacity(),
-            self._limits,
-            horizon=self.config.admission_horizon,
-            steps=self.max_model_len - num_tokens,
-        )
-        if full is not None:
-            drain_s = self._service_time().drain_s(1, num_tokens)
-            raise QueueFullError(f"{full}; retry later, or reserve elsewhere", drain_s)
-
-    def _count_own_pages(self) -> None:
-        for sequence in self._running:
-            assert sequence.slot is not None
-            sequence.num_kv_blocks = self._kv_cache.num_own_pages(sequence.slot)
-
-    def _plan(self) -> Schedule[Sequence]:
-        now = self._clock()
-        capacity = self._capacity()
-        look_up(self._kv_cache, self._waiting, self._limits.max_num_seqs)
-        most_new = len(self._running) + capacity.blocks(self._limits.max_num_batched_tokens)
-        if len(self._waiting) or capacity.num_free_blocks < most_new:
-            # Else nobody can lose its place in this step, and what it would free does not matter.
-            self._count_own_pages()
-        return schedule(
-            self._waiting,
-            self._running,
-            self._limits,
-            capacity,
-            self._predictor,
-            rules=self._rules,
-            now=now,
-            token_s=self._predictor.token_s(self._limits.max_num_batched_tokens),
-            elder=self._elder(now),
-        )
-
-    def _num_wanted_pages(self) -> int:
-        """Pages that running and waiting sequences would take within the admission horizon, were there enough."""
-        page_tokens, most_seqs = self._kv_cache.page_tokens, self._limits.max_num_seqs
-        num_new = min(len(self._waiting), most_seqs)
-        num_tokens = min(self._waiting.num_tokens, num_new * self.max_model_len)
-        num_tokens += sum(sequence.num_uncomputed_tokens for sequence in self._running)
-        num_growing = len(self._running) + num_new
-        # Each may grow to the horizon, and its last page may be all but empty.
-        growth = num_growing * (self._rules.admission_horizon + page_tokens)
-        return -(-(num_tokens + growth) // page_tokens)
-
-    def _elder(self, now: float) -> Sequence | None:
+    def _elder(self) -> Sequence | None:
         """The oldest sequence, once it is so old that policies give way to it."""
         oldest = next(iter(self._requests.values()), None)
-        if oldest is None or now - oldest.metrics.arrival_s <= self.config.starvation_s:
+        if oldest is None or self._clock() - oldest.metrics.arrival_s <= self.config.starvation_s:
             return None
         queued = (SequenceStatus.WAITING, SequenceStatus.RUNNING)
         return next((sequence for sequence in oldest.sequences if sequence.status in queued), None)
 
-    def _swap_pays(self, num_tokens: int) -> bool:
-        swap, token_bytes = self._kv_cache.swap, self._kv_cache.config.bytes_per_token
-        assert swap is not None
-        if not swap.has_room(num_tokens * token_bytes):
-            return False
-        return swap_pays(num_tokens, self._limits.max_num_batched_tokens, self._predictor, swap.path(token_bytes))
-
-    def _swap_out(self, sequence: Sequence) -> None:
-        """Copy the sequence's KV out, if there still is room; of an embedding all is computed in one go."""
-        if sequence.request.params.pooling is None and sequence.num_computed_tokens > 0:
-            assert sequence.slot is not None
-            sequence.swapped = self._kv_cache.swap_out(sequence.slot, sequence.num_computed_tokens)
-            self._stats.num_swaps += sequence.swapped is not None
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
-        sequence.rewind()
-        self._waiting.add(sequence)
-        sequence.request.metrics.num_preemptions += 1
-        self._stats.num_preemptions += 1
-        self._stats.num_offline_preemptions += sequence.is_offline
-        logger.debug("request %s preempted at %d tokens", sequence.request.request_id, sequence.num_tokens)
-
-    def _start(self, sequence: Sequence, now: float) -> None:
-        self._waiting.remove(sequence)
-        num_cached = sequence.num_computed_tokens
-        swapped, sequence.swapped = sequence.swapped, None
-        sequence.slot = self._kv_cache.allocate(readable_chain(sequence), sequence.num_tokens, num_cached, swapped)
-        sequence.num_computed_tokens, sequence.num_unheld_blocks = self._kv_cache.length(sequence.slot), 0
-        self._begin(sequence, now)
-
-    def _begin(self, sequence: Sequence, now: float) -> None:
-        """It has a slot, and what is computed of it is there."""
-        sequence.status = SequenceStatus.RUNNING
-        self._running.append(sequence)
-        request = sequence.request
-        if request.metrics.scheduled_s is None:
-            request.metrics.scheduled_s = now
-            request.num_cached_tokens = sequence.num_computed_tokens
-
     def _launch(self, plan: Schedule[Sequence]) -> None:
         """Hand the step to the device. From here on its sequences count as computed, with a token to come."""
-        granted = self._grant_drafts(plan.chunks)
+        granted = self._planner.grant_drafts(plan.chunks, self._speculator)
         ops = self._kv_cache.ops
         batch = build_batch(plan.chunks, ops.take(), granted, ops.take_restores())
         load = load_of((sequence, count + granted.get(sequence, 0)) for sequence, count in plan.chunks)
         for sequence, count in plan.chunks:
             sequence.num_computed_tokens += count
-            self._commit(sequence)
+            self._queues.commit(sequence)
         for sequence, count in granted.items():
             sequence.num_draft_tokens += count
         for sequence in batch.sampled:
@@ -695,31 +562,21 @@ class Engine:
                     break
                 self._append(sequence, sampled, now)
             if sequence.is_finished:
-                self._release(sequence)
-                length = sequence.num_output_tokens
-                self._mean_output_tokens = _MEAN_DECAY * self._mean_output_tokens + (1 - _MEAN_DECAY) * length
+                self._queues.release(sequence)
+                self._planner.note_output(sequence.num_output_tokens)
             elif self._exchange is not None and sequence.request.hand_over is not None:
                 self._exchange.hand_over(sequence)
             self._report(sequence, changed)
         for rows, pooled in zip(batch.pool_rows, result.pooled, strict=True):
-            if not rows.sequence.is_finished:
-                self._take_pooled(rows, pooled, now, changed)
-        self._forget_finished()
-
-    def _take_pooled(self, rows: PoolRows, pooled: Tensor, now: float, changed: dict[str, Request]) -> None:
-        sequence = rows.sequence
-        sequence.pooled = pooled if sequence.pooled is None else sequence.pooled + pooled
-        if rows.is_last:
-            sequence.embedding = make_embedding(sequence.pooled, sequence.num_tokens, rows.params)
-            sequence.request.metrics.last_token_s = now
-            self._stats.num_prompt_tokens += sequence.num_prompt_tokens
-            sequence.finish("stop")
-            self._release(sequence)
-            self._report(sequence, changed)
+            if not rows.sequence.is_finished and add_pooled(rows, pooled, now):
+                self._stats.num_prompt_tokens += rows.sequence.num_prompt_tokens
+                self._queues.release(rows.sequence)
+                self._report(rows.sequence, changed)
+        self._queues.forget_ended()
 
     def _append(self, sequence: Sequence, sampled: SampledToken | SamplingFailure, now: float) -> None:
         if isinstance(sampled, SamplingFailure):
-            self._fail(sequence, sampled.reason)
+            fail(sequence, sampled.reason)
             return
         append_token(sequence, sampled, self.tokenizer)
         self._stats.num_generated_tokens += 1
@@ -745,12 +602,6 @@ class Engine:
             if sequence.slot is not None:
                 self._kv_cache.shrink(sequence.slot, num_granted - num_accepted)
 
-    def _fail(self, sequence: Sequence, reason: str) -> None:
-        request_id = sequence.request.request_id
-        logger.error("request %s failed: %s", request_id, reason)
-        sequence.detokenizer.finish()
-        sequence.finish("abort", f"error: request {request_id} failed: {reason}")
-
     def _report(self, sequence: Sequence, changed: dict[str, Request]) -> None:
         request = sequence.request
         changed[request.request_id] = request
@@ -768,30 +619,6 @@ class Engine:
             if self._speculator is not None and sequence.speculation is not None:
                 self._speculator.forget(sequence.speculation)
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Out of the waiting queue, or out of its slot."""
-        if sequence.status is SequenceStatus.WAITING:
-            self._waiting.remove(sequence)
-            if sequence.swapped is not None:
-                self._kv_cache.drop_swapped(sequence.swapped)
-                sequence.swapped = None
-        self._release(sequence)
-
-    def _commit(self, sequence: Sequence) -> None:
-        """Let others find its full blocks. Of tokens that launched steps sample the ids are not known yet."""
-        assert sequence.slot is not None
-        if sequence.chain is not None:
-            sequence.chain.update(sequence.token_ids)
-        self._kv_cache.commit(sequence.slot, sequence.chain, sequence.num_computed_tokens)
-
-    def _release(self, sequence: Sequence) -> None:
-        if sequence.slot is None:
-            return
-        self._commit(sequence)
-        slot, sequence.slot = sequence.slot, None
-        if self._exchange is None or not self._exchange.keeps(slot, sequence):
-            self._in_flight.give_back(slot)
-
     def _transferring(self) -> KVExchange:
         if self._exchange is None:
             raise NoTransferError(
@@ -799,16 +626,3 @@ class Engine:
                 " several ranks, of which a transfer would move one only"
             )
         return self._exchange
-
-    def _forget_finished(self) -> None:
-        """Drop finished and preempted sequences from the running list."""
-        self._running = [sequence for sequence in self._running if sequence.status is SequenceStatus.RUNNING]
-
-
-def _outputs(changed: dict[str, Request]) -> list[RequestOutput]:
-    outputs = [make_output(request) for request in changed.values()]
-    for request in changed.values():
-        if request.is_finished:
-            # They point back at it: apart, both go at once and not when the collector comes by.
-            request.sequences.clear()
-    return [output for output in outputs if output is not None]

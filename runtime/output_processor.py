@@ -1,13 +1,20 @@
 """What a new token means for its sequence, and what the caller gets to see of a request."""
 
+import logging
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 
-from xllm_compile.runtime.batch import PromptRows
+from torch import Tensor
+
+from xllm_compile.runtime.batch import PoolRows, PromptRows
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestOutput
+from xllm_compile.runtime.pooling import make_embedding
 from xllm_compile.runtime.sampler import SampledToken, TokenLogprobs
 from xllm_compile.runtime.sampling_params import RequestOutputKind
 from xllm_compile.runtime.sequence import Request, Sequence
 from xllm_compile.runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def append_token(sequence: Sequence, sampled: SampledToken, tokenizer: Tokenizer) -> None:
@@ -37,6 +44,14 @@ def append_token(sequence: Sequence, sampled: SampledToken, tokenizer: Tokenizer
         finish_length(sequence)
 
 
+def fail(sequence: Sequence, reason: str) -> None:
+    """End a sequence for which no token could be sampled."""
+    request_id = sequence.request.request_id
+    logger.error("request %s failed: %s", request_id, reason)
+    sequence.detokenizer.finish()
+    sequence.finish("abort", f"error: request {request_id} failed: {reason}")
+
+
 def finish_length(sequence: Sequence) -> None:
     """End the sequence at its length. Text that was kept back may still turn out to end in a stop string."""
     stop = sequence.detokenizer.finish()
@@ -44,6 +59,17 @@ def finish_length(sequence: Sequence) -> None:
         sequence.finish("length")
     else:
         sequence.finish("stop", stop)
+
+
+def add_pooled(rows: PoolRows, pooled: Tensor, now: float) -> bool:
+    """Add what a chunk brings to its sequence's embedding. Returns whether that is all, and the sequence finished."""
+    sequence = rows.sequence
+    sequence.pooled = pooled if sequence.pooled is None else sequence.pooled + pooled
+    if rows.is_last:
+        sequence.embedding = make_embedding(sequence.pooled, sequence.num_tokens, rows.params)
+        sequence.request.metrics.last_token_s = now
+        sequence.finish("stop")
+    return rows.is_last
 
 
 def collect_prompt_logprobs(
@@ -54,6 +80,16 @@ def collect_prompt_logprobs(
         collected = rows.sequence.request.prompt_logprobs
         assert collected is not None
         collected += [_decoded_logprobs(of_token, tokenizer) for of_token in of_tokens]
+
+
+def make_outputs(changed: Collection[Request]) -> list[RequestOutput]:
+    """What these requests show after a step. Those that are finished let go of their sequences."""
+    outputs = [make_output(request) for request in changed]
+    for request in changed:
+        if request.is_finished:
+            # They point back at it: apart, both go at once and not when the collector comes by.
+            request.sequences.clear()
+    return [output for output in outputs if output is not None]
 
 
 def make_output(request: Request) -> RequestOutput | None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.runtime.fakes import EngineFactory, train_byte_level
 from tests.runtime.test_engine import EAGER, run
-from xllm_compile.runtime import engine as engine_module
+from xllm_compile.runtime import step_planner
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.instance import InstanceConfig
 from xllm_compile.runtime.memory.cpu_memory import CpuMemory
@@ -31,7 +31,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
     """Has the copying of so many tokens pay or not; what it really costs is not the same on any two machines."""
 
     def set_pays(pays: Callable[[int], bool]) -> None:
-        monkeypatch.setattr(engine_module, "swap_pays", lambda num_tokens, *_: pays(num_tokens))
+        monkeypatch.setattr(step_planner, "swap_pays", lambda num_tokens, *_: pays(num_tokens))
 
     return set_pays
 
@@ -158,7 +158,7 @@ def test_any_load_with_any_choices(
     choices = data.draw(st.lists(st.booleans(), min_size=1, max_size=8))
     turns = itertools.cycle(choices)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "swap_pays", lambda *_: next(turns))
+        patch.setattr(step_planner, "swap_pays", lambda *_: next(turns))
         lengths = data.draw(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=8))
         prompts = {}
         for index, (length, count) in enumerate(lengths):
