@@ -16,7 +16,7 @@ from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules, at
 from xllm_compile.benchmarks.simulation.goodput import Goodput, highest_rate
 from xllm_compile.benchmarks.simulation.hardware import Hardware
 from xllm_compile.benchmarks.simulation.requests import SimRequest, offline, online, read_requests, scaled, tidal
-from xllm_compile.request_trace import TraceRequest
+from xllm_compile.request_trace import TraceRequest, read_rates
 from xllm_compile.scheduler.cluster.state import Pool
 from xllm_compile.scheduler.policies.colocation import ColocationRules
 from xllm_compile.scheduler.policies.routing import RoutingRules
@@ -101,11 +101,17 @@ def run_colocation(
     seeds: int,
     num_requests: int,
     lengths: Path,
+    tide: Path | None,
 ) -> None:
-    """Highest offline rates at 3 % online violations, of every mode on every trace and on the first made tidal."""
+    """Highest offline rates at 3 % online violations, of every mode on every trace.
+
+    The first comes once more with its arrivals moved by the day of ``tide``, a ServeGen trace.
+    """
     half = num_instances // 2
     workloads = {path.stem: read_requests(path, num_requests) for path in traces}
-    workloads = {f"{traces[0].stem}, tidal": tidal(workloads[traces[0].stem])} | workloads
+    rates = read_rates(tide) if tide else []
+    if rates:
+        workloads = {f"{traces[0].stem}, tidal": tidal(workloads[traces[0].stem], rates)} | workloads
     figures: dict[str, Any] = {}
     bars: list[Bar] = []
     hardware = hardware_of(model, device)
@@ -143,6 +149,7 @@ def run_colocation(
         "pools": f"{half}P{num_instances - half}D",
         "targets": asdict(targets),
         "offline lengths": lengths.stem,
+        "tide": {"trace": tide.name, "rates": rates} if tide else None,
         "seeds": seeds,
         "num_requests": num_requests,
         "violations": _VIOLATIONS,

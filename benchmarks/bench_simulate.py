@@ -1,5 +1,6 @@
 """Services of many instances in simulation: what routing and roles are worth, and how many instances fit."""
 
+import math
 import os
 import random
 import time
@@ -31,6 +32,8 @@ LINK_BYTES_PER_S = 25e9
 # The prompt tokens that ride in a step of a decoding instance should not hold up the others for long.
 MAX_NUM_BATCHED_TOKENS = 2048
 ENOUGH = 0.9
+# Of the day that is drawn for its length.
+_DAY_PARTS = 96
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,15 +154,17 @@ def run_scale(
 ) -> None:
     """How long it takes to simulate a day of very many instances; writes NAME.json.
 
-    Arrivals rise and fall once over the time, lengths are drawn from the trace.
+    Arrivals rise and fall by 80 % once over the time, lengths are drawn from the trace.
     """
     hardware, rng = hardware_of(model, device), random.Random(0)
+    day = [1 + 0.8 * math.sin(math.tau * (part + 0.5) / _DAY_PARTS) for part in range(_DAY_PARTS)]
     lengths = read_requests(trace)
     arrivals = tidal(
         [
             replace(rng.choice(lengths), arrival_s=time_s)
             for time_s in sorted(rng.uniform(0, 3600 * hours) for _ in range(num_requests))
-        ]
+        ],
+        day,
     )
     requests = online(arrivals, targets.ttft_slo_s, targets.tpot_slo_s)
     half = num_instances // 2

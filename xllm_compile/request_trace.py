@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +119,35 @@ class _Lengths:
     output: Mapping[int, float]
 
 
-def _read_servegen(path: Path) -> list[TraceRequest]:
+def _servegen_traces(path: Path) -> list[Path]:
     traces = sorted(path.glob("*-trace.csv")) if path.is_dir() else [path]
     if not traces or not traces[0].is_file():
         raise TraceError(f"workload {path} holds no *-trace.csv")
+    return traces
+
+
+def _read_servegen(path: Path) -> list[TraceRequest]:
     clients = []
-    for trace in traces:
+    for trace in _servegen_traces(path):
         dataset = trace.with_name(trace.name.removesuffix("-trace.csv") + "-dataset.json")
         clients.append(_draw(_windows(trace), _lengths(dataset), random.Random(f"{_SEED}-{trace.name}")))
     drawn = list(islice(heapq.merge(*clients, key=lambda request: request.arrival_s or 0.0), MAX_DRAWN_REQUESTS))
     if not drawn:
         raise TraceError(f"workload {path} holds no request: every window's rate is 0")
     return drawn
+
+
+def read_rates(path: Path) -> list[float]:
+    """Requests a second in each window of a ServeGen trace, of all its clients together. Raises TraceError."""
+    clients = [_windows(trace) for trace in _servegen_traces(path)]
+    starts = [window.start_s for window in clients[0]]
+    widths = {round(end - begin, 3) for begin, end in pairwise(starts)}
+    if len(widths) != 1 or any([window.start_s for window in client] != starts for client in clients):
+        raise TraceError(f"workload {path} needs windows of one width, two at least and the same for all clients")
+    rates = [sum(window.rate for window in windows) for windows in zip(*clients, strict=True)]
+    if not any(rates):
+        raise TraceError(f"workload {path} holds no request: every window's rate is 0")
+    return rates
 
 
 def _windows(path: Path) -> list[_Window]:

@@ -47,6 +47,11 @@ def simulate_roles_command(
 @click.option(
     "--lengths", type=click.Path(path_type=Path), required=True, help="Trace whose lengths offline requests have."
 )
+@click.option(
+    "--tide",
+    type=click.Path(path_type=Path),
+    help="ServeGen trace of a day: the first trace is played once more, its arrivals as this one's rise and fall.",
+)
 @click.option("--name", default="colocation", help="Name of the record.")
 @planned_options
 @click.option("--instances", "num_instances", type=click.IntRange(2), default=8)

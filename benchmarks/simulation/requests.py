@@ -1,9 +1,10 @@
 """Requests of a simulation, and what became of them."""
 
-import math
 import random
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from xllm_compile.request_trace import TraceError, TraceRequest, has_times, read_trace
@@ -97,20 +98,21 @@ def scaled(trace: Sequence[TraceRequest], rate: float, seed: int) -> list[TraceR
     return [replace(one, arrival_s=((one.arrival_s or 0.0) - start) * factor) for one in turned]
 
 
-def tidal(trace: Sequence[TraceRequest], swing: float = 0.8) -> list[TraceRequest]:
-    """The trace with arrivals moved so that its rate rises and falls by ``swing`` once from beginning to end."""
+def tidal(trace: Sequence[TraceRequest], rates: Sequence[float]) -> list[TraceRequest]:
+    """The trace in as much time, with arrivals moved so that its rate follows ``rates``, of equal parts of that time.
+
+    One at least is above 0.
+    """
     length_s = trace[-1].arrival_s or 1.0
+    came = [0.0, *accumulate(rates)]
+    # Share of all requests that came by the end of each part; the last is 1, however sums round.
+    done = [count / came[-1] for count in came]
 
     def moved(share: float) -> float:
-        # The inverse of t + swing / 2 pi * (1 - cos(2 pi t)), which grows: by bisection.
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            if middle + swing / math.tau * (1 - math.cos(math.tau * middle)) < share:
-                low = middle
-            else:
-                high = middle
-        return low
+        if not share:
+            return 0.0
+        part = bisect_left(done, share)
+        return (part - 1 + (share - done[part - 1]) / (done[part] - done[part - 1])) / len(rates)
 
     return [replace(one, arrival_s=length_s * moved((one.arrival_s or 0.0) / length_s)) for one in trace]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from xllm_compile.request_trace import MAX_DRAWN_REQUESTS, TraceError, TraceRequest, has_times, read_trace
+from xllm_compile.request_trace import MAX_DRAWN_REQUESTS, TraceError, TraceRequest, has_times, read_rates, read_trace
 
 # Two rows of the Azure LLM inference trace 2023 (CC-BY-4.0), later first.
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -62,6 +62,35 @@ def test_servegen_windows_are_drawn_at_their_rates(tmp_path):
     assert len(both) == pytest.approx(2 * len(one), rel=0.1)
     assert {r.prompt_tokens for r in both} == {100, 300, 2100, 2300} and {r.output_tokens for r in both} == {7}
     assert sum(r.prompt_tokens for r in both) / len(both) == pytest.approx(1200, rel=0.1)
+
+
+def test_the_rates_of_a_day_are_those_of_all_clients(tmp_path):
+    (tmp_path / "a-trace.csv").write_text(WINDOWS)
+    (tmp_path / "b-trace.csv").write_text("0,0.5,1,Gamma,1,1\n600,0.25,1,Gamma,1,1\n1200,0,0,,0,0\n")
+    alone, both = read_rates(tmp_path / "a-trace.csv"), read_rates(tmp_path)
+    assert alone == [2.0, 0.0, 1.0] and both == [2.5, 0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("windows", "said"),
+    [
+        ("0,1,0,,0,0\n", "windows of one width, two at least"),
+        ("", "windows of one width, two at least"),
+        ("0,1,0,,0,0\n600,1,0,,0,0\n700,1,0,,0,0\n", "windows of one width"),
+        ("0,0,0,,0,0\n600,0,0,,0,0\n", "every window's rate is 0"),
+    ],
+)
+def test_windows_that_make_no_day(tmp_path, windows, said):
+    (tmp_path / "x-trace.csv").write_text(windows)
+    with pytest.raises(TraceError, match=said):
+        read_rates(tmp_path)
+
+
+def test_clients_of_other_days_make_none_together(tmp_path):
+    (tmp_path / "a-trace.csv").write_text("0,1,0,,0,0\n600,1,0,,0,0\n")
+    (tmp_path / "b-trace.csv").write_text("0,1,0,,0,0\n300,1,0,,0,0\n")
+    with pytest.raises(TraceError, match="the same for all clients"):
+        read_rates(tmp_path)
 
 
 def test_drawing_ends(tmp_path):

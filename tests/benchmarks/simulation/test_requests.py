@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xllm_compile.benchmarks.simulation.requests import offline, online, read_requests, scaled, tidal
 from xllm_compile.request_trace import TraceError, TraceRequest
@@ -19,13 +21,25 @@ def test_a_scaled_trace_has_the_rate_and_begins_where_the_seed_says():
 
 
 def test_a_tide_moves_arrivals_and_nothing_else():
-    tide = tidal(TRACE)
+    tide = tidal(TRACE, [3.0, 0.0, 1.0, 4.0])
     assert [one.prompt_tokens for one in tide] == [one.prompt_tokens for one in TRACE]
     arrivals = [one.arrival_s or 0.0 for one in tide]
     assert arrivals == sorted(arrivals)
     assert arrivals[0] == pytest.approx(0.0) and arrivals[-1] == pytest.approx(999.0)
-    high, low = (sum(begin <= at < begin + 100 for at in arrivals) for begin in (200, 700))
-    assert high == pytest.approx(180, rel=0.05) and low == pytest.approx(20, rel=0.2)
+    counts = [sum(begin <= at < begin + 249.75 for at in arrivals) for begin in (0.0, 249.75, 499.5, 749.25)]
+    assert counts == pytest.approx([375, 0, 125, 500], abs=2)
+    # Within a part they keep their distances.
+    assert arrivals[1] - arrivals[0] == pytest.approx(arrivals[300] - arrivals[299])
+
+
+@given(rates=st.lists(st.floats(0, 1e6), min_size=1).filter(any))
+def test_under_any_tide_requests_keep_their_order_and_time(rates):
+    arrivals = [one.arrival_s or 0.0 for one in tidal(TRACE[:50], rates)]
+    assert arrivals == sorted(arrivals) and arrivals[0] >= 0.0 and arrivals[-1] <= 49.0 * (1 + 1e-12)
+
+
+def test_a_steady_tide_moves_nothing():
+    assert [one.arrival_s for one in tidal(TRACE, [5.0] * 7)] == pytest.approx([one.arrival_s for one in TRACE])
 
 
 def test_offline_requests_come_steadily_and_want_nothing():
