@@ -17,15 +17,21 @@ class Port:
     """Whether callers must prove who they are."""
     guard: str
     """The options that make them."""
+    may_be_open: bool = True
+    """Whether --allow-unauthenticated opens it to anybody."""
 
 
 def check_ports(ports: Iterable[Port], *, allow_unauthenticated: bool) -> None:
     """Raises ValueError naming the first port that is open to other machines without proof of who calls."""
     for port in ports:
-        if not (port.is_guarded or allow_unauthenticated or is_loopback(port.host)):
+        is_allowed = allow_unauthenticated and port.may_be_open
+        if not (port.is_guarded or is_allowed or is_loopback(port.host)):
+            otherwise = (
+                ", or --allow-unauthenticated if something in front checks who calls" if port.may_be_open else ""
+            )
             raise ValueError(
                 f"{port.host_option} {port.host}: {port.name} is reachable from other machines and takes anybody; give "
-                f"{port.guard}, or --allow-unauthenticated if something in front checks who calls"
+                f"{port.guard}{otherwise}"
             )
 
 

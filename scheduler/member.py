@@ -1,5 +1,6 @@
 """A serving process as one instance of a service of many: its options, and what it says of itself."""
 
+import logging
 import os
 import socket
 import uuid
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from xllm_compile.scheduler.cluster.state import InstanceInfo
     from xllm_compile.scheduler.instance_api import InstanceServicer
     from xllm_compile.scheduler.service import Service
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("mix", "prefill", "decode")
 DEFAULT_TRANSFERS = "shm,tcp"
@@ -52,6 +55,8 @@ def transfer_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def check_registry(options: Mapping[str, Any]) -> None:
     """Raises ValueError for an address that is none, and where nobody would use it."""
     if options["registry"] is None:
+        if is_member(options):
+            logger.warning("--role %s without --registry: no gateway will find this instance", options["role"])
         return
     if options["role"] is None:
         raise ValueError(f"--registry {options['registry']} is for a service of several processes; add --role")

@@ -283,14 +283,17 @@ def command(context: click.Context, /, **options: Any) -> int:
     )
     # It announces every start and stop; the lines here say the same with the ports.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    given = given_arguments(context)
     if options["instances"] is not None:
         from xllm_compile.scheduler.launch.launch import launch
 
-        return launch(options, given_arguments(context))
+        return launch(options, given)
     if options["launcher"] != "local":
         raise click.UsageError(f"--launcher {options['launcher']} starts --instances; add them, such as 2P2D")
+    from xllm_compile.scheduler.role_options import check_role_options
     from xllm_compile.scheduler.startup import serve
 
+    check_role_options(options["role"], given)
     return serve(options)
 
 

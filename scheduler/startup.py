@@ -110,6 +110,7 @@ def open_ports(options: Mapping[str, Any], tls: TlsConfig) -> Iterator[Port]:
             host=options["transfer_host"],
             is_guarded=bool(options["transfer_secret"]),
             guard="--transfer-secret (or XLLM_TRANSFER_SECRET)",
+            may_be_open=False,
         )
 
 

@@ -6,30 +6,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from xllm_compile.scheduler.role_options import GATEWAY_OPTIONS, OWN_OPTIONS, SECRET_OPTIONS, SHARED_OPTIONS
+
 GATEWAY = "gateway"
 _ROLES = {"P": "prefill", "D": "decode", "M": "mix"}
 _TERM = re.compile(r"(\d+)([PDM])")
 _LOOPBACK = "127.0.0.1"
 
-# By parameter name of xllm-serve. What is in none of these is of instances alone.
-GATEWAY_OPTIONS = frozenset(
-    {
-        *("host", "port", "grpc_port", "registry_host", "registry_port", "routing", "kv_fetch"),
-        *("dynamic_roles", "colocation"),
-        *("tls_cert", "tls_key", "tls_client_auth", "allow_unauthenticated"),
-        *("batch_dir", "batch_max_lines", "batch_max_file_size", "batch_disk_size"),
-    }
-)
-SHARED_OPTIONS = frozenset(
-    {
-        *("served_model_name", "max_model_len", "max_streams", "max_connections", "drain_timeout"),
-        *("ttft_slo_ms", "tpot_slo_ms", "tool_call_parser", "reasoning_parser", "log_level"),
-        "otlp_traces_endpoint",
-    }
-)
-# In the environment of all, where other users do not see them.
-SECRET_OPTIONS = frozenset({"api_keys", "transfer_secret"})
-OWN_OPTIONS = frozenset({"instances", "launcher", "use_compile", "artifacts"})
+# By parameter name of xllm-serve. What is in none of role_options' sets is of instances alone.
 _REFUSED = {
     "role": "each process gets its own",
     "registry": "the gateway serves one",

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from xllm_compile.scheduler.serve import command
+from xllm_compile.scheduler.role_options import check_role_options
+from xllm_compile.scheduler.serve import command, given_arguments
 
 yaml = pytest.importorskip("yaml", reason="needs pyyaml, of the dev extra")
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate, of the dev extra")
@@ -27,6 +28,7 @@ def options_of(workload):
     arguments = [each.replace("$(POD_NAME)", "pod-0").replace("$(POD_IP)", "10.0.0.7") for each in container["args"]]
     assert not any("$(" in each for each in arguments)
     with command.make_context("xllm-serve", arguments) as context:
+        check_role_options(context.params["role"], given_arguments(context))
         return container, context.params
 
 

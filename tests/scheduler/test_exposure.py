@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from xllm_compile.scheduler.exposure import Port, check_ports, is_loopback
@@ -27,3 +29,18 @@ def test_the_port_that_is_open_to_others_is_named():
         check_ports(ports, allow_unauthenticated=False)
     check_ports(ports, allow_unauthenticated=True)
     check_ports(ports[:2], allow_unauthenticated=False)
+
+
+def test_a_port_that_nothing_opens_to_all_does_not_offer_it():
+    takes_kv = Port(
+        name="the port that takes KV",
+        host_option="--transfer-host",
+        host="10.0.0.1",
+        is_guarded=False,
+        guard="--transfer-secret",
+        may_be_open=False,
+    )
+    for allow_unauthenticated in (False, True):
+        with pytest.raises(ValueError, match=r"give --transfer-secret$"):
+            check_ports([takes_kv], allow_unauthenticated=allow_unauthenticated)
+    check_ports([replace(takes_kv, is_guarded=True)], allow_unauthenticated=False)

@@ -1,7 +1,7 @@
 import pytest
 
-from xllm_compile.scheduler.launch import plan as plans
 from xllm_compile.scheduler.launch.plan import make_plan, parse_instances
+from xllm_compile.scheduler.role_options import GATEWAY_OPTIONS, SECRET_OPTIONS, SHARED_OPTIONS
 from xllm_compile.scheduler.serve import command, given_arguments
 
 
@@ -98,4 +98,4 @@ def test_what_does_not_go_together_is_refused(arguments):
 
 def test_the_options_named_here_exist():
     names = {parameter.name for parameter in command.params}
-    assert names >= plans.GATEWAY_OPTIONS | plans.SHARED_OPTIONS | plans.SECRET_OPTIONS
+    assert names >= GATEWAY_OPTIONS | SHARED_OPTIONS | SECRET_OPTIONS
