@@ -14,49 +14,29 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import takewhile
 from threading import Lock
 
 from torch import Tensor
 
 from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.kv_events import KVEventLog, KVTier
+from xllm_compile.runtime.memory.cached_blocks import CachedBlocks
 from xllm_compile.runtime.memory.cpu_memory import CpuMemory
+from xllm_compile.runtime.memory.kv_cache_stats import KVCacheStats
 from xllm_compile.runtime.memory.kv_tiers import KVTiers
 from xllm_compile.runtime.memory.page_ops import PageOps
 from xllm_compile.runtime.memory.page_pool import PagePool
-from xllm_compile.runtime.memory.prefix_cache import BlockChain, PrefixCache
+from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.runtime.memory.shared_pages import PageShare
+from xllm_compile.runtime.memory.slot_pages import SlotPages
 from xllm_compile.runtime.memory.swap_space import SwappedKV, SwapSpace
 from xllm_compile.runtime.memory.virtual_memory import VirtualMemory
 from xllm_compile.runtime.memory.xtensor import XTensor
 from xllm_compile.runtime.policies.page_shares import PageUse
 
-# Free pages whose memory is there before they are taken. The system may need milliseconds to find 2 MiB in one piece.
-_NUM_PREPARED = 64
-
 
 class KVCacheFullError(RuntimeError):
     """No slot is free. The scheduler never lets this happen."""
-
-
-@dataclass(kw_only=True, slots=True)
-class KVCacheStats:
-    """Counters only grow."""
-
-    num_queried_tokens: int = 0
-    """Tokens of sequences that were looked up."""
-    num_hit_tokens: int = 0
-    """Tokens that need not be computed."""
-    num_shared_pages: int = 0
-    """Pages mapped into one more range instead of being computed again."""
-    num_copied_bytes: int = 0
-    """Copied at the boundary of shared prefixes."""
-    num_maps: int = 0
-    num_maps_ahead: int = 0
-    """Of these, made by another thread before the page was needed."""
-    num_evicted_pages: int = 0
-    """Pages taken although their content could still be found."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,31 +82,39 @@ class KVCache:
                 f" mappings where the system allows {memory.max_mappings}; raise vm.max_map_count by at least"
                 f" {needed - memory.max_mappings} (sysctl -w vm.max_map_count=...), or lower kv_memory_bytes"
             )
-        self.xtensor = XTensor(memory, config.num_slots, config.max_model_len * config.bytes_per_token)
-        self.ops = PageOps()
-        """What other ranks have to do alike, and the copies of this one: for the next step."""
-        if config.pretouch:
-            for page in range(config.num_pages):
-                memory.prepare(page)
+        self.stats = KVCacheStats()
+        self._pool = PagePool(config.num_pages, is_empty=share is not None)
+        self._blocks = CachedBlocks(config, memory, self._pool, tiers)
+        self._pages = SlotPages(config, memory, self._pool, self._blocks, self.stats)
+        self.swap = None if swap_bytes is None else SwapSpace(swap_bytes, memory)
         used = config.max_model_len * config.bytes_per_token
         tokens = self.xtensor.ranges[:, :used].view(config.dtype).unflatten(1, (config.max_model_len, -1))
         by_layer = tokens[:, :, : math.prod(config.token_shape)].unflatten(2, config.token_shape)
         self.layers: list[Tensor] = list(by_layer.unbind(2))
         """One tensor [num_slots, max_model_len, 2, num_kv_heads, head_dim] per layer, at a fixed address."""
-        self.stats = KVCacheStats()
-        self.tiers = tiers
-        self.swap = None if swap_bytes is None else SwapSpace(swap_bytes, memory)
-        self._pool = PagePool(config.num_pages, is_empty=share is not None)
-        self.log = KVEventLog() if tiers is None else tiers.log
-        """Told of the blocks that can be found, in pages and in the tiers."""
-        self._prefixes = PrefixCache(self.log)
-        self._prepared: set[int] = set(range(config.num_pages)) if config.pretouch else set()
-        """Pages that were asked for ahead, or have been used."""
         self._live: dict[int, _Live] = {}
-        self._idle = set(range(config.num_slots))
         self._used_tokens = 0
         self._num_counted = 0
         """Pages of live sequences as scheduling counts them, shared ones for each."""
+
+    @property
+    def xtensor(self) -> XTensor:
+        return self._pages.xtensor
+
+    @property
+    def ops(self) -> PageOps:
+        """What other ranks have to do alike, and the copies of this one: for the next step."""
+        return self._pages.ops
+
+    @property
+    def tiers(self) -> KVTiers | None:
+        """Where blocks go that lose their pages."""
+        return self._blocks.tiers
+
+    @property
+    def log(self) -> KVEventLog:
+        """Told of the blocks that can be found, in pages and in the tiers."""
+        return self._blocks.log
 
     @property
     def num_slots(self) -> int:
@@ -134,7 +122,7 @@ class KVCache:
 
     @property
     def num_free_slots(self) -> int:
-        return len(self._idle)
+        return len(self._pages.idle)
 
     @property
     def total_tokens(self) -> int:
@@ -172,18 +160,17 @@ class KVCache:
     def page_offsets(self, slot: int) -> list[int]:
         """Where the pages of the slot's sequence are in the device's memory, in bytes, by position."""
         size = self.config.page_size
-        return [self._page(slot, position) * size for position in range(self._live[slot].num_pages)]
+        return [self._pages.page(slot, position) * size for position in range(self._live[slot].num_pages)]
 
     def num_own_pages(self, slot: int) -> int:
         """By how much num_free_pages grows when the slot's sequence ends: it does not for what others share."""
         live = self._live[slot]
-        pages = (self._page(slot, position) for position in range(live.num_pages))
+        pages = (self._pages.page(slot, position) for position in range(live.num_pages))
         return self._counted(live.length) - sum(self._pool.num_holders(page) > 1 for page in pages)
 
     def digests(self) -> dict[KVTier, list[bytes]]:
         """Of the blocks that can be found. From any thread; with changes after this call see kv_events.py."""
-        lower = {} if self.tiers is None else self.tiers.digests()
-        return {KVTier.DEVICE: self._prefixes.digests(), **lower}
+        return self._blocks.digests()
 
     def new_chain(self, salt: bytes = b"") -> BlockChain:
         """For the tokens of one sequence."""
@@ -193,22 +180,14 @@ class KVCache:
         """Tokens at the start of a sequence of num_tokens that are cached; its last token never is."""
         if chain is None or not self.config.prefix_cache:
             return 0
-        size = self.config.block_tokens
-        limit = min(len(chain.digests), max(num_tokens - 1, 0) // size)
-        found = self._prefixes.match(chain.digests, limit)
-        while self.tiers is not None and found < limit and chain.digests[found] in self.tiers:
-            found += 1
-        return found * size
+        return self._blocks.find(chain, num_tokens)
 
     def prefetch(self, chain: BlockChain) -> "Future[None] | None":
         """Start to read from disk the blocks of the chain that neither pages nor host memory have.
 
         None where there is nothing to wait for. From any thread: what changes meanwhile is read or computed again.
         """
-        if self.tiers is None:
-            return None
-        on_pages = self._prefixes.match(chain.digests, len(chain.digests))
-        return self.tiers.prefetch(chain.digests[on_pages:])
+        return self._blocks.prefetch(chain)
 
     def num_unheld_pages(self, chain: BlockChain | None, num_cached: int) -> int:
         """By how much num_free_pages falls when a sequence starts that finds num_cached tokens or has them swapped out.
@@ -217,7 +196,7 @@ class KVCache:
         """
         if num_cached == 0:
             return 0
-        shared, _ = self._shared_pages(chain, self._on_pages(chain, num_cached))
+        shared, _ = self._blocks.pages(chain, self._blocks.on_pages(chain, num_cached))
         return self._counted(num_cached) - sum(self._pool.num_holders(page) > 0 for page in shared)
 
     def allocate(
@@ -236,23 +215,19 @@ class KVCache:
 
         Takes `num_unheld_pages` of the free ones. Raises KVCacheFullError when no slot is idle.
         """
-        if not self._idle:
+        if not self._pages.idle:
             raise KVCacheFullError(f"all {self.num_slots} KV slots are in use; free one first or raise num_slots")
-        cached = self._on_pages(chain, min(self.find(chain, num_tokens), num_cached))
-        restored = self._read_tiers(chain, cached, num_cached) if swapped is None else []
-        shared, boundary = self._shared_pages(chain, cached)
-        if self._mappings_with(shared) > self.xtensor.memory.max_mappings:
+        cached = self._blocks.on_pages(chain, min(self.find(chain, num_tokens), num_cached))
+        restored = self._blocks.read(chain, cached, num_cached) if swapped is None else []
+        shared, boundary = self._blocks.pages(chain, cached)
+        num_held = sum(live.num_pages for live in self._live.values())
+        if self._pages.num_mappings_with(len(shared), num_held) > self.xtensor.memory.max_mappings:
             # Sharing pages takes mappings but no pages: without, the pages are the tighter limit.
             cached, shared, boundary, restored = 0, [], None, []
         for page in shared:
             self._pool.hold(page)
-        slot = self._choose_slot(shared, self.config.pages_for(num_tokens))
-        self._idle.remove(slot)
+        slot = self._pages.open(shared, self.config.pages_for(num_tokens))
         live = self._live[slot] = _Live(length=cached, num_committed=cached // self.config.block_tokens)
-        self._clear_for(slot, shared)
-        for position, page in enumerate(shared):
-            if self.xtensor.page(slot, position) != page:
-                self._map(slot, position, page)
         live.num_pages = len(shared)
         if boundary is not None:
             self._copy_boundary(slot, live, boundary)
@@ -285,14 +260,16 @@ class KVCache:
             return False
         needed, num_before = self.config.pages_for(length), live.num_pages
         for position in range(num_before, needed):
-            self._hold_or_map(slot, position, is_ahead=is_ahead)
+            self._pages.hold(slot, position, is_ahead=is_ahead)
         live.num_pages = max(needed, num_before)
         self._num_counted += self._counted(length) - self._counted(live.length)
         live.length = length
         self._used_tokens += num_tokens
-        self._map_ahead(slot, live)
+        # The page for the next token but one is mapped now, so that no step waits for it.
+        if self.config.pages_for(min(length + 2, self.config.max_model_len)) > live.num_pages:
+            self._pages.map_ahead(slot, live.num_pages)
         if needed > num_before:
-            self._prepare()
+            self._pages.prepare()
         return True
 
     def settle(self, slot: int) -> None:
@@ -306,7 +283,7 @@ class KVCache:
         length = live.length - num_tokens
         needed = self.config.pages_for(length)
         for position in range(needed, live.num_pages):
-            self._pool.let_go(self._page(slot, position))
+            self._pool.let_go(self._pages.page(slot, position))
         live.num_pages = min(needed, live.num_pages)
         self._num_counted += self._counted(length) - self._counted(live.length)
         self._used_tokens -= num_tokens
@@ -322,11 +299,9 @@ class KVCache:
         live = self._live[slot]
         for index in range(live.num_committed, min(num_computed // self.config.block_tokens, len(chain.digests))):
             live.num_committed = index + 1
-            if chain.digests[index] in self._prefixes:
-                continue
-            pages = [self._page(slot, position) for position in self._positions_of_block(index)]
-            self._prefixes.add(chain.digests[index], pages, index)
-            self._pool.index(pages)
+            if chain.digests[index] not in self._blocks:
+                pages = (self._pages.page(slot, position) for position in self._blocks.positions(index))
+                self._blocks.add(chain.digests[index], index, pages)
 
     def swap_out(self, slot: int, num_tokens: int) -> SwappedKV | None:
         """Copy the KV of the slot's first num_tokens to host memory, for `allocate`; None when there is no room.
@@ -337,9 +312,10 @@ class KVCache:
         if self.swap is None or not self.swap.has_room(num_bytes):
             return None
         began, page_size = time.perf_counter(), self.config.page_size
+        pages = (self._pages.page(slot, position) for position in range(self.config.pages_for(num_tokens)))
         parts = [
-            self.xtensor.memory.read(self._page(slot, position), 0, min(num_bytes - position * page_size, page_size))
-            for position in range(self.config.pages_for(num_tokens))
+            self.xtensor.memory.read(page, 0, min(num_bytes - position * page_size, page_size))
+            for position, page in enumerate(pages)
         ]
         swapped = SwappedKV(num_tokens=num_tokens, data=b"".join(parts))
         self.swap.keep(swapped, time.perf_counter() - began)
@@ -353,27 +329,19 @@ class KVCache:
     def free(self, slot: int) -> None:
         """End the slot's sequence. Its pages stay mapped until they are needed elsewhere."""
         live = self._live.pop(slot)
-        # The last ones are taken back first: what follows a prefix is of no use without it.
-        for position in reversed(range(live.num_pages)):
-            self._pool.let_go(self._page(slot, position))
+        self._pages.close(slot, live.num_pages)
         self._used_tokens -= live.length
         self._num_counted -= self._counted(live.length)
-        self._idle.add(slot)
 
     def forget(self) -> None:
         """Nothing that was computed is found any more: a step failed, or the content is gone."""
         for page in range(self.config.num_pages):
             if self._pool.is_indexed(page):
-                self._unindex(page)
+                self._blocks.forget(page)
 
     def give_back(self) -> None:
         """Give the memory of all pages without a live sequence back to the system. No step may be under way."""
-        for page in self._pool.idle_pages():
-            self._release_page(page)
-            self._pool.free(page)
-        for page in self._pool.free_pages():
-            self.xtensor.memory.discard(page)
-            self._prepared.discard(page)
+        self._pages.discard()
 
     @property
     def share(self) -> PageShare | None:
@@ -391,7 +359,7 @@ class KVCache:
         with self._resizing:
             if share.num_asked:
                 count = min(share.surplus(self._page_use(num_wanted)), self._pool.num_available)
-                given = self._remove(count)
+                given = self._pages.remove(count)
                 share.give(given, self._page_use(num_wanted))
             self._pool.add(share.request(self._page_use(num_wanted)))
 
@@ -405,7 +373,7 @@ class KVCache:
             return
         assert not self._live, "a model sleeps when its requests are finished"
         with self._resizing:
-            self._share.sleep(self._remove(self._pool.num_pages))
+            self._share.sleep(self._pages.remove(self._pool.num_pages))
 
     def wake_up(self) -> None:
         """Have room for one sequence of full length again, at least. May wait for other models' steps.
@@ -430,84 +398,18 @@ class KVCache:
             num_wanted=num_wanted,
         )
 
-    def _remove(self, count: int) -> list[int]:
-        """Pages that are the cache's no longer, and mapped nowhere."""
-        if count == 0:
-            return []
-        # Else their memory might come after it was given to somebody.
-        self.xtensor.finish_preparing()
-        given = []
-        for _ in range(count):
-            given.append(self._pool.remove())
-            self._release_page(given[-1])
-        self._prepared.difference_update(given)
-        return given
-
     def _counted(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_tokens)
-
-    def _positions_of_block(self, index: int) -> range:
-        size = self.config.block_tokens * self.config.bytes_per_token
-        return range(index * size // self.config.page_size, -(-(index + 1) * size // self.config.page_size))
-
-    def _shared_pages(self, chain: BlockChain | None, num_cached: int) -> tuple[list[int], int | None]:
-        """Pages that num_cached tokens fill, by position, and the one that they begin to fill."""
-        if chain is None or num_cached == 0:
-            return [], None
-        pages: dict[int, int] = {}
-        for index in range(num_cached // self.config.block_tokens):
-            # Of blocks that touch the same page the last one knows: it was computed behind the others.
-            pages.update(zip(self._positions_of_block(index), self._prefixes.pages(chain.digests[index]), strict=True))
-        num_full = num_cached * self.config.bytes_per_token // self.config.page_size
-        return [pages[position] for position in range(num_full)], pages.get(num_full)
-
-    def _choose_slot(self, shared: Sequence[int], num_pages: int) -> int:
-        """The idle slot that maps most of the shared pages already; among equals the one of the nearest size."""
-
-        def fitness(slot: int) -> tuple[int, int, int]:
-            pages = (self.xtensor.page(slot, position) == page for position, page in enumerate(shared))
-            alike = sum(1 for _ in takewhile(bool, pages))
-            return -alike, abs(self.xtensor.num_mapped(slot) - num_pages), slot
-
-        return min(self._idle, key=fitness)
-
-    def _clear_for(self, slot: int, shared: Sequence[int]) -> None:
-        """Unmap what the slot's new sequence may not write, behind what it shares."""
-        begin = end = 0
-        for position, page in self.xtensor.mapped(slot):
-            is_own = self._pool.num_holders(page) == 0 and not self._pool.is_indexed(page)
-            if position < len(shared) or (is_own and len(self.xtensor.places(page)) == 1):
-                continue
-            if position != end:
-                self._unmap(slot, begin, end)
-                begin = position
-            end = position + 1
-        self._unmap(slot, begin, end)
 
     def _copy_boundary(self, slot: int, live: _Live, source: int) -> None:
         num_bytes = live.length * self.config.bytes_per_token - live.num_pages * self.config.page_size
         self._pool.touch(source)
-        self._hold_or_map(slot, live.num_pages)
+        self._pages.hold(slot, live.num_pages)
         # Where no other page was left it is the same one: what was to be copied is there.
-        if self._page(slot, live.num_pages) != source:
+        if self._pages.page(slot, live.num_pages) != source:
             self.ops.copy(source, slot, live.num_pages, num_bytes)
             self.stats.num_copied_bytes += num_bytes
         live.num_pages += 1
-
-    def _on_pages(self, chain: BlockChain | None, num_cached: int) -> int:
-        """Of num_cached tokens, those whose KV lies in pages: the rest is in a tier."""
-        if chain is None:
-            return 0
-        size = self.config.block_tokens
-        return self._prefixes.match(chain.digests, num_cached // size) * size
-
-    def _read_tiers(self, chain: BlockChain | None, begin: int, end: int) -> list[bytes]:
-        """The blocks of tokens [begin, end), up to the first that the tiers have lost meanwhile."""
-        if chain is None or self.tiers is None:
-            return []
-        size = self.config.block_tokens
-        found = (self.tiers.read(digest) for digest in chain.digests[begin // size : end // size])
-        return list(takewhile(lambda data: data is not None, found))  # type: ignore[arg-type]
 
     def _restore(self, slot: int, live: _Live, blocks: Sequence[bytes]) -> int:
         """Put the blocks behind what the slot holds; returns their number of tokens."""
@@ -516,7 +418,7 @@ class KVCache:
         num_tokens = len(blocks) * self.config.block_tokens
         needed = self.config.pages_for(live.length + num_tokens)
         for position in range(live.num_pages, needed):
-            self._hold_or_map(slot, position)
+            self._pages.hold(slot, position)
         live.num_pages = max(needed, live.num_pages)
         for data in blocks:
             self.ops.restore(slot, live.length * self.config.bytes_per_token, data)
@@ -526,99 +428,9 @@ class KVCache:
     def _swap_in(self, slot: int, live: _Live, swapped: SwappedKV) -> None:
         needed = self.config.pages_for(swapped.num_tokens)
         for position in range(live.num_pages, needed):
-            self._hold_or_map(slot, position)
+            self._pages.hold(slot, position)
         live.num_pages = max(needed, live.num_pages)
         begin = live.length * self.config.bytes_per_token
         self.ops.restore(slot, begin, swapped.data[begin:])
         live.length = swapped.num_tokens
         self.drop_swapped(swapped)
-
-    def _offload(self, page: int) -> None:
-        """Leave the blocks on the page to the tiers: all of what they touch is still as it was."""
-        assert self.tiers is not None
-        page_size, left = self.config.page_size, 0
-        size = self.config.block_tokens * self.config.bytes_per_token
-        for digest in self._prefixes.blocks_on(page):
-            if digest in self.tiers:
-                continue
-            offset, left, parts = self._prefixes.index(digest) * size % page_size, size, []
-            for each in self._prefixes.pages(digest):
-                count = min(left, page_size - offset)
-                parts.append(self.xtensor.memory.read(each, offset, count))
-                offset, left = 0, left - count
-            self.tiers.offload(digest, b"".join(parts))
-
-    def _hold_or_map(self, slot: int, position: int, *, is_ahead: bool = False) -> None:
-        """Make the page at the position, a new one if there is none, the live sequence's."""
-        self.xtensor.settle(slot, position)
-        page = self.xtensor.page(slot, position)
-        if page is None:
-            page = self._take()
-            self._map(slot, position, page, is_ahead=is_ahead)
-        assert self._pool.num_holders(page) == 0 and not self._pool.is_indexed(page)
-        self._pool.hold(page)
-
-    def _map_ahead(self, slot: int, live: _Live) -> None:
-        """Have the page for the next token but one mapped now, so that no step waits for it."""
-        position = live.num_pages
-        if self.config.pages_for(min(live.length + 2, self.config.max_model_len)) <= position:
-            return
-        # Not at the cost of cached content, which a step would take only if it had to, nor of a page mapped ahead.
-        if self.xtensor.page(slot, position) is None and self._pool.num_spare > len(self._live):
-            page = self._take()
-            self._map(slot, position, page, is_ahead=True)
-            self._pool.keep(page)
-
-    def _prepare(self) -> None:
-        """Have the memory of the pages that are taken next brought by another thread. Once for each page."""
-        for page in self._pool.next_free(_NUM_PREPARED):
-            if page not in self._prepared:
-                self._prepared.add(page)
-                self.xtensor.prepare(page)
-
-    def _take(self) -> int:
-        page = self._pool.take()
-        self._prepared.add(page)
-        self._release_page(page)
-        return page
-
-    def _release_page(self, page: int) -> None:
-        """Take a page that no live sequence holds out of the index and of all ranges."""
-        if self._pool.is_indexed(page):
-            if self.tiers is not None:
-                self._offload(page)
-            self.stats.num_evicted_pages += 1
-            self._unindex(page)
-        for slot, position in self.xtensor.places(page):
-            self._unmap(slot, position, position + 1)
-
-    def _unindex(self, page: int) -> None:
-        for orphan in self._prefixes.evict(page):
-            self._pool.unindex(orphan)
-
-    def _page(self, slot: int, position: int) -> int:
-        page = self.xtensor.page(slot, position)
-        assert page is not None
-        return page
-
-    def _mappings_with(self, shared: Sequence[int]) -> int:
-        """Mappings of live sequences if one shared these pages and all others were taken by somebody."""
-        held = sum(live.num_pages for live in self._live.values())
-        return held + len(shared) + self._pool.num_available + self.num_slots
-
-    def _map(self, slot: int, position: int, page: int, *, is_ahead: bool = False) -> None:
-        if self.xtensor.num_mappings + 2 * self.num_slots >= self.xtensor.memory.max_mappings:
-            self._unmap_idle_slots()
-        self.ops.map(slot, position, page)
-        self.xtensor.map(slot, position, page, is_ahead=is_ahead)
-        self.stats.num_maps += 1
-        self.stats.num_maps_ahead += is_ahead
-
-    def _unmap(self, slot: int, begin: int, end: int) -> None:
-        if begin < end:
-            self.ops.unmap(slot, begin, end)
-            self.xtensor.unmap(slot, begin, end)
-
-    def _unmap_idle_slots(self) -> None:
-        for slot in self._idle:
-            self._unmap(slot, 0, self.xtensor.pages_per_slot)
