@@ -16,13 +16,23 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 # A day of the busiest published client is a hundred times this; an hour of it decides the same buckets.
 MAX_DRAWN_REQUESTS = 20_000
+# Of a prompt or an output. No model takes more; a replay of what is none, such as a time in its column, takes hours.
+MAX_TOKENS = 10_000_000
+_MAX_IMAGES = 1_000
+# Flatter distributions of gaps have moments that a float cannot hold.
+_LEAST_SHAPE = 0.01
 _SEED = 0
+# What a parser of one row raises for a bad one; int() of an infinity overflows.
+_BAD_VALUE = (KeyError, ValueError, TypeError, AttributeError, OverflowError)
+
+
+_Row = TypeVar("_Row")
 
 
 class TraceError(ValueError):
@@ -50,10 +60,10 @@ def read_trace(path: Path) -> list[TraceRequest]:
         raise TraceError(f"workload {path} does not exist")
     found: list[TraceRequest] = []
     for row, request in readers[path.suffix](path):
-        if request.prompt_tokens < 1 or request.output_tokens < 0:
+        if not (1 <= request.prompt_tokens <= MAX_TOKENS and 0 <= request.output_tokens <= MAX_TOKENS):
             raise TraceError(
                 f"workload {path}, row {row}: {request.prompt_tokens} prompt and {request.output_tokens} output tokens;"
-                " needs at least 1 and 0"
+                f" needs at least 1 and 0, and at most {MAX_TOKENS}"
             )
         if found and (request.arrival_s is None) != (found[0].arrival_s is None):
             raise TraceError(f"workload {path}, row {row}: some requests have a time and some have none")
@@ -64,15 +74,14 @@ def read_trace(path: Path) -> list[TraceRequest]:
 
 
 def _azure(path: Path) -> Iterator[tuple[int, TraceRequest]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        for index, row in enumerate(rows, 2):
+    with _open(path) as file:
+        for index, row in _csv_rows(path, csv.DictReader(file), first=2):
             try:
                 # Seven digits of fractions; datetime reads six.
                 stamp = row.get("TIMESTAMP")
                 arrival = datetime.fromisoformat(stamp[:26]).replace(tzinfo=UTC).timestamp() if stamp else None
                 request = TraceRequest(arrival, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-            except (KeyError, ValueError, TypeError) as err:
+            except _BAD_VALUE as err:
                 raise TraceError(
                     f"workload {path}, row {index}: needs ContextTokens, GeneratedTokens and, if any, an ISO TIMESTAMP"
                     f" ({err!r})"
@@ -81,7 +90,7 @@ def _azure(path: Path) -> Iterator[tuple[int, TraceRequest]]:
 
 
 def _mooncake(path: Path) -> Iterator[tuple[int, TraceRequest]]:
-    with path.open(encoding="utf-8-sig") as file:
+    with _open(path) as file:
         for index, line in enumerate(file, 1):
             try:
                 row: Mapping[str, Any] = json.loads(line)
@@ -89,13 +98,38 @@ def _mooncake(path: Path) -> Iterator[tuple[int, TraceRequest]]:
                 arrival = float(stamp) / 1000 if stamp is not None else None
                 if arrival is not None and not math.isfinite(arrival):
                     raise ValueError(f"timestamp {stamp}")
-                request = TraceRequest(arrival, int(row["input_length"]), int(row["output_length"]))
-            except (KeyError, ValueError, TypeError, AttributeError) as err:
+                request = TraceRequest(arrival, _count(row["input_length"]), _count(row["output_length"]))
+            except _BAD_VALUE as err:
                 raise TraceError(
                     f"workload {path}, row {index}: needs input_length, output_length and, if any, a timestamp in ms"
                     f" ({err!r})"
                 ) from err
             yield index, request
+
+
+def _open(path: Path) -> TextIO:
+    """For reading row by row: a byte that is no text shows in its row, whose parser then refuses it by number."""
+    return path.open(newline="", encoding="utf-8-sig", errors="backslashreplace")
+
+
+def _csv_rows(path: Path, rows: Iterator[_Row], *, first: int) -> Iterator[tuple[int, _Row]]:
+    """The rows with their numbers from ``first`` on. Raises TraceError for what is no csv."""
+    for index in count(first):
+        try:
+            row = next(rows, None)
+        except csv.Error as err:
+            raise TraceError(f"workload {path}, row {index}: {err}") from err
+        if row is None:
+            return
+        yield index, row
+
+
+def _count(value: Any) -> int:
+    """Raises ValueError, TypeError or OverflowError for what is no whole number."""
+    number = int(value)
+    if number != value and not isinstance(value, str):
+        raise ValueError(f"{value} is no whole number")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,8 +186,8 @@ def read_rates(path: Path) -> list[float]:
 
 def _windows(path: Path) -> list[_Window]:
     windows: list[_Window] = []
-    with path.open(newline="") as file:
-        for index, row in enumerate(csv.reader(file), 1):
+    with _open(path) as file:
+        for index, row in _csv_rows(path, csv.reader(file), first=1):
             try:
                 start, rate, _, kind, shape, _ = row
                 window = _Window(
@@ -162,7 +196,9 @@ def _windows(path: Path) -> list[_Window]:
                     distribution=kind,
                     shape=float(shape) if kind in ("Gamma", "Weibull") else 1.0,
                 )
-                if window.rate < 0 or window.shape <= 0 or kind not in ("", "Gamma", "Weibull"):
+                is_finite = all(map(math.isfinite, (window.start_s, window.rate, window.shape)))
+                is_known = kind in ("", "Gamma", "Weibull")
+                if not (is_finite and is_known and window.rate >= 0 and window.shape >= _LEAST_SHAPE):
                     raise ValueError(f"rate {rate}, distribution {kind!r}, shape {shape}")
             except ValueError as err:
                 raise TraceError(
@@ -183,14 +219,14 @@ def _lengths(path: Path) -> list[_Lengths]:
                 start_s=float(start),
                 text=_distribution(entry["text_tokens"]),
                 image=_distribution(entry["image_tokens"]),
-                images=_distribution(entry["image_count"]),
+                images=_distribution(entry["image_count"], _MAX_IMAGES),
                 output=_distribution(entry["output_tokens"]),
             )
             for start, entry in values.items()
         ]
     except OSError as err:
         raise TraceError(f"workload {path}: {err.strerror}; it belongs to the trace beside it") from err
-    except (KeyError, ValueError, TypeError, AttributeError, SyntaxError) as err:
+    except (*_BAD_VALUE, SyntaxError) as err:
         raise TraceError(
             f"workload {path}: needs, by second of the day, text_tokens, image_tokens, image_count and output_tokens"
             f" as {{value: probability}} ({err!r})"
@@ -200,11 +236,13 @@ def _lengths(path: Path) -> list[_Lengths]:
     return sorted(found, key=lambda lengths: lengths.start_s)
 
 
-def _distribution(text: str) -> dict[int, float]:
-    """From the text of a Python dict, as the data set writes it."""
+def _distribution(text: str, most: int = MAX_TOKENS) -> dict[int, float]:
+    """Of values up to ``most``, from the text of a Python dict, as the data set writes it."""
     values = {int(key): float(share) for key, share in ast.literal_eval(text).items()}
-    if not values or min(values.values()) < 0 or sum(values.values()) <= 0:
+    if not values or min(values.values()) < 0 or not 0 < sum(values.values()) < math.inf:
         raise ValueError(f"no probabilities in {text[:40]!r}")
+    if min(values) < 0 or max(values) > most:
+        raise ValueError(f"values must be in [0, {most}], not {min(values)} to {max(values)}")
     return values
 
 

@@ -113,11 +113,17 @@ def test_drawing_ends(tmp_path):
         ("w.jsonl", "not json\n", "row 1: needs"),
         ("w.jsonl", "[1, 2]\n", "row 1: needs"),
         ("w.jsonl", '{"timestamp": NaN, "input_length": 1, "output_length": 2}\n', "row 1: .*timestamp nan"),
+        ("w.jsonl", '{"input_length": 1e400, "output_length": 2}\n', "row 1: needs .*infinity"),
+        ("w.jsonl", '{"input_length": 1.5, "output_length": 2}\n', "row 1: needs .*1.5 is no whole number"),
+        ("w.jsonl", '{"input_length": 1700159750995, "output_length": 2}\n', "row 1: .*at most 10000000"),
+        ("w.jsonl", '{"input_length": 1, "output_length": 2}\n\x9b\n', "row 2: needs input_length"),
+        ("w.csv", AZURE + "2023-11-16 18:15:50.9951690,\x9b,2\n", "row 4: needs ContextTokens"),
+        ("w.csv", AZURE + ",1," + "2" * 200_000 + "\n", "row 4: field larger than field limit"),
     ],
 )
 def test_bad_traces_name_file_and_row(tmp_path, name, text, said):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(TraceError, match=said) as error:
         read_trace(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
@@ -129,16 +135,22 @@ def test_bad_traces_name_file_and_row(tmp_path, name, text, said):
         (WINDOWS + "1800,1,1\n", lengths(), "row 4: needs start, rate"),
         (WINDOWS + "1800,1,1,Zipf,1,1\n", lengths(), "row 4: .*'Zipf'"),
         (WINDOWS + "1200,1,1,,1,1\n", lengths(), "row 4: windows must ascend"),
+        ("0,nan,0,,0,0\n", lengths(), "row 1: .*rate nan"),
+        ("0,1,0,Weibull,0.001,0\n", lengths(), "row 1: .*shape 0.001"),
+        ("0,1,0,\x9b,1,0\n", lengths(), "row 1: .*x9b"),
         ("0,0,0,,0,0\n", lengths(), "every window's rate is 0"),
         (WINDOWS, None, "No such file"),
         (WINDOWS, "{}", "holds no distribution"),
         (WINDOWS, '{"0": {}}', "needs, by second of the day, text_tokens"),
         (WINDOWS, lengths(text_tokens="{}"), "no probabilities"),
+        (WINDOWS, lengths(text_tokens="{1e400: 1.0}"), "infinity"),
+        (WINDOWS, lengths(text_tokens="{-5: 1.0}"), r"must be in \[0, 10000000\], not -5 to -5"),
+        (WINDOWS, lengths(image_count="{1700159750: 1.0}"), r"must be in \[0, 1000\]"),
         (WINDOWS, lengths(text_tokens="__import__('os')"), "needs, by second"),
     ],
 )
 def test_bad_servegen_files(tmp_path, windows, dataset, said):
-    (tmp_path / "x-trace.csv").write_text(windows)
+    (tmp_path / "x-trace.csv").write_bytes(windows.encode("latin-1"))
     if dataset is not None:
         (tmp_path / "x-dataset.json").write_text(dataset)
     with pytest.raises(TraceError, match=said):
