@@ -54,6 +54,22 @@ def pass_rows(config: BuildConfig, regions: Sequence[RegionReport], split: Split
     return list(rows.values())
 
 
+def passes_left_out(config: BuildConfig) -> frozenset[str]:
+    """Those of ``config.disabled_passes`` that the target's pipelines would run.
+
+    Raises ValueError for a name that is not in the catalogue, and for a pass beside the pipelines that the build needs.
+    """
+    names = list(_summaries())
+    for name in sorted(config.disabled_passes):
+        if name not in names:
+            raise ValueError(f"no pass is named {name!r}; passes: {', '.join(names)}")
+        if name == "memory_plan":
+            raise ValueError("pass 'memory_plan' cannot be left out: it changes no graph, and sizes the memory of all")
+        if name == "partition" and config.graph_mode == "partial":
+            raise ValueError("--graph-mode partial asks for the pass 'partition'; leave out one of the two")
+    return config.disabled_passes & {*(step.name for step in _pipelines()[config.target]), *_SPLIT_PASSES}
+
+
 def _pipelines() -> dict[str, list[Pass]]:
     """By target, with everything that can be asked for."""
     return {

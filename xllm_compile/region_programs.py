@@ -17,6 +17,7 @@ from xllm_compile.graph_passes.pipeline import Pass, run_passes
 from xllm_compile.graph_passes.region import RegionGraph
 from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.models.decoder import EMBED_WEIGHT, Region, build_regions, pool_region
+from xllm_compile.pass_catalogue import passes_left_out
 from xllm_compile.progress import BuildProgress
 from xllm_compile.report import RegionReport
 from xllm_compile.runtime.program import RegionProgram
@@ -48,7 +49,7 @@ def passes_of(source: Source, config: BuildConfig) -> list[Pass]:
     return lowering_for(config.target).pipeline(
         tied_weights=tied,
         max_model_len=source.max_model_len,
-        disabled=config.disabled_passes,
+        disabled=passes_left_out(config),
         quantisation=source.quantisation,
         model=CostModel(spec=device.spec),
         step=StepShape.of(config.max_num_batched_tokens, world_size=config.tensor_parallel_size),

@@ -70,6 +70,15 @@ def test_what_was_asked_for_and_left_out(rows_for):
     assert rows["silu_mul"].reason == "left out by --disable-pass silu_mul"
 
 
+@pytest.mark.parametrize("target", ["cpu", "npu"])
+def test_what_the_target_would_not_run_may_be_left_out_by_name(rows_for, target):
+    """Of everything in the catalogue it is known that it exists: a script leaves the same passes out for any target."""
+    names = {name for name, row in rows_for(target=target).items() if row.reason}
+    rows = rows_for(target=target, disabled_passes=frozenset(names))
+    assert {name for name, row in rows.items() if row.reason.startswith("left out")} == names
+    assert names >= {"partition", "quantise", "lower_npu" if target == "cpu" else "pack_linear"}
+
+
 def test_halves_of_steps(rows_for):
     declined = rows_for(tensor_parallel_size=2)
     assert declined["dual_stream"].reason == "no bucket gains by it, see below"
