@@ -17,6 +17,7 @@ from tests.helpers import REPOSITORY
 from xllm_compile import build_key, graph_jobs
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.graph_jobs import bucket_sizes, graph_job
+from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.progress import NoProgress
 from xllm_compile.region_programs import make_programs
 from xllm_compile.runtime.ops import SCHEMAS
@@ -58,7 +59,11 @@ def test_every_ingredient_of_a_graph_makes_a_miss(layer, tmp_path, monkeypatch):
         "bucket": key_of(program, tokens=5),
         "dtype": key_of(layer(dtype="bfloat16")),
         "pass left out": key_of(layer(disabled_passes=frozenset({"silu_mul"}))),
+        "pass asked for": key_of(layer(quantisation=Quantisation(scheme="int4"))),
+        "option of a pass": key_of(layer(quantisation=Quantisation(scheme="int8"))),
         "pieces": key_of(layer(graph_mode="partial")),
+        "type of the KV cache": key_of(layer(kv_cache_dtype="int8")),
+        "share of a rank": key_of(layer(tensor_parallel_size=2)),
         "program": key_of(replace(program, code=program.code.replace("1e-06", "1e-05"))),
         "dynamic": graph_job(program, {}, lowering_for("cpu")).key,
     }
