@@ -6,6 +6,7 @@ one ``call_soon_threadsafe``; when that loop has not yet run the last one, they 
 
 import asyncio
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -279,13 +280,19 @@ class AsyncEngine:
         await self._call(partial(self.engine.hand_over, request_id, target))
 
     async def reserve(
-        self, reservation_id: str, token_ids: Sequence[int], timeout_s: float, holder: str = ""
+        self,
+        reservation_id: str,
+        token_ids: Sequence[int],
+        timeout_s: float,
+        holder: str = "",
+        tpot_slo_s: float = math.inf,
     ) -> Reservation:
         """See Engine.reserve. Raises what `submit` raises, too. Cancelled, nothing stays reserved."""
         with self._wake:
             self._check_open()
         try:
-            return await self._call(partial(self.engine.reserve, reservation_id, token_ids, timeout_s, holder))
+            make = partial(self.engine.reserve, reservation_id, token_ids, timeout_s, holder, tpot_slo_s)
+            return await self._call(make)
         except asyncio.CancelledError:
             self._post(partial(self.engine.release, reservation_id))
             raise

@@ -6,6 +6,7 @@ Either way a request's tokens are the same. `async_engine` puts a thread and asy
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -244,10 +245,18 @@ class Engine:
             sequence.number = next(self._numbers)
             self._queues.add(sequence, self._clock())
 
-    def reserve(self, reservation_id: str, token_ids: Items[int], timeout_s: float, holder: str = "") -> Reservation:
+    def reserve(
+        self,
+        reservation_id: str,
+        token_ids: Items[int],
+        timeout_s: float,
+        holder: str = "",
+        tpot_slo_s: float = math.inf,
+    ) -> Reservation:
         """Hold a slot for a sequence that begins with these tokens, whose KV another instance sends.
 
-        The same id again renews it; `release_all` of its holder gives it up. Raises QueueFullError where there is no
+        The same id again renews it; `release_all` of its holder gives it up. Steps keep its TPOT target, as they will
+        once it is here: it may come while one runs. Raises QueueFullError where there is no
         room now, ValueError, NoTransferError.
         """
         exchange = self._transferring()
@@ -258,7 +267,7 @@ class Engine:
         # The sender does not wait for steps: none may be under way that reads or copies what the reservation gets.
         self._complete(self._ended, num_left=0)
         self._planner.check_room(len(token_ids))
-        reservation = exchange.reservations.open(reservation_id, token_ids, timeout_s, holder)
+        reservation = exchange.reservations.open(reservation_id, token_ids, timeout_s, holder, tpot_slo_s)
         self._executor.prepare_memory(self._kv_cache.ops.take(), self._kv_cache.ops.take_restores())
         return reservation
 

@@ -15,6 +15,7 @@ The most senior running sequence may preempt all others, so it always moves on, 
 """
 
 import heapq
+import math
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -58,13 +59,15 @@ def schedule(
     now: float = 0.0,
     token_s: float = 0.0,
     elder: S | None = None,
+    awaited_s: float = math.inf,
 ) -> Schedule[S]:
     """Plan one step. ``waiting`` is sorted by the order's queue_key and holds no KV. Changes nothing.
 
-    model predicts step times, token_s is what it says of prefilling one token, elder is as policies/order.py has it.
+    model predicts step times, token_s is what it says of prefilling one token, elder is as policies/order.py has it,
+    awaited_s as policies/chunk.py.
     """
     planner = _Planner(running, limits, capacity, model, rules or SchedulingRules(), now, token_s, elder)
-    planner.plan_decodes()
+    planner.plan_decodes(awaited_s)
     planner.plan_prefills(waiting)
     return planner.result()
 
@@ -110,7 +113,7 @@ class _Planner(Generic[S]):
         """Running sequences, those admitted in this step included; the last one loses its place first."""
         return sorted(self.running, key=self._seniority)
 
-    def plan_decodes(self) -> None:
+    def plan_decodes(self, awaited_s: float) -> None:
         decodes: list[S] = []
         offline: list[S] = []
         self.offline_decodes = offline
@@ -127,7 +130,8 @@ class _Planner(Generic[S]):
             for sequence in sorted(decodes, key=self._seniority):
                 if id(sequence) in self.alive_ids:
                     self._plan_running(sequence)
-        self.decodes_budget = step_budget((one for one, _ in self.chunks.values() if not one.is_offline), self.now)
+        online = (one for one, _ in self.chunks.values() if not one.is_offline)
+        self.decodes_budget = step_budget(online, self.now, awaited_s)
         if self.decodes_budget.seconds < float("inf"):
             self.load = load_of(self.chunks.values())
             self.budget_s = self.decodes_budget.with_prompts_s(self.model.seconds(self.load))

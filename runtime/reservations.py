@@ -6,6 +6,7 @@ have to wait for a write that is under way. A slot whose writer cannot be stoppe
 """
 
 import logging
+import math
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -54,6 +55,8 @@ class _Held:
     timeout_s: float
     deadline_s: float
     holder: str
+    tpot_slo_s: float
+    """Of its request; infinity without."""
     is_claimed: bool = False
     revoked: "Future[None] | None" = None
     """Set once nothing more is to be written; done when nothing is."""
@@ -89,6 +92,11 @@ class Reservations:
         """Slots that no sequence of this instance has and nobody else may take."""
         return len(self._held) + len(self._leaving)
 
+    @property
+    def tightest_tpot_s(self) -> float:
+        """TPOT target that steps have to keep since its sequence may come at any moment; infinity without one."""
+        return min((held.tpot_slo_s for held in self._held.values()), default=math.inf)
+
     def num_growth_blocks(self, horizon: int) -> int:
         """Pages that reserved sequences take beyond those they have while each generates horizon tokens."""
         size, most = self._kv_cache.page_tokens, self._kv_cache.config.max_model_len
@@ -117,10 +125,17 @@ class Reservations:
         held.deadline_s = self._clock() + held.timeout_s
         return held.answer
 
-    def open(self, reservation_id: str, token_ids: Items[int], timeout_s: float, holder: str = "") -> Reservation:
+    def open(
+        self,
+        reservation_id: str,
+        token_ids: Items[int],
+        timeout_s: float,
+        holder: str = "",
+        tpot_slo_s: float = math.inf,
+    ) -> Reservation:
         """Take a slot with pages for the tokens, of which there must be enough. What is cached of them is shared.
 
-        holder: see release_all.
+        holder: see release_all. tpot_slo_s: see tightest_tpot_s.
         """
         kv_cache = self._kv_cache
         chain = kv_cache.new_chain()
@@ -149,6 +164,7 @@ class Reservations:
             timeout_s=timeout_s,
             deadline_s=self._clock() + timeout_s,
             holder=holder,
+            tpot_slo_s=tpot_slo_s,
         )
         return answer
 

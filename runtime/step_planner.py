@@ -4,6 +4,7 @@
 queue: the engine acts on the plan.
 """
 
+import math
 from collections.abc import Sequence as Items
 
 from xllm_compile.runtime.kv_cache import KVCache
@@ -70,6 +71,7 @@ class StepPlanner:
             now=now,
             token_s=self._predictor.token_s(self._limits.max_num_batched_tokens),
             elder=elder,
+            awaited_s=math.inf if self._exchange is None else self._exchange.reservations.tightest_tpot_s,
         )
 
     def grant_drafts(self, chunks: Items[tuple[Sequence, int]], speculator: Speculator | None) -> dict[Sequence, int]:

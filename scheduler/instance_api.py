@@ -1,6 +1,7 @@
 """The gRPC service between a gateway and its instances (proto/xllm.proto, Instance). Methods carry its names."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -96,7 +97,14 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
             raise errors.invalid(
                 "reservation_id must be set; take a new one for each sequence.", param="reservation_id"
             )
-        found = await self._engine.reserve(request.reservation_id, request.token_ids, timeout_s, request.watcher)
+        tpot_slo_s = request.tpot_slo_ms / 1e3 if request.HasField("tpot_slo_ms") else math.inf
+        if not tpot_slo_s > 0:
+            raise errors.invalid(
+                f"tpot_slo_ms={request.tpot_slo_ms:g} must be positive; leave it out for none.", param="tpot_slo_ms"
+            )
+        found = await self._engine.reserve(
+            request.reservation_id, request.token_ids, timeout_s, request.watcher, tpot_slo_s
+        )
         return xllm_pb2.Reservation(
             reservation_id=found.reservation_id,
             incarnation=self.info.incarnation,

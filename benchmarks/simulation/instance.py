@@ -91,6 +91,8 @@ class SimInstance:
         """Prefilled elsewhere, and waiting for a place."""
         self.reserving: deque[SimRequest] = deque()
         """Will be, and have asked for one: they are answered when the device is at rest, between two steps."""
+        self.awaited: dict[int, SimRequest] = {}
+        """Have a place, and may come at any moment."""
         self.arriving_offline: deque[SimRequest] = deque()
         self.online, self.offline = DecodeBatch(), DecodeBatch()
         self.paused: list[SimRequest] = []
@@ -142,6 +144,7 @@ class SimInstance:
     def hand_in(self, request: SimRequest, now: float) -> None:
         """To decode what was prefilled elsewhere."""
         request.queued_s = now
+        self.awaited.pop(request.number, None)
         (self.arriving_offline if request.is_offline else self.arriving).append(request)
 
     def keep(self, request: SimRequest) -> None:
@@ -272,14 +275,16 @@ class SimInstance:
 
     def _grant(self) -> None:
         while self.reserving and self._is_known(self.reserving[0]):
-            self._granted.append(self.reserving.popleft())
+            request = self.reserving.popleft()
+            self._granted.append(request)
+            self.awaited[request.number] = request
             # The device comes to rest for it: what is planned then is planned with all there is.
             self._known_s = math.inf
 
     def _next_step(self, now: float) -> tuple[list[tuple[SimRequest, int]], StepLoad]:
         """Its prompts, and its load with those of what decodes."""
         self._admit_arriving()
-        budget = step_budget(self.online.members(), now) if self._is_timed() else StepBudget()
+        budget = self._budget(now)
         prompts_s = budget.with_prompts_s(self.truth.step_s(decode_load(self.online)))
         if self.offline_rules is None:
             return self._chunks(chain(self.waiting, self.waiting_offline), self._decode_load(), prompts_s)
@@ -293,10 +298,12 @@ class SimInstance:
         )
         return chunks + more, load
 
-    def _is_timed(self) -> bool:
-        """Whether it matters how late who decodes is."""
-        others = self.waiting or self.waiting_offline or len(self.offline) or self.paused
-        return bool(others) and len(self.online) > 0
+    def _budget(self, now: float) -> StepBudget:
+        if not (self.waiting or self.waiting_offline or len(self.offline) or self.paused):
+            # It does not matter how late who decodes is.
+            return StepBudget()
+        targets = (one.tpot_slo_s for one in self.awaited.values() if one.tpot_slo_s is not None)
+        return step_budget(self.online.members(), now, min(targets, default=math.inf))
 
     def _admit_arriving(self) -> None:
         for queue, batch in ((self.arriving, self.online), (self.arriving_offline, self.offline)):

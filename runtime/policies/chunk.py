@@ -80,8 +80,13 @@ class StepBudget(NamedTuple):
         return max(self.seconds, self.target_s - (1 - _PROMPTS_SHARE) * max(0.0, self.target_s - alone_s))
 
 
-def step_budget(decodes: Iterable[Paced], now: float) -> StepBudget:
-    seconds = tightest_s = math.inf
+def step_budget(decodes: Iterable[Paced], now: float, awaited_s: float = math.inf) -> StepBudget:
+    """awaited_s: the tightest TPOT target of sequences that may come to decode here at any moment.
+
+    They would wait for the end of a step that was planned as if nobody decoded: with an answer of few tokens that is
+    more than its TPOT target leaves.
+    """
+    seconds = tightest_s = awaited_s
     for sequence in decodes:
         target_s = sequence.tpot_slo_s
         if target_s is not None:

@@ -286,11 +286,13 @@ class Completion:
             return await link.reserve(self._reserve_request(sender), span.carrier)
 
     def _reserve_request(self, sender: InstanceInfo) -> Any:
+        shape = self._log.shape()
         return xllm_pb2.ReserveRequest(
             reservation_id=uuid.uuid4().hex,
             token_ids=self._log.all_token_ids,
             weights_key=sender.weights_key,
             kv_layout=sender.kv_layout,
+            tpot_slo_ms=None if shape.tpot_slo_s is None or shape.is_offline else 1e3 * shape.tpot_slo_s,
         )
 
     @staticmethod

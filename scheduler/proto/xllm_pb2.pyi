@@ -303,20 +303,22 @@ class KvEvent(_message.Message):
     def __init__(self, tier: _Optional[_Union[KvTier, str]] = ..., is_removed: _Optional[bool] = ..., digests: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("reservation_id", "token_ids", "weights_key", "kv_layout", "timeout_ms", "watcher")
+    __slots__ = ("reservation_id", "token_ids", "weights_key", "kv_layout", "timeout_ms", "watcher", "tpot_slo_ms")
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_KEY_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     WATCHER_FIELD_NUMBER: _ClassVar[int]
+    TPOT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
     reservation_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     weights_key: str
     kv_layout: str
     timeout_ms: int
     watcher: str
-    def __init__(self, reservation_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., watcher: _Optional[str] = ...) -> None: ...
+    tpot_slo_ms: float
+    def __init__(self, reservation_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., watcher: _Optional[str] = ..., tpot_slo_ms: _Optional[float] = ...) -> None: ...
 
 class Reservation(_message.Message):
     __slots__ = ("reservation_id", "incarnation", "transfers", "token", "num_cached_tokens", "page_offsets", "page_bytes", "host", "num_tokens")

@@ -1,5 +1,6 @@
 """Prefill on one engine, decode on another: the tokens of one engine, whatever is lost on the way, and nothing held."""
 
+import math
 import threading
 
 import pytest
@@ -39,6 +40,19 @@ def test_tokens_are_those_of_one_engine(make_side: MakeSide, p_pages: int, d_pag
     # What arrived is found by others, too.
     d.engine.add_request("after", [*PROMPT, 7], SamplingParams(max_tokens=1, **GREEDY))
     assert d.run("after")[-1].num_cached_tokens == 24
+
+
+def test_prompts_keep_the_target_of_who_is_awaited(make_side: MakeSide) -> None:
+    d = make_side(max_num_batched_tokens=64)
+    for token, target_s, num_tokens in ((5, math.inf, [40]), (6, 1e-9, [32, 8])):
+        # No step is that short: prompts get the least that they always get.
+        d.engine.reserve("r", PROMPT, 10.0, tpot_slo_s=target_s)
+        d.runner.steps.clear()
+        d.engine.add_request("other", [token] * 40, SamplingParams(max_tokens=1, **GREEDY))
+        d.run("other")
+        assert [len(step.token_ids) for step in d.runner.steps] == num_tokens
+        d.engine.release("r")
+        d.rest()
 
 
 def test_chunks_are_sent_while_the_rest_is_computed(make_side: MakeSide) -> None:

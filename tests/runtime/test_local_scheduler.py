@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ def schedule(
     elder: Item | None = None,
     now: float = 0.0,
     held_seqs: int = 0,
+    awaited_s: float = math.inf,
     **capacity: Any,
 ) -> Schedule[Item]:
     block_tokens = capacity.pop("block_tokens", 1)
@@ -47,6 +49,7 @@ def schedule(
         now=now,
         token_s=1e-3,
         elder=elder,
+        awaited_s=awaited_s,
     )
 
 
@@ -280,6 +283,12 @@ def test_chunks_leave_decodes_their_time() -> None:
     assert names(schedule([Item("c", 14)], running[1:], limits()))[1:] == [("c", 14)]
     tight = [decoding("a", 5, tpot_slo_s=0.001)]
     assert names(schedule([Item("c", 14), Item("d", 5)], tight, limits()))[1:] == [("c", 4)]
+
+
+def test_chunks_are_short_where_somebody_is_awaited() -> None:
+    assert names(schedule([Item("c", 14)], [], limits(), awaited_s=0.010)) == [("c", 10)]
+    assert names(schedule([Item("c", 14)], [decoding("a", 5)], limits(), awaited_s=0.010)) == [("a", 1), ("c", 9)]
+    assert names(schedule([Item("c", 14)], [], limits(), awaited_s=0.001)) == [("c", 4)]
 
 
 def test_swapping_is_chosen_where_the_cache_can_and_it_pays() -> None:

@@ -1,6 +1,7 @@
 """The Instance service on a counting engine that takes KV: what it reserves, refuses and gives back."""
 
 import asyncio
+import math
 
 import grpc.aio
 import pytest
@@ -105,6 +106,8 @@ async def test_the_key_and_the_fields_are_checked(stub, service):
     assert await code(token_ids=[999]) == "INVALID_ARGUMENT"
     assert await code(token_ids=[5] * 64) == "INVALID_ARGUMENT"
     assert await code(timeout_ms=10**7) == "INVALID_ARGUMENT"
+    for tpot_slo_ms in (0.0, -5.0, math.nan):
+        assert await code(tpot_slo_ms=tpot_slo_ms) == "INVALID_ARGUMENT"
     for index in range(7):
         await reserve(stub, reservation_id=str(index), token_ids=[index])
     assert await code() == "RESOURCE_EXHAUSTED"

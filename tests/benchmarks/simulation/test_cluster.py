@@ -107,11 +107,13 @@ def test_a_wave_of_prompts_moves_instances_there_and_a_wave_of_decodes_back():
     assert max(decodes) > 3
 
 
-def test_a_steady_load_flips_nothing_once_settled():
-    arrivals = requests(1500, 5.0, seed=1)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_steady_load_turns_nobody_to_and_fro(seed):
+    arrivals = requests(1500, 5.0, seed=seed)
     cluster = served(arrivals, [P] * 3 + [D] * 3, "slo", ROLES)
-    assert cluster.num_flips <= 3
-    assert all(time < 60 for time, _, _ in cluster.timeline)
+    # A burst may settle it otherwise, once.
+    assert cluster.num_flips <= 1
+    assert len(cluster.timeline) <= 2
 
 
 def test_on_bursts_roles_and_slo_keep_more_targets_than_fixed_pools():

@@ -8,6 +8,7 @@ from tests.benchmarks.simulation.fixtures import PROFILE, hardware, requests
 from xllm_compile.benchmarks.schedule_simulation import SimulatedEngine, SimulatedSequence
 from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules
 from xllm_compile.benchmarks.simulation.hardware import Hardware
+from xllm_compile.benchmarks.simulation.instance import SimInstance
 from xllm_compile.benchmarks.simulation.requests import SimRequest
 from xllm_compile.benchmarks.timing import percentile
 from xllm_compile.runtime.local_scheduler import SchedulingRules
@@ -78,3 +79,23 @@ def test_offline_sequences_get_what_the_real_scheduler_leaves_them(rate):
         pairs = [pair for pair in zip(arrivals, real, strict=True) if pair[0].is_offline == is_offline]
         assert is_close([one.ttft_s or 0.0 for one, _ in pairs], [one.ttft_s for _, one in pairs])
         assert is_close([one.tpot_s for one, _ in pairs], [one.tpot_s or 0.0 for _, one in pairs])
+
+
+def test_prompts_keep_the_target_of_who_is_awaited():
+    device = hardware(is_async=False)
+    instance = SimInstance("d", device, PROFILE, "seed")
+    awaited, prompt = requests(2, 1.0, longest=1)
+    prompt.num_prompt_tokens, prompt.decode, awaited.tpot_slo_s = 1000, "d", 0.02
+    instance.reserve(awaited, 0.0)
+    instance.enqueue(prompt, 0.0)
+    instance.plan(0.0)
+    assert instance.granted() == [awaited]
+    # A step of all of it takes 70 ms.
+    now = instance.end_s or 0.0
+    assert now == pytest.approx(0.02, rel=0.2)
+    instance.finish(now)
+    awaited.num_generated = awaited.num_computed = 1
+    awaited.num_computed += awaited.num_prompt_tokens
+    instance.hand_in(awaited, now)
+    instance.plan(now)
+    assert (instance.online.members(), instance.awaited) == ([awaited], {})

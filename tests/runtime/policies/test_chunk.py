@@ -28,6 +28,14 @@ def test_without_targets_steps_have_no_limit() -> None:
     assert (budget.seconds, budget.with_prompts_s(0.03)) == (math.inf, math.inf)
 
 
+def test_who_may_come_at_any_moment_finds_steps_within_its_target() -> None:
+    assert step_budget([], 10.0, 0.05).with_prompts_s(0.0) == 0.05
+    # It is not behind: only those that decode ask for less than their target.
+    behind = Item("a", 5, 4, tpot_slo_s=0.2, next_due_s=9.0)
+    assert step_budget([behind], 10.0, 0.05).seconds == 0.05
+    assert step_budget([behind], 10.0, 0.5).seconds == pytest.approx(0.13)
+
+
 @pytest.mark.parametrize(
     ("next_due_s", "alone_s", "budget_s"),
     [

@@ -32,12 +32,14 @@ class HookedServicer(ReportingServicer):
         super().__init__(*args)
         self.hooks: dict[str, Any] = {}
         self.num_releases = 0
+        self.reserved: Any = None
 
     async def _at(self, message: str) -> None:
         if message in self.hooks:
             await self.hooks[message]()
 
     async def _reserve(self, request: Any) -> Any:
+        self.reserved = request
         answer = await super()._reserve(request)
         await self._at("reserved")
         return answer
@@ -95,8 +97,8 @@ class Pair(FakeCluster):
     def d(self) -> Any:
         return self.instances["d"]
 
-    def request(self) -> "asyncio.Task[Any]":
-        self.task = asyncio.create_task(generate(self, prompt=PROMPT, max_tokens=NUM_TOKENS))
+    def request(self, **options: Any) -> "asyncio.Task[Any]":
+        self.task = asyncio.create_task(generate(self, prompt=PROMPT, max_tokens=NUM_TOKENS, **options))
         return self.task
 
     def hook(self, side: str, message: str, action: str) -> None:
@@ -154,6 +156,14 @@ async def test_what_was_taken_over_is_not_released(pair, expected):
     await ends_empty(pair)
     assert pair.cluster.stats.num_handed_over == 1
     assert (pair.d.reservations.num_claimed, pair.d.servicer.num_releases) == (1, 0)
+
+
+@pytest.mark.parametrize(("options", "target_ms"), [({}, None), ({"tpot_slo_ms": 40.0}, 40.0)])
+async def test_who_will_decode_knows_the_target(pair, expected, options, target_ms):
+    assert ids_of(await pair.request(**options)) == expected
+    found = pair.d.servicer.reserved
+    assert (found.tpot_slo_ms if found.HasField("tpot_slo_ms") else None) == target_ms
+    await ends_empty(pair)
 
 
 @pytest.mark.parametrize(
