@@ -12,6 +12,8 @@ from xllm_compile.benchmarks.record import Bar
 from xllm_compile.benchmarks.timing import percentile
 
 _MAX_ERRORS = 20
+# Times the usual gap between a stream's tokens.
+_PAUSE = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +94,8 @@ def _ends_it(fault: Fault, *, is_refused: bool) -> bool:
 def recoveries_s(tally: Tally, kind: str) -> list[float]:
     """Of each stream that such a fault stopped: from the fault to its next token.
 
-    A stream that it did not touch goes on at once; only gaps far above the usual ones are counted.
+    A stream that it did not touch goes on at once, and one that stood still before stands still for another reason:
+    only gaps far above the usual ones are counted, of streams that were going on when the fault came.
     """
     found = []
     for disturbance in tally.disturbances:
@@ -104,7 +107,7 @@ def recoveries_s(tally: Tally, kind: str) -> list[float]:
                 after = next(time_s for time_s in times if time_s > disturbance.at_s)
                 before = max(time_s for time_s in times if time_s <= disturbance.at_s)
                 usual = sorted(answer.result.itl_s)[len(times) // 2] if len(times) > 2 else 0.0
-                if after - before > 5 * usual:
+                if after - before > _PAUSE * usual and disturbance.at_s - before <= _PAUSE * usual:
                     found.append(after - disturbance.at_s)
     return found
 

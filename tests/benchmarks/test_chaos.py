@@ -27,8 +27,9 @@ def test_recovery_is_the_pause_of_the_streams_that_paused():
     paused = answer(1.0, 1.1, 1.2, 3.2, 3.3, 3.4)
     unhurt = answer(1.0, 1.1, 1.2, 1.3, 1.4)
     later = answer(5.0, 5.1, 5.2)
+    stood_still = answer(0.1, 0.2, 0.3, 2.2, 2.3, 2.4)
     tally = Tally(
-        answers=[paused, unhurt, later],
+        answers=[paused, unhurt, later, stood_still],
         disturbances=[
             Disturbance(fault=fault("instance killed", "kill", "mix-0"), at_s=1.25),
             Disturbance(fault=fault("etcd killed", "kill", "etcd-0"), at_s=1.25),
