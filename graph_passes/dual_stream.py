@@ -6,7 +6,7 @@ Rewrites: the halves' parts between two collectives alternate: 0 up to its first
     after the other half's part. The last ones are waited for by the next region: a region returns ``delta_0`` and
     ``delta_1`` while they may still be on their way, and every region waits for what it takes before it reads it.
     ``meta["stream"]`` is 1 on collectives, 0 on everything else.
-Skips: a region that was not split.
+Skips: a region that was not split; one that takes no sum over the ranks.
 Lowering: on the CPU collectives run beside the graph by themselves, and the place of their waits is all there is to it;
     on the NPU streams become scopes (lower_npu.py). There is none to CUDA streams and events: that target has no
     kernels that they could order.
@@ -25,7 +25,8 @@ def dual_stream(region: RegionGraph) -> PassReport:
     report = PassReport(name="dual_stream", region=region.name)
     inputs = [node for node in region.graph.find_nodes(op="placeholder") if node.name in ("delta_0", "delta_1")]
     if not inputs:
-        report.skip("not split into halves")
+        is_split = any("micro_batch" in node.meta for node in region.graph.nodes)
+        report.skip("takes no sum to wait for" if is_split else "not split into halves")
     elif not any(user.target is WAIT for node in inputs for user in node.users):
         _wait_for_inputs(region, inputs)
         _return_unwaited(region)
