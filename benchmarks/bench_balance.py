@@ -2,17 +2,20 @@
 
 Before: every operator on one stream, with all cores. After: branches side by side, with cores as the balance pass gave;
 where that is planned to take longer, it is declined and after is as before.
+
+And whether the CPU's one kind of cores would gain by being shared by two parts of a step, by their number.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from xllm_compile.benchmarks.console import finish, show_table
 from xllm_compile.benchmarks.planned_models import deepseek_v3_layer, planned_regions, two_micro_batches
 from xllm_compile.benchmarks.record import Bar, make_record
+from xllm_compile.benchmarks.thread_shares import PARTS, SHARED_CORES, plan_shares
 from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.cube_vector_balance import cube_vector_balance
 from xllm_compile.graph_passes.device_spec import DeviceSpec, device_spec
@@ -72,7 +75,37 @@ def run_balance(results: Path, command: Sequence[str], *, device: str, traces: P
                 path = traces / f"{''.join(c if c.isalnum() else '_' for c in case.name)}_{when}.json"
                 path.write_text(json.dumps(chrome_trace(plan, f"{case.name}, {when}")))
     show_table(f"Planned on {device}", ("layer", "", "us", "cube idle", "vector idle"), rows)
+    raw["thread_shares"], share_bars = _thread_shares()
+    bars += share_bars
     finish(make_record("cube_vector_balance", command, seed=0, raw=raw, bars=bars), results)
+
+
+def _thread_shares() -> tuple[dict[str, Any], list[Bar]]:
+    """Two parts of a step side by side on a CPU: figures by model, parts and cores, and the least ratio of any."""
+    raw: dict[str, Any] = {}
+    rows: list[tuple[str, ...]] = []
+    ratios: dict[int, list[float]] = {cores: [] for cores in SHARED_CORES}
+    for name in ("qwen3-0.6b", "qwen3-8b"):
+        _, (layer, _), _ = planned_regions(name)
+        for what, parts in PARTS.items():
+            plans = {cores: plan_shares(layer, parts, cores) for cores in SHARED_CORES}
+            raw[f"{name}, {what}"] = {str(cores): asdict(plan) for cores, plan in plans.items()}
+            rows.append((f"{name}: {what}", *(f"{plan.ratio:.2f}" for plan in plans.values())))
+            for cores, plan in plans.items():
+                ratios[cores].append(plan.ratio)
+    title = "A layer on a CPU, planned: two parts on shares of so many cores, against taking turns with all"
+    show_table(title, ("parts", *(str(cores) for cores in SHARED_CORES)), rows)
+    bars = [
+        Bar(
+            what=f"CPU of {cores} cores, two parts side by side: least planned time, against in turns",
+            value=min(found),
+            unit="x",
+            # Where none gains, --explain and the documents say rightly that the CPU needs no such lowering.
+            bar=">= 1" if cores <= 8 else "",
+        )
+        for cores, found in ratios.items()
+    ]
+    return raw, bars
 
 
 def _with_model(what: tuple[RegionGraph, StepShape], model: CostModel) -> tuple[RegionGraph, CostModel, StepShape]:

@@ -6,11 +6,12 @@ Rewrites: nothing but notes: meta["core_share"] = {"cube": x, "vector": y} on a 
     work for: limits must be positive), and meta["stream"] where nothing had one. Where operators that take all cores
     of their units in turn are planned to end sooner, the streams only. What the notes mean is up to the target: limits
     of a stream's cores, green contexts.
-Targets: the NPU's pipeline only. A CPU has no second kind of core to keep busy: each does products and token-wise work
-    alike. Nor is there a place to put two branches: a region is one AOTInductor function that calls its operators one
-    after the other, each on all threads (runtime/ops/cpu/parallel.cpp), and a layer of a dense decoder, its products
-    merged, is a chain with nothing beside its longest path. Side by side would take graphs cut at every branch and a
-    scheduler around them, in place of the one native call that runs all layers.
+Targets: the NPU's pipeline only. A CPU's cores are of one kind: each does products and token-wise work alike, and a
+    layer of a dense decoder, its products merged, is a chain with nothing beside its longest path. What could run side
+    by side are two parts of a step, each on a share of the threads. Up to eight cores no shares are planned to beat
+    taking turns (``xllm-bench balance``, benchmarks/thread_shares.py). Beyond, where a few cores take all of the
+    memory's bandwidth, some are: that is what several instances on shares of the cores do, with no second way through a
+    step.
 Skips: a branch that everything else waits for, or that waits for everything else; branches that wait for collectives
     (their cores would idle meanwhile); more branches than cores; a plan that is no shorter than taking turns with all
     cores, as it is where every operator makes use of all of them.

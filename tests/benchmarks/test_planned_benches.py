@@ -8,6 +8,7 @@ from xllm_compile.benchmarks.bench_balance import run_balance
 from xllm_compile.benchmarks.bench_buckets import run_buckets
 from xllm_compile.benchmarks.bench_cores import CORES, run_cores
 from xllm_compile.benchmarks.record import read_record
+from xllm_compile.benchmarks.thread_shares import SHARED_CORES
 from xllm_compile.request_trace import TraceError
 
 OPTIONS: dict[str, Any] = {"name": "buckets", "model": "qwen3-0.6b", "device": "h200", "max_tokens": 64, "max_seqs": 8}
@@ -43,6 +44,14 @@ def test_balance(tmp_path):
         for when in ("before", "after"):
             assert all(0 <= share <= 1 for share in case[when]["idle_share"].values())
             assert max(end for *_, end in case[when]["nodes"]) == case[when]["seconds"]
+
+    for plans in record.raw["thread_shares"].values():
+        assert [int(cores) for cores in plans] == list(SHARED_CORES)
+        for cores, plan in plans.items():
+            assert sum(plan["cores"]) <= int(cores)
+            # Few cores take the bandwidth together: whoever has a share waits for what the others do not take.
+            assert int(cores) > 8 or plan["shared_s"] >= plan["in_turns_s"]
+    assert all(bar.met is not False for bar in record.bars)
 
 
 def test_cores(tmp_path):

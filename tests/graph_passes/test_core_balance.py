@@ -67,6 +67,14 @@ def test_operators_of_the_paper():
     assert found.cores == ((8, 0), (16, 0), (0, 40)) and found.seconds == (1.0, 1.0, 1.0)
 
 
+@settings(deadline=None)
+@given(st.lists(st.floats(0.1, 20.0), min_size=2, max_size=CUBE))
+def test_one_kind_of_cores_gains_nothing_where_work_divides_evenly(core_s):
+    """Two branches on shares of a CPU's threads, say: taking turns with all of them keeps all of them busy."""
+    found = balance_cores([Branch(name="b", cube_s=divided(work_s, CUBE)) for work_s in core_s], CUBE, 1, slack=0.0)
+    assert found.makespan >= sum(core_s) / CUBE * (1 - 1e-12)
+
+
 def test_evenness_alone_would_wait():
     branches = [Branch(name="a", cube_s=divided(10.0, 4)), Branch(name="b", vector_s=(10.0, 6.1, 5.2, 4.0))]
     assert balance_cores(branches, 4, 4, slack=math.inf).seconds == (10.0, 10.0)
