@@ -208,7 +208,7 @@ class Cluster:
         self._plan(target)
 
     def _observe(self, request: SimRequest) -> None:
-        if request.first_token_s is not None:
+        if request.first_token_s is not None and not request.is_offline:
             self._correction.observe(
                 self.infos[request.prefill], request.predicted_ttft_s, request.first_token_s - request.arrival_s
             )

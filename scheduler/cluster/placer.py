@@ -67,7 +67,7 @@ class Placer:
         self._ttft = Correction()
         self._copies = CopyTimes()
         self._expected: dict[str, _Expected] = {}
-        """Of those without a first token yet."""
+        """Of online ones without a first token yet."""
         self._turn = 0
 
     def place(
@@ -113,8 +113,10 @@ class Placer:
         if chosen is not None:
             self._turn += 1
             self._placements.place(key, request, chosen, now)
-            info = next(instance.info for instance in asked if instance.name == chosen.prefill)
-            self._expected[key] = _Expected(info=info, ttft_s=chosen.ttft_s, placed_s=now)
+            if not request.is_offline:
+                # Offline ones wait for online ones, which says nothing of the next online one.
+                info = next(instance.info for instance in asked if instance.name == chosen.prefill)
+                self._expected[key] = _Expected(info=info, ttft_s=chosen.ttft_s, placed_s=now)
         return chosen
 
     def wait_s(self, fetch: Fetch) -> float:

@@ -109,3 +109,19 @@ def test_those_that_refused_are_not_asked_again_and_those_lost_last():
     assert placer().place("r", request(), fleet, lost=["i0"]).prefill == "i1"
     assert placer().place("r", request(), fleet, refused=["i0"], lost=["i1"]).prefill == "i1"
     assert placer().place("r", request(), fleet, refused=["i0", "i1"]) is None
+
+
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_who_was_slow_is_avoided_unless_it_kept_offline_work_waiting(is_offline):
+    now = 10.0
+    place_and_tell = Placer(RoutingRules(), clock=lambda: now)
+    fleet = fleet_of(2)
+    slow = place_and_tell.place("slow", request(is_offline=is_offline), fleet).prefill
+    now += 1000.0
+    place_and_tell.first_token("slow")
+    place_and_tell.finished("slow")
+    chosen = []
+    for number in range(4):
+        chosen.append(place_and_tell.place(str(number), request(), fleet).prefill)
+        place_and_tell.finished(str(number))
+    assert (slow in chosen) == is_offline
