@@ -34,8 +34,8 @@ class PlainFleet:
         return self.instances.get(name)
 
 
-def placer(**rules):
-    return Placer(RoutingRules(**rules), clock=lambda: 10.0, pick=random.Random(1).randrange)
+def placer(clock=lambda: 10.0, **rules):
+    return Placer(RoutingRules(**rules), clock=clock, pick=random.Random(1).randrange)
 
 
 def fleet_of(num, make=instance, **values):
@@ -114,14 +114,13 @@ def test_those_that_refused_are_not_asked_again_and_those_lost_last():
 @pytest.mark.parametrize("is_offline", [False, True])
 def test_who_was_slow_is_avoided_unless_it_kept_offline_work_waiting(is_offline):
     now = 10.0
-    place_and_tell = Placer(RoutingRules(), clock=lambda: now)
-    fleet = fleet_of(2)
-    slow = place_and_tell.place("slow", request(is_offline=is_offline), fleet).prefill
+    told, fleet = placer(lambda: now), fleet_of(2)
+    slow = told.place("slow", request(is_offline=is_offline), fleet).prefill
     now += 1000.0
-    place_and_tell.first_token("slow")
-    place_and_tell.finished("slow")
+    told.first_token("slow")
+    told.finished("slow")
     chosen = []
     for number in range(4):
-        chosen.append(place_and_tell.place(str(number), request(), fleet).prefill)
-        place_and_tell.finished(str(number))
+        chosen.append(told.place(str(number), request(), fleet).prefill)
+        told.finished(str(number))
     assert (slow in chosen) == is_offline
