@@ -128,6 +128,11 @@ class Manifest:
     pass_seconds: float
     """What the graph passes took of the build."""
 
+    @property
+    def tokens_key(self) -> str:
+        """Names what tokens and their KV are computed with: weights and the model's config."""
+        return f"{self.weights_key}-{self.config_hash}"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

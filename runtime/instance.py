@@ -162,7 +162,7 @@ class Instance:
     @property
     def weights_key(self) -> str:
         """Names what KV is computed with."""
-        return f"{self.manifest.weights_key}-{self.manifest.config_hash}"
+        return self.manifest.tokens_key
 
     @property
     def kv_layout(self) -> str:

@@ -60,7 +60,9 @@ def serve_gateway(
 
     async def run() -> bool:
         name = f"{socket.gethostname()}-{os.getpid()}"
-        async with Gateway(registry, name=name, api_keys=options["api_keys"], tls=tls, roles=rules) as gateway:
+        async with Gateway(
+            registry, name=name, api_keys=options["api_keys"], tls=tls, roles=rules, weights_key=manifest.tokens_key
+        ) as gateway:
             fetch = FetchRules() if options["kv_fetch"] else None
             routing = RoutingRules(policy=options["routing"], spreads_offline=colocation is not None)
             placer = Placer(routing, fetch=fetch)

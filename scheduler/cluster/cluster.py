@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -32,9 +32,19 @@ class Listener(Protocol):
 class Cluster:
     """Belongs to one event loop."""
 
-    def __init__(self, *, api_key: str | None = None, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """api_key is what the instances ask for. Without credentials they speak no TLS."""
+    def __init__(
+        self,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        weights_key: str | None = None,
+    ) -> None:
+        """api_key is what the instances ask for. Without credentials they speak no TLS. weights_key: of what is served
+        here; instances that say another one are none of these. None takes all."""
         self._api_key = api_key
+        self._weights_key = weights_key
+        self._strangers: set[str] = set()
+        """Incarnations of those others, which are named once."""
         self._credentials = credentials
         self._listener: Listener | None = None
         self.stats = ClusterStats()
@@ -56,7 +66,7 @@ class Cluster:
 
     async def update(self, members: Iterable[tuple[InstanceInfo, Health]]) -> None:
         """Take over who the registry says is there. A name with a new incarnation is another instance."""
-        known = {info.name: (info, health) for info, health in members}
+        known = {info.name: (info, health) for info, health in self._ours(members)}
         for name, link in list(self._links.items()):
             if name not in known or known[name][0].incarnation != link.info.incarnation:
                 del self._links[name]
@@ -71,6 +81,23 @@ class Cluster:
                 self._links[name] = link = self._make_link(info)
                 await link.start()
         self.notify()
+
+    def _ours(self, members: Iterable[tuple[InstanceInfo, Health]]) -> Iterator[tuple[InstanceInfo, Health]]:
+        """Without those of another model: a request must not go on with other weights, nor text be another's tokens."""
+        strangers: set[str] = set()
+        for info, health in members:
+            if self._weights_key is None or info.weights_key in ("", self._weights_key):
+                yield info, health
+                continue
+            strangers.add(info.incarnation)
+            if info.incarnation not in self._strangers:
+                logger.warning(
+                    "instance %s (%s) gets no work: its weights are not those of this gateway's artifact; serve both "
+                    "from the same one",
+                    info.name,
+                    ", ".join(info.model_names),
+                )
+        self._strangers = strangers
 
     def _make_link(self, info: InstanceInfo) -> InstanceLink:
         kv: KVIndex | None = self.kv

@@ -42,10 +42,11 @@ class Gateway:
         api_keys: Sequence[str] = (),
         tls: TlsConfig | None = None,
         roles: RoleRules | None = None,
+        weights_key: str | None = None,
     ) -> None:
         """name: of this gateway among others. api_keys: instances need one for the served registry, and are sent the
         first. tls: with a CA, TLS to both. roles: change what instances do as the load changes; None leaves them what
-        they were started for."""
+        they were started for. weights_key: see Cluster."""
         self._registry = registry
         self._name = name
         self._roles = roles
@@ -55,7 +56,9 @@ class Gateway:
         self._served_credentials = tls.server_credentials() if tls.ca_file is not None else None
         self._credentials = tls.channel_credentials()
         self._stack = AsyncExitStack()
-        self.cluster = Cluster(api_key=next(iter(api_keys), None), credentials=self._credentials)
+        self.cluster = Cluster(
+            api_key=next(iter(api_keys), None), credentials=self._credentials, weights_key=weights_key
+        )
         self.registry_port = 0
         """Of the served registry, once it is up."""
 

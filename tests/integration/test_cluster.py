@@ -8,7 +8,7 @@ import pytest
 
 from tests.integration.cluster_processes import NUM_TOKENS, Stream, answers_alone, busiest, clusters, complete
 from tests.integration.helpers import until
-from tests.integration.serve_process import run_refused
+from tests.integration.serve_process import ServeProcess, run_refused
 
 pytestmark = pytest.mark.integration
 
@@ -112,3 +112,14 @@ def test_a_wrong_registry_is_said(artifact):
     assert "--ttft-slo-ms" in line
     line = run_refused(artifact, "--role", "gateway", "--colocation")
     assert "--tpot-slo-ms" in line
+
+
+def test_an_instance_of_another_model_gets_no_work(start_cluster, family_artifact, expected):
+    cluster = start_cluster()
+    options = ("--role", "mix", "--registry", cluster.gateway.registry, "--name", "stranger", "--threads", "1")
+    with ServeProcess(family_artifact("llama"), *options) as stranger:
+        until(lambda: any("stranger" in line and "gets no work" in line for line in cluster.gateway.log))
+        cluster.add("mix-0", "mix")
+        assert [each["name"] for each in cluster.members()] == ["mix-0"]
+        assert complete(cluster.gateway, PROMPTS[0], max_tokens=NUM_TOKENS) == [expected[PROMPTS[0]]]
+        assert stranger.metrics()["xllm_engine_steps_total"] == 0
