@@ -21,7 +21,7 @@ from xllm_compile.benchmarks.engine_process import EngineProcess
 from xllm_compile.benchmarks.load import wait_quiet
 from xllm_compile.benchmarks.offline_workload import random_workload, read_workload
 from xllm_compile.benchmarks.openai_client import stream_completion
-from xllm_compile.benchmarks.peer_chart import ratio_page
+from xllm_compile.benchmarks.peer_chart import ratio_picture
 from xllm_compile.benchmarks.peer_contest import Checked, Found, compete
 from xllm_compile.benchmarks.peer_models import OPENVINO, VLLM, find_peers
 from xllm_compile.benchmarks.record import Bar, make_record
@@ -52,7 +52,7 @@ def run_peers(
     num_requests: int,
     workload: Path | None,
 ) -> None:
-    """Measure and write peers_SHAPE.json and .html; with some precisions only, their names are added."""
+    """Measure and write peers_SHAPE.json and .svg; with some precisions only, their names are added."""
     peers = find_peers(pythons)
     requests = (
         random_workload(num_requests, shape.num_words, seed=seed)
@@ -101,7 +101,7 @@ def run_peers(
     }
     name = "_".join(["peers", shape.record_name, *(precisions if len(precisions) < 3 else ())])
     results.mkdir(parents=True, exist_ok=True)
-    (results / f"{name}.html").write_text(ratio_page(shape.name, ratios(found, engines)))
+    (results / f"{name}.svg").write_text(ratio_picture(shape.name, ratios(found, engines)))
     finish(make_record(name, command, seed=seed, raw=raw, bars=bars), results)
 
 

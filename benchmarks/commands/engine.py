@@ -92,7 +92,7 @@ def peers_command(
     checked: int,
     **options: Any,
 ) -> None:
-    """OpenVINO, llama.cpp and vLLM against this engine -> peers_SHAPE.json and .html.
+    """OpenVINO, llama.cpp and vLLM against this engine -> peers_SHAPE.json and .svg.
 
     Each is run from its own environment, see benchmarks/PEERS.md; one that is not given is left out.
     """

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -15,7 +16,7 @@ from xllm_compile.benchmarks.bench_peers import make_bars, ratios
 from xllm_compile.benchmarks.bench_precisions import LONG
 from xllm_compile.benchmarks.contestants import CASES, OFFLINE, OURS, RUN, Contestant
 from xllm_compile.benchmarks.offline_workload import random_workload, read_workload
-from xllm_compile.benchmarks.peer_chart import ratio_page
+from xllm_compile.benchmarks.peer_chart import ratio_picture
 from xllm_compile.benchmarks.peer_contest import Found, _peak_bytes, _running, _signal
 from xllm_compile.benchmarks.peer_models import LLAMA, OPENVINO, find_peers
 
@@ -75,8 +76,10 @@ def test_the_best_peer_is_the_fastest() -> None:
 
 
 def test_the_picture_has_every_ratio() -> None:
-    page = ratio_page("shape <1>", ratios(results(30.0, 20.0, 40.0, 10.0), ENGINES))
-    assert "shape &lt;1&gt;" in page and page.count("0.75x") == 1 and page.count("3.00x") == len(WHOLE)
+    picture = ratio_picture("shape <1>", ratios(results(30.0, 20.0, 40.0, 10.0), ENGINES))
+    assert "shape &lt;1&gt;, bfloat16" in picture and picture.count("0.75x") == 1
+    assert picture.count("3.00x") == len(WHOLE)
+    ElementTree.fromstring(picture)
 
 
 def test_a_workload_is_drawn_from_its_seed() -> None:
