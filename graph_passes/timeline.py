@@ -48,7 +48,7 @@ def schedule(costs: Sequence[tuple[fx.Node, NodeCost]], model: CostModel) -> lis
     capacity = unit_cores(model.spec)
     queues: dict[str, deque[tuple[fx.Node, NodeCost]]] = {}
     for node, cost in costs:
-        queues.setdefault(node.meta.get("stream") or MAIN_STREAM, deque()).append((node, cost))
+        queues.setdefault(str(node.meta.get("stream") or MAIN_STREAM), deque()).append((node, cost))
     ends: dict[fx.Node, float] = {}
     to_come = {node for node, _ in costs}
     stream_free = dict.fromkeys(queues, 0.0)

@@ -9,7 +9,7 @@ from xllm_compile.graph_jobs import GraphJob, graph_job
 from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.overlap import predict_overlap
 from xllm_compile.graph_passes.pipeline import Pass, run_passes, split_pipeline
-from xllm_compile.graph_passes.region import PassReport
+from xllm_compile.graph_passes.region import PassReport, RegionGraph
 from xllm_compile.report import RegionReport, manifest_entry
 from xllm_compile.runtime.ops.spec import SPLIT_SUFFIX
 from xllm_compile.runtime.program import RegionProgram
@@ -22,6 +22,8 @@ class SplitPlan:
 
     buckets: tuple[int, ...] = ()
     programs: tuple[RegionProgram, ...] = ()
+    graphs: tuple[RegionGraph, ...] = ()
+    """What the programs were made of, one of each region in order."""
     passes: tuple[PassReport, ...] = ()
 
     def passes_json(self) -> list[dict[str, Any]]:
@@ -86,12 +88,13 @@ def plan_split(
     decisions.matches = len(buckets)
     if not buckets:
         return SplitPlan(passes=(decisions,))
-    programs, found = [], []
+    programs, graphs, found = [], [], []
     for report in reports:
         graph = report.unlowered.copy(report.region + SPLIT_SUFFIX)
         found += run_passes(graph, passes)
         programs.append(emit_program(graph, report.layers))
+        graphs.append(graph)
     if any(report.name == "micro_batch_split" and not report.matches for report in found):
         # All regions of a step run in halves or none: a region the pass declined says why in its report.
         return SplitPlan(passes=(decisions, *found))
-    return SplitPlan(buckets=tuple(buckets), programs=tuple(programs), passes=(decisions, *found))
+    return SplitPlan(buckets=tuple(buckets), programs=tuple(programs), graphs=tuple(graphs), passes=(decisions, *found))

@@ -112,6 +112,21 @@ def test_a_lane_is_a_row_and_time_runs_to_the_right():
     assert ">67%<" in timeline_chart(spans)
 
 
+def test_the_name_of_a_lane_ends_before_its_share_begins():
+    lane, share = [
+        node
+        for node in ElementTree.fromstring(
+            timeline_chart([Span(name="sum", lane="communication main", start=0.0, end=1.0)])
+        ).iter("text")
+        if node.get("y") == "20"
+    ]
+    # Of this size most letters are less wide.
+    letter = 7
+    lane_end = float(lane.attrib["x"]) + letter * len("communication main")
+    assert lane_end < float(share.attrib["x"]) - letter * len("100%")
+    assert (lane.text, share.text) == ("communication main", "100%")
+
+
 def test_the_histogram_has_a_bar_for_every_size_and_a_line_for_every_bucket():
     svg = histogram_chart({1: 1.0, 2: 1.0, 400: 2.0}, (1, 8, 512))
     assert len(rectangles(svg)) == 3

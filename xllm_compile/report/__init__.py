@@ -84,6 +84,9 @@ class ReportPage:
 
     pool_bytes: int = 0
     """Of the pool that the graphs share, for the largest step."""
+    halves: Sequence[PassReport] = ()
+    """What was decided for each bucket about steps in two halves, and what the passes did to the regions."""
+    halved_buckets: Sequence[int] = ()
 
     @property
     def graph_bytes(self) -> list[int]:

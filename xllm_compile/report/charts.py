@@ -6,7 +6,9 @@ from html import escape
 from math import log2
 
 _WIDTH = 960
-_LABEL = 110
+# Room for a unit, its stream and a share: "communication main  100%".
+_LABEL = 180
+_COLUMNS = 3
 _PALETTE = ("#4878a8", "#d08a3c", "#5a9a5a", "#b05a7a", "#7a68b0", "#8a8a5a", "#4a9aa0", "#a85a48")
 
 
@@ -90,12 +92,13 @@ def timeline_chart(spans: Sequence[Span]) -> str:
     parts.append(f'<text x="{_WIDTH - 20}" y="{y}" text-anchor="end">{end * 1e6:.1f} us</text>')
     height = y + 8
     for index, name in enumerate(names):
-        left, top = _LABEL + 210 * (index % 4), height + 18 * (index // 4)
+        left = _LABEL + (_WIDTH - _LABEL) // _COLUMNS * (index % _COLUMNS)
+        top = height + 18 * (index // _COLUMNS)
         parts.append(
             f'<circle cx="{left + 5}" cy="{top + 8}" r="5" fill="{_PALETTE[index % len(_PALETTE)]}"/>'
             f'<text x="{left + 16}" y="{top + 12}">{escape(name.removesuffix(".default"))}</text>'
         )
-    return _svg(height + 18 * -(-len(names) // 4) + 6, parts)
+    return _svg(height + 18 * -(-len(names) // _COLUMNS) + 6, parts)
 
 
 def memory_chart(blocks: Sequence[Block]) -> str:

@@ -13,6 +13,7 @@ from xllm_compile.graph_passes.memory_plan import plan_graph
 from xllm_compile.graph_passes.step_shape import StepShape
 from xllm_compile.graph_passes.timeline import PlannedNode, chrome_trace, plan_timeline
 from xllm_compile.memory_layout import blocks
+from xllm_compile.micro_batches import SplitPlan
 from xllm_compile.report import INDEX, RegionReport, ReportPage, write_report
 from xllm_compile.report.charts import Span
 
@@ -25,7 +26,7 @@ def write_reports(folder: Path, plan: BuildPlan) -> None:
     """``index.html`` and ``timeline.json`` in ``folder``."""
     config, source, device, reports = plan.config, plan.source, plan.device.spec, plan.reports
     model = source.config
-    timelines = list(planned_timelines(config, source.max_model_len, device, reports))
+    timelines = list(planned_timelines(config, source.max_model_len, device, reports, plan.split))
     largest = {"T": config.max_num_batched_tokens, "R": 1}
     page = ReportPage(
         title=f"{model.architecture}: {model.num_layers} layers of {model.hidden_size}",
@@ -46,6 +47,8 @@ def write_reports(folder: Path, plan: BuildPlan) -> None:
             for region in report.lifetimes
         ],
         pool_bytes=plan.activation_bytes,
+        halves=plan.split.passes,
+        halved_buckets=plan.split.buckets,
     )
     write_report(folder / INDEX, page)
     trace = json.dumps(merged_trace(timelines), separators=(",", ":"))
@@ -53,9 +56,9 @@ def write_reports(folder: Path, plan: BuildPlan) -> None:
 
 
 def planned_timelines(
-    config: BuildConfig, max_model_len: int, device: DeviceSpec, reports: Sequence[RegionReport]
+    config: BuildConfig, max_model_len: int, device: DeviceSpec, reports: Sequence[RegionReport], split: SplitPlan
 ) -> Iterator[tuple[str, list[PlannedNode]]]:
-    """Of each kind of layer: one decode and the largest step of a prefill."""
+    """Of each kind of layer: one decode, the largest step of a prefill, and the largest that runs in halves."""
     model = CostModel(spec=device)
     context = min(_DECODE_CONTEXT, max_model_len)
     world_size = config.tensor_parallel_size
@@ -69,6 +72,12 @@ def planned_timelines(
         if report.layers:
             for name, step in steps.items():
                 yield f"{report.region}, {name}", plan_timeline(report.graph, model, step)
+    if split.buckets:
+        bucket = max(split.buckets)
+        step = StepShape.of(bucket, world_size=world_size)
+        for report, graph in zip(reports, split.graphs, strict=True):
+            if report.layers:
+                yield f"{report.region}, prefill of {bucket} tokens in halves", plan_timeline(graph, model, step)
 
 
 def _spans(planned: Sequence[PlannedNode]) -> list[Span]:
