@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from xllm_compile.runtime.tokenizer import Tokenizer
 
 MAX_CACHED_GRAMMARS = 256
+# What is kept at each end of a message of the library's.
+_REASON_CHARS = 400
 NUM_PROBE_TOKENS = 64
 
 # One space, or a line end and an indentation: enough for every usual layout. With more, a model that is undecided goes
@@ -100,13 +102,20 @@ class GrammarCompiler:
                 reason = reason.partition("\n   1 |")[0]
             if reason.startswith("NoExtension"):
                 reason = "no text matches it"
-            raise ValueError(f"the {structured.kind} cannot be used: {reason}")
+            raise ValueError(f"the {structured.kind} cannot be used: {_clipped(reason)}")
 
     def _guidance(self) -> "LLTokenizer":
         with self._guidance_lock:
             if self._guidance_tokenizer is None:
                 self._guidance_tokenizer = _guidance_tokenizer(self._tokenizer, self._vocab_size)
             return self._guidance_tokenizer
+
+
+def _clipped(reason: str) -> str:
+    """Without the middle of what is very long: the library repeats what it was given, and says why last."""
+    if len(reason) <= 2 * _REASON_CHARS:
+        return reason
+    return f"{reason[:_REASON_CHARS]} ... {reason[-_REASON_CHARS:]}"
 
 
 def _probe(structured: StructuredOutput, matcher: TokenMatcher, eos_token_ids: list[int]) -> None:

@@ -32,6 +32,7 @@ from xllm_compile.runtime.memory.shared_pages import PageShare
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.policies.order import PolicyName
+from xllm_compile.runtime.policies.state import Limits
 from xllm_compile.runtime.promotion import PromotionConfig
 from xllm_compile.runtime.slowed_runner import SlowedRunner
 from xllm_compile.runtime.speculative.config import SpeculativeConfig
@@ -45,14 +46,15 @@ from xllm_compile.runtime.transfer.transfer import TransferConfig
 from xllm_compile.runtime.weights import map_weights, release_weights
 
 _DEFAULT_KV_SHARE = 0.5
+_DEFAULT_NUM_SEQS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InstanceConfig:
     """Bounds of one instance; None takes the artifact's or the machine's own."""
 
-    max_num_seqs: int = 64
-    """Most sequences running at the same time."""
+    max_num_seqs: int | None = None
+    """Most sequences running at the same time; None is 64, or the tokens of a step where those are fewer."""
     max_num_batched_tokens: int | None = None
     """Most tokens in one step; None is what the artifact was compiled for."""
     max_model_len: int | None = None
@@ -121,10 +123,10 @@ class InstanceConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if self.kv_disk is not None and self.kv_host_bytes is None:
-            raise ValueError(f"kv_disk={self.kv_disk} lies below host memory; give kv_host_bytes as well")
-        if self.kv_store is not None and self.kv_host_bytes is None:
-            raise ValueError(f"kv_store={self.kv_store} lies below host memory; give kv_host_bytes as well")
+        for name in ("kv_disk", "kv_store"):
+            if getattr(self, name) is not None and self.kv_host_bytes is None:
+                value, below = getattr(self, name), "lies below host memory"
+                raise ValueError(f"{name}={value} {below}; give kv_host_bytes (--kv-host-memory) as well")
         if self.kv_host_bytes is not None and not self.prefix_cache:
             raise ValueError(f"kv_host_bytes={self.kv_host_bytes} needs prefix_cache, which is off; leave one out")
         if self.slow_down < 1:
@@ -188,6 +190,13 @@ def open_instance(
     """
     config = config or InstanceConfig()
     manifest = read_manifest(root)
+    step_limits(manifest, config)
+    if shared is None:
+        check_memory(
+            kv_memory_bytes=config.kv_memory_bytes,
+            kv_host_bytes=config.kv_host_bytes,
+            kv_swap_bytes=config.kv_swap_bytes,
+        )
     kernels = cpu_kernels(root, manifest)
     check_artifact(root, manifest, isa_features(), verify_weights=config.verify_weights)
     native.load_kernels(root / kernels.path)
@@ -313,14 +322,15 @@ def follow(root: Path, group: RankGroup) -> None:
 def _runner(
     root: Path, manifest: Manifest, weights: dict[str, Tensor], kv_cache: KVCache, config: InstanceConfig
 ) -> CompiledModelRunner:
+    limits = step_limits(manifest, config)
     return CompiledModelRunner(
         root,
         manifest,
         weights,
         kv_cache.layers,
         max_model_len=kv_cache.config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or manifest.max_num_batched_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         enforce_eager=config.enforce_eager,
         # A rank that took a graph before the others would pad its steps, and its collectives, otherwise than they do.
         promotion=config.promotion if manifest.tensor_parallel_size == 1 else None,
@@ -375,6 +385,22 @@ def check_model_len(manifest: Manifest, config: InstanceConfig) -> int:
     return limit
 
 
+def step_limits(manifest: Manifest, config: InstanceConfig) -> Limits:
+    """What one step takes. Raises ValueError where not every sequence could decode in it."""
+    num_tokens = config.max_num_batched_tokens or manifest.max_num_batched_tokens
+    num_seqs = config.max_num_seqs or min(_DEFAULT_NUM_SEQS, num_tokens)
+    return Limits(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+
+
+def check_memory(**asked_bytes: int | None) -> None:
+    """Raise ValueError where more is asked for, in all, than the machine has: it would be killed once that is used."""
+    given = {name: value for name, value in asked_bytes.items() if value is not None}
+    total = _meminfo_bytes("MemTotal")
+    if sum(given.values()) > total:
+        parts = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"{parts} are more than the {total} bytes of memory that this machine has; lower them")
+
+
 def kv_shape(manifest: Manifest, config: InstanceConfig) -> dict[str, Any]:
     """The fields of a KVCacheConfig but for its size."""
     model = manifest.model
@@ -383,7 +409,7 @@ def kv_shape(manifest: Manifest, config: InstanceConfig) -> dict[str, Any]:
         "num_kv_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
         "dtype": getattr(torch, model.kv_cache_dtype),
-        "num_slots": config.max_num_seqs,
+        "num_slots": step_limits(manifest, config).max_num_seqs,
         "pretouch": config.kv_pretouch,
         "prefix_cache": config.prefix_cache and not _depends_on_length(manifest),
     }
@@ -399,7 +425,7 @@ def _kv_config(manifest: Manifest, config: InstanceConfig, draft: Manifest | Non
     if config.kv_memory_bytes is not None:
         return KVCacheConfig(**shape, max_model_len=limit, kv_memory_bytes=int(config.kv_memory_bytes * share))
     # A sequence's last page may be all but empty, and a page counts in whole tokens, which padding may make 15 of 16.
-    wanted = config.max_num_seqs * (limit * model.kv_bytes_per_token * 9 // 8 + HUGE_PAGE_BYTES)
+    wanted = shape["num_slots"] * (limit * model.kv_bytes_per_token * 9 // 8 + HUGE_PAGE_BYTES)
     # The ranks of an instance are taken to share one machine.
     free = available_memory_bytes() // (manifest.tensor_parallel_size * config.num_colocated)
     budget = min(wanted, int(free * _DEFAULT_KV_SHARE * share))
@@ -450,7 +476,11 @@ def _depends_on_length(manifest: Manifest) -> bool:
 
 def available_memory_bytes() -> int:
     """What the system could give to this process without swapping."""
+    return _meminfo_bytes("MemAvailable")
+
+
+def _meminfo_bytes(name: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable line")
+    raise OSError(f"/proc/meminfo has no {name} line")

@@ -78,9 +78,10 @@ class KVCache:
         needed = config.num_pages + 2 * config.num_slots
         if needed > memory.max_mappings:
             raise ValueError(
-                f"kv_memory_bytes={config.kv_memory_bytes} are {config.num_pages} pages, which may need {needed}"
-                f" mappings where the system allows {memory.max_mappings}; raise vm.max_map_count by at least"
-                f" {needed - memory.max_mappings} (sysctl -w vm.max_map_count=...), or lower kv_memory_bytes"
+                f"kv_memory_bytes={config.kv_memory_bytes} are {config.num_pages} pages for {config.num_slots} slots,"
+                f" which may need {needed} mappings where the system allows {memory.max_mappings}; raise"
+                f" vm.max_map_count by at least {needed - memory.max_mappings} (sysctl -w vm.max_map_count=...), or"
+                " lower kv_memory_bytes or max_num_seqs"
             )
         self.stats = KVCacheStats()
         self._pool = PagePool(config.num_pages, is_empty=share is not None)

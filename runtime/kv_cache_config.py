@@ -54,10 +54,11 @@ class KVCacheConfig:
         if self.num_pages < self.pages_per_slot:
             needed = self.pages_per_slot * self.page_size
             fitting = self.num_pages * self.page_tokens
+            shorter = f" or lower max_model_len to at most {fitting}" if fitting else ""
             raise ValueError(
                 f"kv_memory_bytes={self.kv_memory_bytes} holds {fitting} tokens of {self.bytes_per_token} bytes, "
                 f"one sequence of max_model_len={self.max_model_len} needs {needed} bytes; "
-                f"raise kv_memory_bytes to at least {needed} or lower max_model_len to at most {fitting}"
+                f"raise kv_memory_bytes to at least {needed}{shorter}"
             )
 
     @property

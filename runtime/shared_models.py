@@ -15,9 +15,11 @@ from xllm_compile.runtime.instance import (
     InstanceConfig,
     SharedMemory,
     available_memory_bytes,
+    check_memory,
     check_model_len,
     kv_shape,
     open_instance,
+    step_limits,
 )
 from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory
@@ -50,6 +52,7 @@ def open_models(
     may_sleep: models that do not fit beside those before them start asleep. Raises what open_instance raises, and
     ValueError, before anything is opened, for what the budget does not hold.
     """
+    check_memory(memory_bytes=memory_bytes, kv_host_bytes=config.kv_host_bytes, kv_swap_bytes=config.kv_swap_bytes)
     plans = plan_models(artifacts, config, memory_bytes, may_sleep=may_sleep)
     num_pages = next(iter(plans.values())).kv.num_pages
     memory = CpuMemory(num_pages, HUGE_PAGE_BYTES)
@@ -129,7 +132,8 @@ def _default_bytes(manifests: Mapping[str, Manifest], config: InstanceConfig, we
     wanted = 0
     for manifest in manifests.values():
         limit = config.max_model_len or manifest.model.max_model_len
-        wanted += config.max_num_seqs * (limit * manifest.model.kv_bytes_per_token * 9 // 8 + HUGE_PAGE_BYTES)
+        num_seqs = step_limits(manifest, config).max_num_seqs
+        wanted += num_seqs * (limit * manifest.model.kv_bytes_per_token * 9 // 8 + HUGE_PAGE_BYTES)
     free = available_memory_bytes()
     if weights_bytes > free:
         return int(free * _DEFAULT_KV_SHARE)

@@ -28,7 +28,7 @@ class LLM(LLMBase):
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
+        max_num_seqs: int | None = None,
         kv_memory_bytes: int | None = None,
         prefix_cache: bool = True,
         enforce_eager: bool = False,

@@ -78,7 +78,8 @@ class Limits:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least max_num_seqs="
-                f"{self.max_num_seqs}, so that every sequence can decode in each step, and that at least 1"
+                f"{self.max_num_seqs}, so that every sequence can decode in each step, and that at least 1; raise the"
+                " one or lower the other"
             )
 
 

@@ -181,6 +181,13 @@ def test_what_cannot_be_compiled_is_an_error_that_names_the_reason(
     assert message in str(raised.value)
 
 
+def test_a_long_regex_is_not_repeated_in_its_error(compiler: GrammarCompiler) -> None:
+    structured = StructuredOutput(kind="regex", source="(x|" * 5000 + "y" + ")" * 5000)
+    with pytest.raises(ValueError, match=r"(?s)the regex cannot be used: .*nested parentheses") as raised:
+        compiler.compile(structured)
+    assert len(str(raised.value)) < 1000
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -120,6 +120,8 @@ def test_page_size_follows_model_and_system(num_layers: int, kv_memory_bytes: in
 def test_budget_below_one_sequence_names_numbers_and_next_step() -> None:
     with pytest.raises(ValueError, match=r"holds 84 tokens of 192 bytes.*needs 20480 bytes; raise kv_memory_bytes"):
         dataclasses.replace(CONFIG, kv_memory_bytes=5 * 4096 - 1)
+    with pytest.raises(ValueError, match=r"needs 20480 bytes; raise kv_memory_bytes to at least 20480$"):
+        dataclasses.replace(CONFIG, kv_memory_bytes=4095)
     with pytest.raises(ValueError, match="num_slots=0 must be at least 1"):
         dataclasses.replace(CONFIG, num_slots=0)
     with pytest.raises(ValueError, match="page_bytes=128 is less than a token's 192 bytes"):
@@ -129,6 +131,9 @@ def test_budget_below_one_sequence_names_numbers_and_next_step() -> None:
 def test_too_few_mappings_are_an_error_before_any_work() -> None:
     config = dataclasses.replace(CONFIG, kv_memory_bytes=1 << 40)
     with pytest.raises(ValueError, match=r"may need \d+ mappings.*raise vm.max_map_count by at least \d+"):
+        KVCache(config)
+    config = dataclasses.replace(CONFIG, num_slots=1 << 30)
+    with pytest.raises(ValueError, match=r"for 1073741824 slots, .* lower kv_memory_bytes or max_num_seqs"):
         KVCache(config)
 
 

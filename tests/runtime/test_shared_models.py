@@ -31,6 +31,7 @@ def manifest_of(weights_mib: int, *, ranks: int = 1) -> Any:
         model=Model(),
         weights=[SimpleNamespace(num_bytes=weights_mib * MIB - 1)],
         tensor_parallel_size=ranks,
+        max_num_batched_tokens=512,
         model_config={"rope": {"rope_type": "default"}},
     )
 

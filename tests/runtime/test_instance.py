@@ -1,0 +1,65 @@
+"""Bounds of an instance: what follows where none are given, and what is refused before anything is opened."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xllm_compile.runtime import instance
+from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.ops import native
+from xllm_compile.runtime.policies.state import Limits
+from xllm_compile.runtime.shared_models import open_models
+
+TOO_MUCH = 1 << 60
+
+
+@pytest.fixture
+def artifact(family_artifact: Callable[[str], Path]) -> Path:
+    return family_artifact("llama")
+
+
+@pytest.fixture
+def unopened(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An artifact of which nothing but the manifest may be read."""
+
+    def touch(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the artifact was opened")
+
+    monkeypatch.setattr(instance, "check_artifact", touch)
+    monkeypatch.setattr(native, "load_kernels", touch)
+    return artifact
+
+
+def test_small_steps_have_as_many_sequences(artifact: Path) -> None:
+    opened = open_instance(artifact, InstanceConfig(max_num_batched_tokens=8))
+    assert opened.engine.limits == Limits(max_num_seqs=8, max_num_batched_tokens=8)
+    opened.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            InstanceConfig(max_num_seqs=9, max_num_batched_tokens=8),
+            "max_num_batched_tokens=8 must be at least max_num_seqs=9.* raise the one or lower the other",
+        ),
+        (
+            InstanceConfig(kv_memory_bytes=TOO_MUCH),
+            rf"^kv_memory_bytes={TOO_MUCH} are more than the \d+ bytes of memory that this machine has; lower them$",
+        ),
+        (
+            InstanceConfig(kv_memory_bytes=1 << 24, kv_host_bytes=TOO_MUCH, kv_swap_bytes=TOO_MUCH),
+            rf"^kv_memory_bytes={1 << 24} and kv_host_bytes={TOO_MUCH} and kv_swap_bytes={TOO_MUCH} are more than",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_first(unopened: Path, config: InstanceConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_instance(unopened, config)
+
+
+def test_memory_of_several_models_that_the_machine_has_not(unopened: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^memory_bytes={TOO_MUCH} are more than the \d+ bytes of memory"):
+        open_models({"a": unopened, "b": unopened}, InstanceConfig(), TOO_MUCH)
