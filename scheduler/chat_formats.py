@@ -43,7 +43,7 @@ class ChatFormats:
             shows_reasoning=request.include_reasoning is not False,
             tools=self.tools if asked.tools else None,
             parameters={tool["name"]: tool.get("parameters") or {} for tool in asked.callable},
-            is_parallel=request.parallel_tool_calls is not False,
+            is_parallel=request.parallel_tool_calls is not False and not asked.is_single,
         )
 
 

@@ -28,6 +28,8 @@ class ToolRequest:
     """Those that may be called: all, or the one that tool_choice names."""
     is_forced: bool = False
     """A call must come, and nothing else."""
+    is_single: bool = False
+    """One call and no more: tool_choice names its function."""
 
 
 def tool_request(request: ChatCompletionRequest) -> ToolRequest:
@@ -46,7 +48,7 @@ def tool_request(request: ChatCompletionRequest) -> ToolRequest:
     chosen = [tool["function"] for tool in tools if tool["function"]["name"] == name]
     if not chosen:
         raise errors.invalid(f"'tool_choice' names '{name}', which is not among the tools.", param="tool_choice")
-    return ToolRequest(tools=tools, callable=chosen, is_forced=True)
+    return ToolRequest(tools=tools, callable=chosen, is_forced=True, is_single=True)
 
 
 def _chosen_name(choice: Any) -> str:

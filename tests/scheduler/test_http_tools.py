@@ -180,9 +180,7 @@ async def test_a_required_call_is_written_whatever_the_model_wants(chat, is_para
 async def test_a_named_call_in_every_format_after_the_reasoning(chat, name):
     chat.service.chat_formats = ChatFormats.choose("<think>", tool_call_parser=name)
     named = {"type": "function", "function": {"name": "weather"}}
-    choice = await chat.choice(
-        "<think>so</think>oh", tools=[TIME, WEATHER], tool_choice=named, parallel_tool_calls=False
-    )
+    choice = await chat.choice("<think>so</think>oh", tools=[TIME, WEATHER], tool_choice=named)
     assert choice["message"]["reasoning_content"] == "so"
     (call,) = choice["message"]["tool_calls"]
     assert call["function"]["name"] == "weather"
