@@ -74,6 +74,7 @@ def serve_gateway(
                 model_names=names,
                 max_model_len=options["max_model_len"] or manifest.model.max_model_len,
                 unhealthy=no_instance,
+                longest_now=gateway.cluster.max_model_len,
                 tracing=tracing,
             )
             service.metrics.register(ClusterCollector(gateway.cluster))

@@ -48,11 +48,13 @@ class Service:
         max_body_bytes: int = 8 << 20,
         chat_formats: ChatFormats | None = None,
         unhealthy: Callable[[], errors.ApiError] = errors.engine_stopped,
+        longest_now: Callable[[], int | None] = lambda: None,
         door: "Service | None" = None,
         waker: ModelWaker | None = None,
         tracing: Tracing = NO_TRACING,
     ) -> None:
-        """unhealthy says what is the matter while the engine is not healthy.
+        """unhealthy says what is the matter while the engine is not healthy. longest_now: of an engine that has its
+        instances elsewhere, what they take, which may be less than max_model_len; None where nobody knows.
 
         door is the process's first service, if this is another one: its limits, key and metrics count. waker wakes the
         model for its requests. Raises ValueError when another model has one of the names.
@@ -66,7 +68,7 @@ class Service:
         self.engine = engine
         self.tokenizer = tokenizer
         self.model_names = tuple(model_names)
-        self.max_model_len = max_model_len
+        self._max_model_len, self._longest_now = max_model_len, longest_now
         self.version = version
         self.max_body_bytes = max_body_bytes
         self.chat_formats = chat_formats or ChatFormats.choose(tokenizer.chat_template_text)
@@ -84,6 +86,11 @@ class Service:
     def model_name(self) -> str:
         """The name answers carry."""
         return self.model_names[0]
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and output together, in tokens."""
+        return min(self._max_model_len, self._longest_now() or self._max_model_len)
 
     @property
     def services(self) -> list["Service"]:

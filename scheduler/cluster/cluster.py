@@ -55,6 +55,8 @@ class Cluster:
         self._pools: dict[str, Pool] = {}
         self._changed = asyncio.Event()
         self._usable: dict[Pool, list[str]] | None = None
+        self._longest: int | None = None
+        """Likewise; see max_model_len."""
         self._states: dict[str, tuple[bool, bool]] = {}
         """By name what of an instance's reports decides whether it is usable."""
         self.on_gone: Callable[[InstanceInfo], None] = lambda info: None
@@ -154,10 +156,16 @@ class Cluster:
         # Made anew where that changes, not for each request: there may be thousands.
         if self._usable is None:
             self._usable = {}
-            for instance in self.instances():
-                if instance.takes_work:
-                    self._usable.setdefault(instance.pool, []).append(instance.name)
+            takers = [instance for instance in self.instances() if instance.takes_work]
+            for instance in takers:
+                self._usable.setdefault(instance.pool, []).append(instance.name)
+            self._longest = max((instance.info.max_model_len for instance in takers), default=None)
         return self._usable
+
+    def max_model_len(self) -> int | None:
+        """Prompt and output tokens that some instance takes; None where none takes work."""
+        self.usable()
+        return self._longest
 
     @property
     def is_ready(self) -> bool:

@@ -114,6 +114,16 @@ def test_a_wrong_registry_is_said(artifact):
     assert "--tpot-slo-ms" in line
 
 
+def test_instances_that_take_less_than_the_artifact_could_say_what_they_take(start_cluster):
+    cluster = start_cluster("mix", options=("--max-model-len", "64"))
+    assert httpx.get(f"{cluster.gateway.http}/v1/models").json()["data"][0]["max_model_len"] == 64
+    # No max_tokens: up to the end of the context that there is.
+    body = {"messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
+    answer = httpx.post(f"{cluster.gateway.http}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["total_tokens"] == 64
+
+
 def test_an_instance_of_another_model_gets_no_work(start_cluster, family_artifact, expected):
     cluster = start_cluster()
     options = ("--role", "mix", "--registry", cluster.gateway.registry, "--name", "stranger", "--threads", "1")

@@ -1,8 +1,12 @@
 """Who of those registered is an instance of the service."""
 
+from dataclasses import replace
+
+from tests.scheduler.cluster.cluster_fixtures import FakeInstance
 from tests.scheduler.registry.instances import instance
+from tests.scheduler.service_fixtures import MAX_MODEL_LEN
 from xllm_compile.scheduler.cluster.cluster import Cluster
-from xllm_compile.scheduler.cluster.state import Health
+from xllm_compile.scheduler.cluster.state import Health, Pool
 
 
 async def members_of(cluster, *infos):
@@ -32,6 +36,21 @@ async def test_other_weights_get_no_work_and_are_named_once_for_each_start(caplo
         assert named(caplog) == ["instance b (other)", "instance a ()"]
     finally:
         await cluster.close()
+
+
+async def test_the_longest_that_some_instance_takes(make_cluster):
+    fakes = await make_cluster(a={})
+    assert fakes.cluster.max_model_len() == MAX_MODEL_LEN
+    fakes.instances["b"] = longer = FakeInstance("b")
+    await longer.start()
+    longer.info = replace(longer.info, max_model_len=2 * MAX_MODEL_LEN)
+    await fakes.register()
+    await fakes.until(lambda: len(fakes.cluster.usable().get(Pool.MIX, ())) == 2)
+    assert fakes.cluster.max_model_len() == 2 * MAX_MODEL_LEN
+    await fakes.register("a")
+    assert fakes.cluster.max_model_len() == MAX_MODEL_LEN
+    await fakes.cluster.update(())
+    assert fakes.cluster.max_model_len() is None
 
 
 async def test_without_weights_of_its_own_all_are_taken():
