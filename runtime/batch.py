@@ -54,7 +54,9 @@ class Batch:
     """Of the step's first sequences, which may verify drafts and whose positions may be off by what the step before
     accepts: the device makes their rows anew. They are the first sampled ones, with one row each."""
     num_granted: list[int]
-    """Most drafted tokens of each."""
+    """Most drafted tokens of each,"""
+    num_wanted: list[int]
+    """and how many guesses it was granted for when the step was planned."""
     restores: Items[Restore]
     """To be in the KV cache before the step."""
 
@@ -146,6 +148,7 @@ def build_batch(
         pool_at=np.array(pool_at, dtype=np.int32),
         page_ops=page_ops,
     )
+    drafting = {one.speculation: granted[one] for one, _ in chunks if one in granted and one.speculation}
     shifted = [replace(rows, begin=rows.begin + len(sampled)) for rows in prompt_rows]
     return Batch(
         step=step,
@@ -156,6 +159,7 @@ def build_batch(
         restores=restores,
         pending_rows=np.array(pending_rows, dtype=np.int32),
         pending_slots=np.array(pending_slots, dtype=np.int32),
-        drafting=[sequence.speculation for sequence, _ in chunks if sequence in granted and sequence.speculation],
-        num_granted=[granted[sequence] for sequence, _ in chunks if sequence in granted],
+        drafting=list(drafting),
+        num_granted=list(drafting.values()),
+        num_wanted=[speculation.num_wanted for speculation in drafting],
     )

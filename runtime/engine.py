@@ -523,7 +523,7 @@ class Engine:
         granted = self._planner.grant_drafts(plan.chunks, self._speculator)
         ops = self._kv_cache.ops
         batch = build_batch(plan.chunks, ops.take(), granted, ops.take_restores())
-        load = load_of((sequence, count + granted.get(sequence, 0)) for sequence, count in plan.chunks)
+        load = load_of(plan.chunks)
         for sequence, count in plan.chunks:
             sequence.num_computed_tokens += count
             self._queues.commit(sequence)
@@ -547,8 +547,9 @@ class Engine:
                 continue
             step, result = completed
             if not any(result.num_drafted):
-                # A step that drafts and verifies says little of the others.
-                self._predictor.observe(step.load, result.ended_s - result.started_s)
+                # A step that guesses and verifies says little of the others.
+                load = step.load._replace(num_tokens=step.load.num_tokens + sum(result.num_forced))
+                self._predictor.observe(load, result.ended_s - result.started_s)
             for request in step.requests:
                 if not request.is_finished:
                     request.metrics.graph_steps[result.outcome] += 1
@@ -600,14 +601,18 @@ class Engine:
 
     def _settle_drafts(self, batch: Batch, result: StepResult) -> None:
         """Accepted tokens are computed; the room of the others is given back."""
-        for sequence, num_granted, num_drafted, tokens in zip(
-            batch.sampled, batch.num_granted, result.num_drafted, result.sampled, strict=False
+        for sequence, num_granted, num_drafted, num_forced, tokens in zip(
+            batch.sampled, batch.num_granted, result.num_drafted, result.num_forced, result.sampled, strict=False
         ):
-            num_accepted = len(tokens) - 1
+            num_accepted, metrics = len(tokens) - 1, sequence.request.metrics
             sequence.num_draft_tokens -= num_granted
             sequence.num_computed_tokens += num_accepted
-            sequence.request.metrics.num_draft_tokens += num_drafted
-            sequence.request.metrics.num_accepted_tokens += num_accepted
+            metrics.num_draft_tokens += num_drafted
+            if num_forced:
+                metrics.num_forced_tokens += num_accepted
+                self._stats.num_forced_tokens += num_accepted
+            else:
+                metrics.num_accepted_tokens += num_accepted
             if sequence.slot is not None:
                 self._kv_cache.shrink(sequence.slot, num_granted - num_accepted)
 

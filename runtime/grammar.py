@@ -9,6 +9,7 @@ import json
 import threading
 from collections import OrderedDict
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -164,8 +165,13 @@ class _TokenBytes:
         self.special_token_ids = sorted(tokenizer.special_token_ids | tokenizer.eos_token_ids)
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
         self._tokenizer = tokenizer
+        # Asked for the texts that a grammar forces: few, again and again.
+        self._encoded = lru_cache(maxsize=1024)(self._encode)
 
     def __call__(self, text: bytes | str) -> list[int]:
+        return self._encoded(text)
+
+    def _encode(self, text: bytes | str) -> list[int]:
         decoded = text.decode() if isinstance(text, bytes) else text
         return self._tokenizer.encode(decoded, add_special_tokens=False)
 

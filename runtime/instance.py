@@ -96,6 +96,9 @@ class InstanceConfig:
     """Compile graphs for hot sizes while serving; None does not."""
     speculative: SpeculativeConfig | None = None
     """Guess tokens and verify several in one step; None does not."""
+    jump_forward: bool = True
+    """Tokens that a structured output forces ride in the step of the one before them. False gives each a step of its
+    own, with the same output, where there is no `speculative`: to measure what they take."""
     warm_up: bool = False
     """Run every graph once before the first request, which brings the weights in from disk."""
     verify_weights: bool = False
@@ -253,7 +256,7 @@ def open_instance(
         believed = StepPredictor(prior)
         runner = SlowedRunner(runner, lambda load: config.slow_down * believed.seconds(load))
     speculator = None
-    if config.speculative is not None:
+    if config.speculative is not None or config.jump_forward:
         speculator = open_speculator(
             config.speculative,
             manifest,

@@ -82,6 +82,8 @@ class RequestMetrics:
     """Tokens guessed by speculative decoding,"""
     num_accepted_tokens: int = 0
     """and how many of them became part of the output."""
+    num_forced_tokens: int = 0
+    """Output tokens that a structured output forced, and that had no step of their own."""
     kv_sent: KVSent | None = None
     """Of one that was handed over."""
 
@@ -214,6 +216,8 @@ class EngineStats:
     """Seconds that the device stood still between two steps although there was work."""
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_forced_tokens: int = 0
+    """Of num_generated_tokens: what structured outputs forced, without a step of their own."""
     num_preemptions: int = 0
     num_swaps: int = 0
     """Of these, with the KV copied to host memory and back; the others are computed again."""

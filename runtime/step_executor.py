@@ -26,14 +26,13 @@ from xllm_compile.runtime.pooling import pool_chunk
 from xllm_compile.runtime.sampler import (
     SampledToken,
     SamplingFailure,
-    SamplingState,
     TokenLogprobs,
     one_thread,
-    sample,
     token_logprobs,
 )
+from xllm_compile.runtime.speculative.proposer import NO_DRAFT
 from xllm_compile.runtime.speculative.speculator import Speculator
-from xllm_compile.runtime.speculative.verify import verify
+from xllm_compile.runtime.speculative.verify import take_forced, verify
 from xllm_compile.runtime.step import Int32Array, ModelRunner
 from xllm_compile.runtime.worker_thread import start_worker
 
@@ -46,7 +45,9 @@ class StepResult:
     """Tokens of each of the batch's sampled sequences: one, after those of a draft that were accepted. A failure is the
     last."""
     num_drafted: list[int]
-    """Drafted tokens of the first of them; the others had none."""
+    """Guessed tokens of the first of them; the others had none."""
+    num_forced: list[int]
+    """Likewise tokens that their grammars forced."""
     prompt_logprobs: list[list[TokenLogprobs]]
     """For each of the batch's prompt rows."""
     pooled: list[Tensor]
@@ -184,24 +185,29 @@ class _Device:
     def run(self, batch: Batch, on_layers: Callable[[], None] | None = None) -> StepResult:
         started_s = time.monotonic()
         batch.step.token_ids[batch.pending_rows] = self._last_tokens[batch.pending_slots]
-        if on_layers and self._speculator and self._speculator.is_costly and any(batch.num_granted):
+        if on_layers and self._speculator and self._speculator.is_costly and any(batch.num_wanted):
             # A model's draft is long as well.
             on_layers()
-        step, drafts = self._speculator.draft(batch) if self._speculator else (batch.step, [])
+        step, drafts = batch.step, [NO_DRAFT] * len(batch.sampled)
+        if self._speculator is not None:
+            step, drafts = self._speculator.draft(batch)
         drafted_s = time.monotonic()
+        states = [sequence.sampling for sequence in batch.sampled]
+        take_forced(states, drafts)
+        self._masks.prepare(state.mask_ahead for state in states)
         self.prepare_memory(step.page_ops, batch.restores)
         logits = self._runner.execute(step, on_layers)
-        num_drafted = [len(draft.token_ids) for draft in drafts]
-        prompt_logprobs = _prompt_logprobs(batch, logits, sum(num_drafted))
-        states = [sequence.sampling for sequence in batch.sampled]
-        sampled = verify(logits, states, drafts) if any(num_drafted) else _sample(logits, states)
+        num_draft_rows = sum(draft.num_logits - 1 for draft in drafts)
+        prompt_logprobs = _prompt_logprobs(batch, logits, num_draft_rows)
+        sampled = verify(logits, states, drafts)
         self._last_tokens[batch.sampled_slots] = [_token_id(results[-1]) for results in sampled]
-        self._masks.prepare(state.mask_ahead for state in states)
         if self._speculator is not None:
             self._speculator.learn(batch, drafts, sampled, time.monotonic() - drafted_s)
+        drafted = drafts[: len(batch.drafting)]
         return StepResult(
             sampled=sampled,
-            num_drafted=num_drafted[: len(batch.drafting)],
+            num_drafted=[0 if draft.is_forced else len(draft.token_ids) for draft in drafted],
+            num_forced=[len(draft.token_ids) if draft.is_forced else 0 for draft in drafted],
             prompt_logprobs=prompt_logprobs,
             pooled=_pooled(batch, self._runner),
             outcome=self._runner.last_outcome(),
@@ -215,13 +221,6 @@ class _Device:
 
     def close(self) -> None:
         self._masks.close()
-
-
-def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[list[SampledToken | SamplingFailure]]:
-    sampled = sample(logits[: len(states)], states)
-    for result, state in zip(sampled, states, strict=True):
-        state.record(_token_id(result))
-    return [[result] for result in sampled]
 
 
 def _token_id(result: SampledToken | SamplingFailure) -> int:

@@ -85,7 +85,7 @@ class StepPlanner:
             return granted
         tokens_left = self._limits.max_num_batched_tokens - sum(count for _, count in chunks)
         for sequence, _ in chunks:
-            if not sequence.is_decoding:
+            if sequence.speculation is None or not sequence.is_decoding:
                 continue
             assert sequence.slot is not None
             wanted = min(speculator.reserve(sequence.speculation), sequence.num_left_tokens - 1, tokens_left)

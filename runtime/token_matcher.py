@@ -4,6 +4,9 @@ The mask of the next token is known as soon as the last one is, a whole forward 
 computes it beside the forward pass, in another thread and with the interpreter released. `mask` waits for it. A greedy
 row tries the model's own choice first (`choose`): most often it is allowed, and to try one token costs a fifth of a
 mask.
+
+Where the text that must come next is known, the mask allows one token of it, as the tokenizer would cut that text, and
+`forced` says how it goes on. To try a token tells no such thing: other ways to spell the text are no error.
 """
 
 import threading
@@ -93,6 +96,8 @@ class TokenMatcher:
         self._lock = threading.Lock()
         self._mask: TokenMask | None = None
         """For the present state; None until it is computed."""
+        self._forced: list[int] | None = None
+        """Likewise what is forced."""
         self._accepted: list[int] = []
         """Tokens that the grammar has not seen: it does with the next question, in whatever thread that is answered."""
         self._tried: int | None = None
@@ -139,7 +144,9 @@ class TokenMatcher:
         refused only. Raises GrammarError."""
         with self._lock:
             if self._mask is None and self._error is None:
-                self._consume_accepted()
+                forced = self._find_forced()
+                if forced:
+                    return forced[0]
                 is_end = self._is_ended or best in self._eos_token_ids
                 if not is_end and self._error is None and self._try(best):
                     return best
@@ -158,9 +165,15 @@ class TokenMatcher:
             return self._matcher.validate_tokens(list(token_ids[: next(ends, len(token_ids))]))
 
     def forced(self) -> list[int]:
-        """Tokens of the text that has to come next; empty where there is a choice. Other tokens may spell it too."""
+        """Tokens of the text that has to come next, the only ones that masks allow there; empty where there is a
+        choice."""
         with self._lock:
-            return self._matcher.compute_ff_tokens() if self._may_go_on() else []
+            return self._find_forced()
+
+    def _find_forced(self) -> list[int]:
+        if self._forced is None:
+            self._forced = self._matcher.compute_ff_tokens() if self._may_go_on() else []
+        return self._forced
 
     def _may_go_on(self) -> bool:
         self._consume_accepted()
@@ -172,6 +185,9 @@ class TokenMatcher:
         with self._lock:
             self._accepted.append(token_id)
             self._mask = None
+            # The rest of a text is cut as it was with its beginning.
+            is_forced = self._forced is not None and self._forced[:1] == [token_id]
+            self._forced = (self._forced or [])[1:] or None if is_forced else None
 
     def _try(self, token_id: int) -> bool:
         if self._tried != token_id:

@@ -188,6 +188,9 @@ class _Snapshot(Collector):
         yield CounterMetricFamily("xllm_step_gap_seconds", "Time the device waited for its next step", stats.gap_s)
         yield CounterMetricFamily("xllm_prompt_tokens", "Prompt tokens prefilled", stats.num_prompt_tokens)
         yield CounterMetricFamily("xllm_generation_tokens", "Tokens generated", stats.num_generated_tokens)
+        yield CounterMetricFamily(
+            "xllm_forced_tokens", "Of these what structured outputs forced, without a step", stats.num_forced_tokens
+        )
         yield CounterMetricFamily("xllm_preemptions", "Sequences preempted", stats.num_preemptions)
         if stats.kv_swap_bytes is not None:
             swaps = stats.num_swaps

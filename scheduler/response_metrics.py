@@ -19,6 +19,7 @@ def response_metrics(prompts: Sequence[RequestMetrics], *, num_choices: int, num
         "num_preemptions": sum(metrics.num_preemptions for metrics in prompts),
         "num_draft_tokens": sum(metrics.num_draft_tokens for metrics in prompts),
         "num_accepted_tokens": sum(metrics.num_accepted_tokens for metrics in prompts),
+        "num_forced_tokens": sum(metrics.num_forced_tokens for metrics in prompts),
         "graph_steps": {name: sum(metrics.graph_steps[name] for metrics in prompts) for name in OUTCOMES},
     }
 

@@ -152,6 +152,8 @@ def print_stats(llm: "LLM", final: "RequestOutput", opened_s: float) -> None:
             table.add_row("TPOT", f"{decode_s / num_more * 1e3:.2f} ms ({num_more / decode_s:.1f} tok/s)")
     if metrics.num_draft_tokens:
         table.add_row("drafts accepted", f"{metrics.num_accepted_tokens} of {metrics.num_draft_tokens} tokens")
+    if metrics.num_forced_tokens:
+        table.add_row("forced by the structure", f"{metrics.num_forced_tokens} tokens")
     table.add_row("finished", str(final.outputs[0].finish_reason))
     for (part, outcome, reason), count in sorted(counted.graph_cache.choices.items()):
         table.add_row(f"steps, {part}", f"{count} {outcome} ({reason})")

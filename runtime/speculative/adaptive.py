@@ -1,4 +1,4 @@
-"""How many tokens to draft: as many as are expected to pay, from how drafts fared and what steps cost.
+"""How many tokens to draft: as many as are expected to pay, from how guesses fared and what steps cost.
 
 Pure but for what it is told. A draft of k tokens turns a step of one row into one of 1 + k; with a chance s_j that
 the first j are all accepted, it brings 1 + s_1 + ... + s_k tokens instead of one.
@@ -15,7 +15,7 @@ _PRIOR_WEIGHT = 3.0
 # How much of the past is kept per draft: about 20 drafts of a sequence, 100 of all.
 _DECAY = 0.95
 _SHARED_DECAY = 0.99
-# A longer draft has to promise this much more, because the estimates are noisy.
+# A longer draft, or more of them, has to promise this much more, because the estimates are noisy.
 _MARGIN = 1.05
 # Guesses less likely than this never pay.
 _LEAST_CHANCE = 0.02
@@ -154,6 +154,10 @@ class StepSeconds:
         """Whether a step of so many rows should run now, to know what it takes."""
         return num_rows not in self._measured
 
+    def is_unsure(self, num_rows: int) -> bool:
+        """Whether what such a step takes is not believed yet as it was measured."""
+        return self._counts.get(num_rows, 0) < _FIRST
+
     def observe(self, num_rows: int, seconds: float) -> None:
         """Take in what a step of so many rows took."""
         self._num_observed += 1
@@ -187,6 +191,17 @@ def smoothed(known: float | None, measured: float) -> float:
         return measured
     weight = 0.3 if measured < known else 0.05
     return known + weight * (min(measured, 2 * known) - known)
+
+
+def num_forced_worth(num_forced: int, *, num_rows: int, num_tokens: int, step_seconds: Callable[[int], float]) -> int:
+    """Of so many tokens that are sure to be accepted, how many a step of num_rows rows should take in, to bring most
+    tokens per second. It brings num_tokens without them.
+
+    The others wait for a later step; a step that needs a larger graph for one more row is no place for them.
+    """
+    rates = [(num_tokens + count) / step_seconds(num_rows + count) for count in range(num_forced + 1)]
+    best = max(rates)
+    return next(count for count, rate in enumerate(rates) if rate * _MARGIN >= best)
 
 
 def draft_lengths(

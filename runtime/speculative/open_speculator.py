@@ -43,7 +43,7 @@ def read_draft_manifest(config: SpeculativeConfig, target: Manifest) -> Manifest
 
 
 def open_speculator(
-    config: SpeculativeConfig,
+    config: SpeculativeConfig | None,
     target: Manifest,
     draft: Manifest | None,
     kv_config: KVCacheConfig,
@@ -51,8 +51,13 @@ def open_speculator(
     enforce_eager: bool = False,
     warm_up: bool = False,
 ) -> Speculator:
-    """For a target with this KV cache. Its kernels must be loaded; warm_up runs the draft model's graphs once. Raises
-    what opening an artifact raises."""
+    """For a target with this KV cache; without a configuration it drafts what grammars force.
+
+    Its kernels must be loaded; warm_up runs the draft model's graphs once. Raises what opening an artifact raises.
+    """
+    step_seconds = StepSeconds(target.step_times["T"].of)
+    if config is None:
+        return Speculator(None, max_length=0, step_seconds=step_seconds)
     proposer: Proposer
     if draft is not None:
         assert config.draft_model is not None
@@ -62,9 +67,7 @@ def open_speculator(
         proposer = DraftModel(runner, kv_cache)
     else:
         proposer = SuffixProposer(max_shared_tokens=config.max_shared_tokens if config.method == "suffix" else 0)
-    return Speculator(
-        proposer, max_length=config.num_speculative_tokens, step_seconds=StepSeconds(target.step_times["T"].of)
-    )
+    return Speculator(proposer, max_length=config.num_speculative_tokens, step_seconds=step_seconds)
 
 
 def _open_draft_model(

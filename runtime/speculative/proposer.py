@@ -15,7 +15,7 @@ from xllm_compile.runtime.speculative.adaptive import Acceptance, Looks
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Guessed tokens that follow a sequence's last one.
+    """Tokens that follow a sequence's last one: guessed, or forced by its grammar.
 
     ``drawn_from`` has the distribution that each was drawn from, which lossless verification needs to know; None
     where they were not drawn: the same text always gets the same draft.
@@ -23,6 +23,16 @@ class Draft:
 
     token_ids: list[int]
     drawn_from: list[Kept] | None = None
+    is_forced: bool = False
+    """Nothing else is allowed, so these are accepted."""
+    has_logits: bool = True
+    """Whether the step computes the logits that each is judged by. What is forced has none, unless its
+    log-probabilities are wanted."""
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits that the sequence has in the step: the last one gives the token after the draft."""
+        return 1 + len(self.token_ids) if self.has_logits else 1
 
 
 NO_DRAFT = Draft([])
@@ -42,7 +52,7 @@ class Speculation:
     kind: int | None = None
     """Of the draft that the proposer would make now."""
     forced: list[int] = field(default_factory=list)
-    """What its grammar forces to come next, which is the draft then."""
+    """Tokens that its grammar forces to come next: the draft, then."""
     looks: Looks = field(default_factory=Looks)
     num_shown: int = 0
     """Its tokens when the proposer was last asked for a draft."""

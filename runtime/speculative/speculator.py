@@ -2,6 +2,9 @@
 
 The host plans a step with room for drafts before the last one has brought its tokens. The device knows them when the
 step's turn comes: it asks for drafts, makes the rows anew, and tells with the result how many were accepted.
+
+What a grammar forces is a draft that costs nothing to make and is never refused, so there is no need of a proposer:
+rows that would each have a step of their own ride in one, as many as it has room for at little cost.
 """
 
 import time
@@ -21,6 +24,7 @@ from xllm_compile.runtime.speculative.adaptive import (
     Probes,
     StepSeconds,
     draft_lengths,
+    num_forced_worth,
 )
 from xllm_compile.runtime.speculative.draft_step import with_drafts
 from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft, Proposer, Speculation
@@ -29,9 +33,9 @@ from xllm_compile.runtime.step import Step
 from xllm_compile.runtime.token_matcher import TokenMatcher
 
 _WEIGHT = 0.1
-# The kind of drafts that a grammar forces; proposers count theirs from 0.
-_FORCED = -1
-# Steps between two whose time is taken in, while nothing is drafted.
+# Forced tokens of a sequence that one step takes in at most: KV for them is set aside when it is planned.
+MAX_FORCED_TOKENS = 16
+# Steps between two whose time is taken in, while nothing is guessed.
 _OBSERVE_EVERY = 8
 
 
@@ -40,13 +44,14 @@ class Speculator:
 
     def __init__(
         self,
-        proposer: Proposer,
+        proposer: Proposer | None,
         *,
         max_length: int,
         step_seconds: StepSeconds,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """max_length bounds a draft. step_seconds learns how long steps take."""
+        """Without a proposer only what grammars force is drafted. max_length bounds a guess. step_seconds learns how
+        long steps take."""
         self.max_length = max_length
         self._proposer = proposer
         self._clock = clock
@@ -54,6 +59,7 @@ class Speculator:
         # With its first token come those that the proposer has not seen.
         self._draft_seconds = StepSeconds(lambda longest: 0.1 * (1 + longest) * step_seconds(1), ratio=1.0)
         self._num_idle = 0
+        self._turn = 0
         self._shared: dict[tuple[int, int], tuple[Acceptance, Probes]] = {}
         """By kind and heat: what is accepted of greedy texts says little of others."""
         self._ended: deque[Speculation] = deque()
@@ -62,38 +68,43 @@ class Speculator:
     @property
     def is_costly(self) -> bool:
         """Whether a draft takes time that counts beside a step's."""
-        return self._proposer.is_costly
+        return self._proposer is not None and self._proposer.is_costly
 
     def start(
         self, params: SamplingParams, token_ids: Sequence[int], *, num_prompt_tokens: int, max_output_tokens: int
-    ) -> Speculation:
-        """For a new sequence."""
+    ) -> Speculation | None:
+        """For a new sequence; None where there will be no drafts for it."""
+        if self._proposer is None and params.structured is None:
+            return None
         return Speculation(
             params=params,
             token_ids=list(token_ids),
             num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=max_output_tokens,
             # Of a draft model nothing new is known before a draft was verified.
-            looks=Looks(64, patience=2) if self._proposer.is_costly else Looks(),
+            looks=Looks(64, patience=2) if self.is_costly else Looks(),
         )
 
-    def reserve(self, sequence: Speculation | None) -> int:
+    def reserve(self, sequence: Speculation) -> int:
         """Most drafted tokens for the next step of the sequence, asked by the host when it plans it."""
-        assert sequence is not None
-        # A cheap draft is made when the newest tokens are known: only then is it clear whether they suggest any.
-        if self._proposer.is_costly:
+        # A cheap draft is made when the newest tokens are known: only then is it clear whether they suggest any. So it
+        # is with what they force.
+        if sequence.params.structured is not None:
+            return max(self.max_length, MAX_FORCED_TOKENS)
+        if self.is_costly:
             return sequence.num_wanted
-        if sequence.looks.is_far and sequence.params.structured is None:
-            # Nor will there be a look before then. What a grammar forces needs none.
-            return 0
-        return self.max_length
+        # Without a look before then there will be none.
+        return 0 if sequence.looks.is_far else self.max_length
 
     def forget(self, sequence: Speculation) -> None:
         """The sequence ended, for the host; a launched step may still have it."""
-        self._ended.append(sequence)
+        if self._proposer is not None:
+            self._ended.append(sequence)
 
-    def stats(self) -> SpeculationStats:
-        """A snapshot of the counters."""
+    def stats(self) -> SpeculationStats | None:
+        """A snapshot of the counters of guesses; None without a proposer."""
+        if self._proposer is None:
+            return None
         counted = self._stats
         return SpeculationStats(
             num_drafts=counted.num_drafts,
@@ -107,7 +118,7 @@ class Speculator:
         sequences = batch.drafting
         if not sequences:
             return batch.step, [NO_DRAFT] * len(batch.sampled)
-        drafts = self._propose(batch) if any(batch.num_granted) else [NO_DRAFT] * len(sequences)
+        drafts = self._draft(batch) if any(batch.num_granted) else [NO_DRAFT] * len(sequences)
         step = batch.step
         is_planned = all(
             not draft.token_ids and position == len(sequence.token_ids) - 1
@@ -119,52 +130,90 @@ class Speculator:
 
     def learn(self, batch: Batch, drafts: Sequence[Draft], verified: Sequence[Verified], seconds: float) -> None:
         """Take the tokens of a step in, and decide what the next one should draft. seconds: without the drafting."""
+        num_forced = 0
+        for sequence, results in zip(batch.sampled, verified, strict=True):
+            speculation, matcher = sequence.speculation, sequence.sampling.matcher
+            if speculation is None:
+                continue
+            for result in results:
+                speculation.token_ids.append(result.token_id if isinstance(result, SampledToken) else 0)
+            if matcher is not None:
+                speculation.forced = matcher.forced()
+                num_forced += len(speculation.forced)
+        if batch.is_decode_only and (batch.drafting or self._proposer is not None):
+            num_rows = len(drafts) + sum(len(draft.token_ids) for draft in drafts)
+            has_guess = any(draft.token_ids and not draft.is_forced for draft in drafts)
+            self._observe(num_rows, seconds, is_idle=not has_guess)
+        if self._proposer is not None:
+            self._learn_of_guesses(batch, drafts, verified, num_forced)
+            # The host ends a sequence with one step under way at most, which is this one.
+            while self._ended:
+                self._proposer.forget(self._ended.popleft())
+
+    def _learn_of_guesses(
+        self, batch: Batch, drafts: Sequence[Draft], verified: Sequence[Verified], num_forced: int
+    ) -> None:
+        """num_forced: rows that the next step has whatever is guessed."""
         due: list[Speculation] = []
-        num_drafted = 0
         for sequence, draft, results in zip(batch.sampled, drafts, verified, strict=True):
             speculation = sequence.speculation
             assert speculation is not None
-            for result in results:
-                speculation.token_ids.append(result.token_id if isinstance(result, SampledToken) else 0)
-            if draft.token_ids:
-                num_drafted += len(draft.token_ids)
+            if draft.token_ids and not draft.is_forced:
                 self._count(speculation, len(draft.token_ids), len(results) - 1)
             speculation.num_wanted = 0
-            matcher = sequence.sampling.matcher
-            if matcher is not None:
-                speculation.forced = matcher.forced()
-            if speculation.looks.is_due() or speculation.forced:
+            if not speculation.forced and speculation.looks.is_due():
                 due.append(speculation)
-        if batch.is_decode_only:
-            self._observe(len(drafts) + num_drafted, len(drafts), seconds)
         if due:
-            self._choose_lengths(due, len(drafts))
-        # The host ends a sequence with one step under way at most, which is this one.
-        while self._ended:
-            self._proposer.forget(self._ended.popleft())
+            self._choose_lengths(due, len(drafts), num_forced)
 
-    def _propose(self, batch: Batch) -> list[Draft]:
-        # A costly draft was decided on when the step was planned. A cheap one is made as the newest tokens suggest.
-        is_costly = self._proposer.is_costly
+    def _draft(self, batch: Batch) -> list[Draft]:
+        forced = self._take_forced(batch)
+        if self._proposer is None:
+            return forced
+        # A costly guess was decided on when the step was planned. A cheap one is made as the newest tokens suggest.
         lengths = [
-            granted if is_costly else min(granted, sequence.num_wanted)
-            for sequence, granted in zip(batch.drafting, batch.num_granted, strict=True)
+            0 if draft.token_ids else min(granted, wanted if self.is_costly else each.num_wanted)
+            for draft, each, granted, wanted in zip(
+                forced, batch.drafting, batch.num_granted, batch.num_wanted, strict=True
+            )
         ]
-        pairs = list(zip(batch.drafting, lengths, strict=True))
-        proposed = self._ask(batch.drafting, [0 if each.forced else length for each, length in pairs])
+        guesses = self._guess(self._proposer, batch.drafting, lengths)
         return [
-            Draft(each.forced[:length]) if each.forced else _within_grammar(draft, sequence.sampling.matcher)
-            for (each, length), draft, sequence in zip(pairs, proposed, batch.sampled, strict=False)
+            draft if draft.token_ids else _within_grammar(guess, sequence.sampling.matcher)
+            for draft, guess, sequence in zip(forced, guesses, batch.sampled, strict=False)
         ]
 
-    def _ask(self, sequences: Sequence[Speculation], lengths: Sequence[int]) -> list[Draft]:
+    def _take_forced(self, batch: Batch) -> list[Draft]:
+        """Of what is forced as much as the step gains by. Who comes first changes from step to step."""
+        lengths = [min(len(each.forced), most) for each, most in zip(batch.drafting, batch.num_granted, strict=True)]
+        drafts = [NO_DRAFT] * len(lengths)
+        if not any(lengths):
+            return drafts
+        num_left = num_forced_worth(
+            sum(lengths),
+            num_rows=len(batch.step.token_ids),
+            num_tokens=len(batch.sampled),
+            step_seconds=self._step_seconds,
+        )
+        self._turn += 1
+        for at in range(len(lengths)):
+            index = (self._turn + at) % len(lengths)
+            sequence, length = batch.drafting[index], min(lengths[index], num_left)
+            if length:
+                # Their log-probabilities, where they are wanted, come of logits.
+                has_logits = sequence.params.logprobs is not None
+                drafts[index] = Draft(sequence.forced[:length], is_forced=True, has_logits=has_logits)
+                num_left -= length
+        return drafts
+
+    def _guess(self, proposer: Proposer, sequences: Sequence[Speculation], lengths: Sequence[int]) -> list[Draft]:
         """The proposer's drafts, and how long they take."""
         if not any(lengths):
             return [NO_DRAFT] * len(lengths)
         began = self._clock()
-        drafts = self._proposer.propose(sequences, lengths)
+        drafts = proposer.propose(sequences, lengths)
         longest = max(len(draft.token_ids) for draft in drafts)
-        if self._proposer.is_costly and longest:
+        if proposer.is_costly and longest:
             seconds = self._clock() - began
             # One that comes after a rest, or first, computes all that came meanwhile: no length would change that.
             asked = [sequence for sequence, length in zip(sequences, lengths, strict=True) if length]
@@ -174,9 +223,9 @@ class Speculator:
                 each.num_shown = len(each.token_ids)
         return drafts
 
-    def _observe(self, num_rows: int, num_sequences: int, seconds: float) -> None:
-        self._num_idle = 0 if num_rows > num_sequences else self._num_idle + 1
-        if self._num_idle % _OBSERVE_EVERY and not self._step_seconds.is_stale(num_rows):
+    def _observe(self, num_rows: int, seconds: float, *, is_idle: bool) -> None:
+        self._num_idle = self._num_idle + 1 if is_idle else 0
+        if self._num_idle % _OBSERVE_EVERY and not self._step_seconds.is_unsure(num_rows):
             return
         self._step_seconds.observe(num_rows, seconds)
 
@@ -201,7 +250,7 @@ class Speculator:
         if shared is None:
             if sequence.heat > 1:
                 # With a draft model the first probe computes the whole text there, which takes as long as ten steps.
-                first_after = LAST_PROBE_AFTER if self._proposer.is_costly else 512
+                first_after = LAST_PROBE_AFTER if self.is_costly else 512
                 shared = Acceptance(self.max_length, optimism=HOT_OPTIMISM), Probes(first_after)
             else:
                 shared = Acceptance(self.max_length), Probes()
@@ -212,8 +261,8 @@ class Speculator:
             own = sequence.acceptance[sequence.kind] = Acceptance(self.max_length, prior)
         return own, probes
 
-    def _choose_lengths(self, sequences: Sequence[Speculation], num_in_step: int) -> None:
-        """Of the drafts of these, in a step of num_in_step sequences."""
+    def _choose_lengths(self, sequences: Sequence[Speculation], num_in_step: int, num_forced: int) -> None:
+        """Of the guesses for these, in a step of num_in_step sequences and num_forced rows more."""
         candidates = []
         for sequence in sequences:
             # The last token needs no draft, and a request for one token no look at its prompt.
@@ -226,7 +275,7 @@ class Speculator:
             return
         lengths = draft_lengths(
             [acceptance.survival for _, acceptance, _ in candidates],
-            num_others=num_in_step - len(candidates),
+            num_others=num_in_step + num_forced - len(candidates),
             step_seconds=self._step_seconds,
             draft_seconds=self._expected_draft_seconds,
         )
@@ -238,12 +287,12 @@ class Speculator:
                 sequence.num_wanted = min(PROBE_LENGTH, self.max_length)
 
     def _kind(self, sequence: Speculation) -> int | None:
-        if sequence.num_left_tokens <= 1:
+        if self._proposer is None or sequence.num_left_tokens <= 1:
             return None
-        return _FORCED if sequence.forced else self._proposer.observe(sequence)
+        return self._proposer.observe(sequence)
 
     def _expected_draft_seconds(self, longest: int) -> float:
-        return self._draft_seconds(longest) if self._proposer.is_costly else 0.0
+        return self._draft_seconds(longest) if self.is_costly else 0.0
 
 
 def _within_grammar(draft: Draft, matcher: TokenMatcher | None) -> Draft:

@@ -7,6 +7,7 @@ that they would see without drafts, and one row after the other is taken until a
   The chance is the same as of rejection sampling with a distribution of one token. The tokens are the very ones that
   sampling alone gives, because the request's random numbers are used in the same order: a seeded request does not
   notice drafts, and a greedy one even less.
+- What a grammar forces needs no logits: sampling could choose nothing else. It takes its random numbers all the same.
 - A draft x drawn from q, where the request's distribution is p: accept it with chance min(1, p(x) / q(x)), otherwise
   draw from what q gave too little to, max(0, p - q). Source: Leviathan et al., arXiv:2211.17192, theorem 3.5.
 
@@ -28,23 +29,47 @@ from xllm_compile.runtime.sampler import (
     greedy_in_grammar,
     one_thread,
     prepare_row,
+    sample,
     sample_row,
     sampled_token,
 )
-from xllm_compile.runtime.speculative.proposer import Draft
+from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft
 
 Verified = list[SampledToken | SamplingFailure]
 """The tokens that a step brought a sequence: at least one, and a failure only as the last."""
 
 
+def take_forced(states: Sequence[SamplingState], drafts: Sequence[Draft]) -> None:
+    """Record what is forced, as `verify` expects it: their masks, those behind it, can be computed meanwhile."""
+    for state, draft in zip(states, drafts, strict=True):
+        if not draft.has_logits:
+            state.replay(draft.token_ids)
+
+
 def verify(logits: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft]) -> list[Verified]:
-    """Tokens of each sequence. ``logits`` [R, V] float32 has 1 + len(draft) rows for each of them, in order.
+    """Tokens of each sequence. ``logits`` [R, V] float32 has draft.num_logits rows for each of them, in order.
 
     Records the tokens in the states, which is what makes them count for the next row.
     """
+    judged = [draft if draft.has_logits else NO_DRAFT for draft in drafts]
+    verified = _verify(logits, states, judged) if any(draft.token_ids for draft in judged) else _sample(logits, states)
+    return [
+        results if draft.has_logits else [*(SampledToken(token_id=token_id) for token_id in draft.token_ids), *results]
+        for draft, results in zip(drafts, verified, strict=True)
+    ]
+
+
+def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Verified]:
+    sampled = sample(logits[: len(states)], states)
+    for result, state in zip(sampled, states, strict=True):
+        _record(result, state)
+    return [[result] for result in sampled]
+
+
+def _verify(logits: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft]) -> list[Verified]:
     spans, begin = [], 0
     for draft in drafts:
-        spans.append((begin, begin + 1 + len(draft.token_ids)))
+        spans.append((begin, begin + draft.num_logits))
         begin = spans[-1][1]
     if all(state.is_plain_greedy for state in states):
         found = argmax_rows(logits[:begin], [None] * begin)

@@ -36,7 +36,7 @@ _FINISH_REASONS: dict[int, FinishReason] = {
     xllm_pb2.FINISH_REASON_ABORT: "abort",
 }
 
-_COUNTS = ("num_preemptions", "num_draft_tokens", "num_accepted_tokens")
+_COUNTS = ("num_preemptions", "num_draft_tokens", "num_accepted_tokens", "num_forced_tokens")
 
 
 def generate_message(request_id: str, prompt: Sequence[int], params: SamplingParams, seed: int | None) -> Any:

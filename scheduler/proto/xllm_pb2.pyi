@@ -556,7 +556,7 @@ class EmbedResponse(_message.Message):
     def __init__(self, embedding: _Optional[_Iterable[float]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class RequestMetrics(_message.Message):
-    __slots__ = ("queue_time_ms", "time_to_first_token_ms", "generation_time_ms", "mean_itl_ms", "tokens_per_second", "num_preemptions", "graph_steps", "num_draft_tokens", "num_accepted_tokens")
+    __slots__ = ("queue_time_ms", "time_to_first_token_ms", "generation_time_ms", "mean_itl_ms", "tokens_per_second", "num_preemptions", "graph_steps", "num_draft_tokens", "num_accepted_tokens", "num_forced_tokens")
     QUEUE_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_FIRST_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
     GENERATION_TIME_MS_FIELD_NUMBER: _ClassVar[int]
@@ -566,6 +566,7 @@ class RequestMetrics(_message.Message):
     GRAPH_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FORCED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     queue_time_ms: float
     time_to_first_token_ms: float
     generation_time_ms: float
@@ -575,7 +576,8 @@ class RequestMetrics(_message.Message):
     graph_steps: GraphSteps
     num_draft_tokens: int
     num_accepted_tokens: int
-    def __init__(self, queue_time_ms: _Optional[float] = ..., time_to_first_token_ms: _Optional[float] = ..., generation_time_ms: _Optional[float] = ..., mean_itl_ms: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., graph_steps: _Optional[_Union[GraphSteps, _Mapping]] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ...) -> None: ...
+    num_forced_tokens: int
+    def __init__(self, queue_time_ms: _Optional[float] = ..., time_to_first_token_ms: _Optional[float] = ..., generation_time_ms: _Optional[float] = ..., mean_itl_ms: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., graph_steps: _Optional[_Union[GraphSteps, _Mapping]] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_forced_tokens: _Optional[int] = ...) -> None: ...
 
 class GraphSteps(_message.Message):
     __slots__ = ("exact", "padded", "dynamic", "eager")

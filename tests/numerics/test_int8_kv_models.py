@@ -139,7 +139,8 @@ def test_speculation(model, prompts, expected):
     engine = model.engine(speculator=speculator)
     for _ in range(2):
         assert greedy(engine, prompts, NUM_TOKENS) == expected
-    assert speculator.stats().num_accepted_tokens > 0
+    stats = speculator.stats()
+    assert stats is not None and stats.num_accepted_tokens > 0
 
 
 def test_compiled(int8_kv_artifact, prompts, expected, kernels):

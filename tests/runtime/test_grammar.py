@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from xllm_compile.benchmarks.random_schemas import random_schema
 from xllm_compile.runtime import grammar
 from xllm_compile.runtime.grammar import GrammarCompiler
 from xllm_compile.runtime.mask_worker import MaskWorker
@@ -126,6 +127,27 @@ def test_what_a_grammar_forces_is_said_until_there_is_a_choice(compiler: Grammar
         matcher.accept(token_id)
     matcher.accept(next(iter(tokenizer.eos_token_ids)))
     assert matcher.forced() == [] and matcher.num_allowed(tokenizer.encode("a")) == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_masks_allow_nothing_else_where_a_text_is_forced(compiler: GrammarCompiler, seed: int) -> None:
+    structured = StructuredOutput.json_schema(random_schema(seed))
+    asked, masked = compiler.compile(structured).matcher(), compiler.compile(structured).matcher()
+    rng = np.random.default_rng(seed)
+    rest: list[int] = []
+    for _ in range(150):
+        allowed = np.flatnonzero(masked.mask().allowed).tolist()
+        forced = asked.forced()
+        assert forced[: len(rest)] == rest
+        token_id = int(rng.choice(allowed))
+        if forced:
+            assert allowed == forced[:1]
+            # Whatever the model would rather have, and though it may be another way to spell the text.
+            row = rng.random(len(masked.mask().allowed), dtype=np.float32)
+            assert asked.choose(row, int(row.argmax())) == token_id
+        rest = forced[1:]
+        for matcher in (asked, masked):
+            matcher.accept(token_id)
 
 
 def test_what_was_tried_and_did_not_come_leaves_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:

@@ -90,6 +90,7 @@ def _batch() -> Batch:
         pending_slots=nothing,
         drafting=[],
         num_granted=[],
+        num_wanted=[],
         restores=(),
     )
 

@@ -23,6 +23,7 @@ def metrics_of(**counts):
         num_preemptions=1,
         num_draft_tokens=8,
         num_accepted_tokens=5,
+        num_forced_tokens=2,
         graph_steps=Counter(counts),
     )
 
@@ -37,6 +38,7 @@ def test_times_of_one_stream_and_counts():
         "num_preemptions": 1,
         "num_draft_tokens": 8,
         "num_accepted_tokens": 5,
+        "num_forced_tokens": 2,
         "graph_steps": {"exact": 3, "padded": 0, "dynamic": 0, "eager": 1},
     }
 
@@ -47,6 +49,7 @@ def test_several_streams_have_counts_only():
         "num_preemptions": 2,
         "num_draft_tokens": 16,
         "num_accepted_tokens": 10,
+        "num_forced_tokens": 4,
         "graph_steps": {"exact": 4, "padded": 2, "dynamic": 0, "eager": 0},
     }
     assert found == NO_TIMES | counts
@@ -67,7 +70,7 @@ async def test_over_grpc_unset_is_none():
         message = metrics_message(stream.metrics)
     assert message.queue_time_ms == 500.0 and not message.HasField("mean_itl_ms")
     assert message.graph_steps.padded == 2 and message.num_preemptions == 1
-    assert (message.num_draft_tokens, message.num_accepted_tokens) == (8, 5)
+    assert (message.num_draft_tokens, message.num_accepted_tokens, message.num_forced_tokens) == (8, 5, 2)
 
 
 async def test_over_http(client):

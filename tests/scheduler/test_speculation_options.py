@@ -43,9 +43,10 @@ def test_options_that_do_not_go_together_are_refused(given: dict[str, Any], mess
 
 def test_metrics_have_what_was_drafted_and_accepted() -> None:
     stats = EngineStats(
+        num_forced_tokens=3,
         speculation=SpeculationStats(
             num_drafts=5, drafted_by_position=[5, 4], accepted_by_position=[4, 1], draft_length=1.8
-        )
+        ),
     )
     text = render({"m": ServiceMetrics(lambda: stats, StreamLimiter(1))}).decode()
     samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -58,5 +59,6 @@ def test_metrics_have_what_was_drafted_and_accepted() -> None:
         "xllm_spec_draft_length": 1.8,
     }
     assert {name: float(samples[name]) for name in expected} == expected
+    assert "xllm_forced_tokens_total 3.0" in text
     without = render({"m": ServiceMetrics(lambda: EngineStats(), StreamLimiter(1))}).decode()
     assert "xllm_spec" not in without

@@ -52,6 +52,7 @@ class Player:
             SamplingParams(**params), [1, 2], num_prompt_tokens=2, max_output_tokens=num_tokens
         )
         sequence = SimpleNamespace(speculation=speculation, sampling=SimpleNamespace(matcher=None))
+        assert speculation is not None
         granted = 0
         while speculation.num_left_tokens > 0:
             # The next step is planned while this one runs.
@@ -88,7 +89,12 @@ def _batch(sequence: Any, speculation: Speculation, granted: int) -> Any:
     )
     drafting = [speculation] if granted else []
     return SimpleNamespace(
-        step=step, sampled=[sequence], drafting=drafting, num_granted=[granted] * len(drafting), is_decode_only=True
+        step=step,
+        sampled=[sequence],
+        drafting=drafting,
+        num_granted=[granted] * len(drafting),
+        num_wanted=[granted] * len(drafting),
+        is_decode_only=True,
     )
 
 
