@@ -197,17 +197,17 @@ class KVTiers:
 
         Stops at the first block that no tier has: what follows it is of no use.
         """
-        on_disk, rest = list[bytes](), list[bytes]()
+        num_here, is_on_disk, rest = len(digests), False, list[bytes]()
         for index, digest in enumerate(digests):
             if digest in self:
                 continue
             if self._disk is None or digest not in self._disk:
-                rest = [each for each in digests[index:] if each not in self]
+                num_here, rest = index, [each for each in digests[index:] if each not in self]
                 break
-            on_disk.append(digest)
+            is_on_disk = True
         if self._store is None or not self._store.is_up:
             rest = []
-        return self._thread.submit(self._load, on_disk, rest) if on_disk or rest else None
+        return self._thread.submit(self._load, digests[:num_here], rest) if is_on_disk or rest else None
 
     def flush(self) -> None:
         """Wait until what was started is done."""
@@ -262,8 +262,8 @@ class KVTiers:
         self._writing.pop(digest, None)
         self.stats.disk_bytes = self._disk.num_bytes
 
-    def _load(self, on_disk: Sequence[bytes], in_store: Sequence[bytes]) -> None:
-        if self._load_from_disk(on_disk) and in_store:
+    def _load(self, here: Sequence[bytes], in_store: Sequence[bytes]) -> None:
+        if self._load_from_disk(here) and in_store:
             assert self._store is not None
             # More than host memory holds would push out its own beginning.
             read = self._store.read(in_store, self._max_bytes // 2)
@@ -273,16 +273,27 @@ class KVTiers:
                 self._keep(digest, data)
 
     def _load_from_disk(self, digests: Sequence[bytes]) -> bool:
-        """Whether all were there."""
+        """Bring those that host memory lacks, as far as it holds them all. Whether none is missing."""
+        num_found, left = 0, self._max_bytes
         for digest in digests:
-            assert self._disk is not None
-            try:
-                data = self._disk.read(digest)
-            except DamagedBlockError:
-                self.stats.num_damaged += 1
-                data = None
-            if data is None:
-                return False
-            self.stats.num_read += 1
-            self._keep(digest, data)
-        return True
+            data = self.read(digest) or self._read_disk(digest)
+            if data is None or len(data) > left:
+                break
+            if digest not in self:
+                self._keep(digest, data)
+            num_found, left = num_found + 1, left - len(data)
+        # What comes before they are used pushes out the last of them first: nothing is of use without its beginning.
+        for digest in reversed(digests[:num_found]):
+            self.read(digest)
+        return num_found == len(digests)
+
+    def _read_disk(self, digest: bytes) -> bytes | None:
+        if self._disk is None:
+            return None
+        try:
+            data = self._disk.read(digest)
+        except DamagedBlockError:
+            self.stats.num_damaged += 1
+            return None
+        self.stats.num_read += data is not None
+        return data

@@ -49,6 +49,27 @@ def test_what_host_memory_has_no_room_for_goes_to_disk_and_comes_back(tmp_path: 
     tiers.close()
 
 
+@pytest.mark.parametrize("first_in_host", [0, 6])
+def test_of_a_prompt_larger_than_host_memory_the_beginning_is_kept(tmp_path: Path, first_in_host: int) -> None:
+    tiers = KVTiers(host_bytes=400, disk=disk(tmp_path))
+    prompt = [*range(first_in_host, 10), *range(first_in_host)]
+    for index in range(10):
+        # The last four are in host memory, the prompt's first or its last ones.
+        tiers.offload(name(index), content(index))
+    tiers.flush()
+    loading = tiers.prefetch([name(index) for index in prompt])
+    assert loading is not None
+    loading.result()
+    tiers.flush()
+    assert [index for index in prompt if name(index) in tiers] == prompt[:4]
+    # What comes before it is used pushes out its end.
+    tiers.offload(name(20), content(20))
+    tiers.flush()
+    assert [index for index in prompt if name(index) in tiers] == prompt[:3]
+    assert [tiers.read(name(index)) for index in prompt[:3]] == [content(index) for index in prompt[:3]]
+    tiers.close()
+
+
 def test_a_block_on_its_way_to_disk_is_still_found(tmp_path: Path) -> None:
     tiers = KVTiers(host_bytes=100, disk=disk(tmp_path))
     for index in range(40):
