@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +133,10 @@ class DeviceSpec:
         unknown = sorted(set(values) - known)
         if unknown:
             raise DeviceSpecError(f"unknown field {unknown[0]!r}; fields: {', '.join(sorted(known))}")
+        needed = {entry.name for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING}
+        missing = sorted(needed - set(values))
+        if missing:
+            raise DeviceSpecError(f"{missing[0]!r} is missing; xllm-bench calibrate writes whole ones")
         try:
             efficiency = {name: Efficiency(**entry) for name, entry in values.get("efficiency", {}).items()}
             return cls(**{**values, "efficiency": efficiency})

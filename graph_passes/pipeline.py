@@ -232,9 +232,11 @@ def _run_pass(region: RegionGraph, step: Pass) -> PassReport:
     except Exception as err:
         node = _node_at(err.__traceback__)
         where = f" at node {node.format_node()}" if node is not None else ""
+        way_out = f"leave it out with --disable-pass {step.name}"
+        if step.required_in:
+            way_out = "nothing can be built without it: please report this line"
         raise PassError(
-            f"pass {step.name} failed in region {region.name}{where}: {type(err).__name__}: {err};"
-            f" leave it out with --disable-pass {step.name}"
+            f"pass {step.name} failed in region {region.name}{where}: {type(err).__name__}: {err}; {way_out}"
         ) from err
     report.seconds = time.perf_counter() - began
     report.ops_before, report.ops_after = ops_before, region.op_counts()

@@ -38,7 +38,10 @@ def explain_passes(config: BuildConfig) -> None:
     console.print(f"Token buckets {list(buckets.tokens)}, logits buckets {list(buckets.logits)} ({buckets.reason}).")
     if split.buckets:
         console.print(f"Steps in the buckets {list(split.buckets)} run in halves.")
-    console.print("Each layer region runs once per layer; its graphs are compiled once.")
+    if config.graph_mode == "eager":
+        console.print("With --graph-mode eager no graph is compiled: steps run operator by operator.")
+    else:
+        console.print("Each layer region runs once per layer; its graphs are compiled once.")
 
 
 def _passes_run(rows: Sequence[PassRow], regions: Sequence[str], title: str) -> Table:

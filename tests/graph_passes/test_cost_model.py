@@ -157,7 +157,7 @@ def test_unreadable_specs(tmp_path):
     with pytest.raises(DeviceSpecError, match=r"text\.json is no JSON"):
         read_device_spec(tmp_path / "text.json")
     (tmp_path / "part.json").write_text('{"name": "x"}')
-    with pytest.raises(DeviceSpecError, match="missing"):
+    with pytest.raises(DeviceSpecError, match=r"part\.json: 'cache_bytes' is missing"):
         read_device_spec(tmp_path / "part.json")
     with pytest.raises(DeviceSpecError, match=r"'h300'; devices: ascend-910b2"):
         device_spec("h300")

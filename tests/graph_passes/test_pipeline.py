@@ -25,6 +25,7 @@ from xllm_compile.graph_passes.pipeline import (
     cpu_pipeline,
     npu_pipeline,
     run_passes,
+    split_pipeline,
 )
 from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_passes.region import PassReport
@@ -48,10 +49,10 @@ def tied(config):
     return frozenset({EMBED_WEIGHT}) if config.tie_word_embeddings else frozenset()
 
 
-def final_programs(config, dtype, passes=None):
-    passes = cpu_pipeline(tied_weights=tied(config)) if passes is None else passes
+def final_programs(config, dtype, passes, world_size=1):
     programs = []
-    for graph, region in zip(family_regions(config, dtype), build_regions(config), strict=True):
+    graphs, regions = family_regions(config, dtype, world_size), build_regions(config, world_size)
+    for graph, region in zip(graphs, regions, strict=True):
         run_passes(graph, passes)
         programs.append(emit_program(graph, region.layers))
     return programs
@@ -60,11 +61,15 @@ def final_programs(config, dtype, passes=None):
 def golden_passes(config, variant):
     if variant == "npu":
         return npu_pipeline(max_model_len=256)
+    if variant == "halves":
+        return [*cpu_pipeline(tied_weights=tied(config)), *split_pipeline()]
     quantisation = Quantisation(scheme=variant) if variant else None
     return cpu_pipeline(tied_weights=tied(config), quantisation=quantisation)
 
 
-@pytest.mark.parametrize(("family", "variant"), [*product(FAMILIES, [None, "npu"]), ("qwen3", "int8")])
+@pytest.mark.parametrize(
+    ("family", "variant"), [*product(FAMILIES, [None, "npu"]), ("qwen3", "int8"), ("qwen3", "halves")]
+)
 def test_golden_programs(family, variant, request):
     """A change of a pass, a model or torch's export shows here as a diff to read.
 
@@ -72,7 +77,8 @@ def test_golden_programs(family, variant, request):
     """
     lines = []
     config = family_config(family)
-    for program in final_programs(config, torch.float32, golden_passes(config, variant)):
+    world_size = 2 if variant == "halves" else 1
+    for program in final_programs(config, torch.float32, golden_passes(config, variant), world_size):
         lines.append(f"== {program.name}, layers {list(program.layers)}")
         lines += [f"input  {spec.name}: {spec.dtype}{list(spec.shape)}" for spec in program.inputs]
         for spec in program.weights:
@@ -149,9 +155,14 @@ def test_a_pass_that_raises_names_itself_the_region_and_the_node():
         return PassReport(name="stumbles", region=region.name)
 
     region = layer_graph(family_config("qwen3"))
+    step = Pass(name="stumbles", run=stumbles, summary="")
     with pytest.raises(PassError, match=r"pass stumbles failed in region layer at node %silu.*KeyError") as error:
-        run_passes(region, [Pass(name="stumbles", run=stumbles, summary="")])
+        run_passes(region, [step])
     assert isinstance(error.value.__cause__, KeyError)
+    assert str(error.value).endswith("leave it out with --disable-pass stumbles")
+    # Of what would be refused nobody is told to try it.
+    with pytest.raises(PassError, match="nothing can be built without it"):
+        run_passes(region, [replace(step, required_in="layer")])
 
 
 def test_the_report_counts_operators_before_and_after_each_pass():

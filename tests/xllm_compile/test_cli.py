@@ -185,8 +185,16 @@ def test_the_real_command_prints_no_traceback(model, tmp_path):
     assert line.startswith("xllm-compile: error: no pass is named 'silu'")
 
 
-def test_explain_compiles_nothing(model, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "ending"),
+    [
+        ("full", "Each layer region runs once per layer; its graphs are compiled once."),
+        ("eager", "With --graph-mode eager no graph is compiled: steps run operator by operator."),
+    ],
+)
+def test_explain_compiles_nothing(model, tmp_path, capsys, monkeypatch, mode, ending):
     arguments = ["xllm-compile", str(model), "-o", str(tmp_path / "out.xllm"), "--explain", "--buckets", "1,4"]
+    arguments += ["--graph-mode", mode]
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as exit_:
         main()
@@ -194,4 +202,5 @@ def test_explain_compiles_nothing(model, tmp_path, capsys, monkeypatch):
     assert exit_.value.code == 0
     said = ["merge_linear", "2 (23 -> 22)", "Passes not run", "xllm.qkv_rope_write.default", "Token buckets [1, 4]"]
     assert_all_in(said, " ".join(out.split()))
+    assert " ".join(out.split()).endswith(ending)
     assert not (tmp_path / "out.xllm").exists()
