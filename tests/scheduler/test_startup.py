@@ -7,6 +7,7 @@ import pytest
 from xllm_compile import model_cache
 from xllm_compile.scheduler import startup
 from xllm_compile.scheduler.artifact_source import cached_artifact, find_artifact
+from xllm_compile.scheduler.member import check_registry
 from xllm_compile.scheduler.serve import command
 
 
@@ -54,3 +55,9 @@ def test_the_offline_interface_finds_the_same_artifact(monkeypatch, tmp_path, ma
 def test_the_role_that_no_model_has_yet_is_refused_by_name():
     with pytest.raises(click.BadParameter, match=r"images.*gateway, mix, prefill, decode"):
         command.main(["model.xllm", "--role", "encode"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(("role", "is_said"), [("decode", True), ("gateway", False), (None, False)])
+def test_an_instance_that_no_gateway_will_find_says_so(caplog, role, is_said):
+    check_registry({"role": role, "registry": None})
+    assert ["--role decode without --registry" in record.getMessage() for record in caplog.records] == [True] * is_said
