@@ -24,6 +24,8 @@ from xllm_compile.runtime.structured_output import StructuredOutput
 
 FREE, SCHEMA = "free", "JSON schema"
 SAMPLED_FREE, SAMPLED_SCHEMA = "free, sampled", "JSON schema, sampled"
+# Likewise where tokens that the schema forces have a step of their own.
+SLOW_SCHEMA, SLOW_SAMPLED_SCHEMA = "JSON schema, no jumps", "JSON schema, sampled, no jumps"
 _BATCH = 8
 _PROMPT_TOKENS = 64
 # Of one random document; the longest need some hundreds.
@@ -48,21 +50,24 @@ _ENDLESS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overhead:
-    """Seconds a decode step, free and under a schema, in rounds."""
+    """Seconds from token to token, free and under a schema, in rounds."""
 
     tpot_s: dict[str, Summary]
+    forced_share: dict[str, float]
+    """Of the tokens, those without a step of their own."""
 
     @property
     def share(self) -> float:
         """What the schema adds to greedy requests, the median of neighbouring runs."""
-        return self._share(FREE, SCHEMA)
+        return self.share_of(FREE, SCHEMA)
 
     @property
     def sampled_share(self) -> float:
         """Likewise to requests at temperature 1."""
-        return self._share(SAMPLED_FREE, SAMPLED_SCHEMA)
+        return self.share_of(SAMPLED_FREE, SAMPLED_SCHEMA)
 
-    def _share(self, free: str, schema: str) -> float:
+    def share_of(self, free: str, schema: str) -> float:
+        """What the second way adds to the first."""
         pairs = zip(self.tpot_s[free].values, self.tpot_s[schema].values, strict=True)
         return summarise([with_schema / without - 1 for without, with_schema in pairs]).median
 
@@ -96,12 +101,13 @@ def run_structured(
     validity = check_schemas(_open(demo, _PROMPT_TOKENS + _MAX_TOKENS), num_schemas, seed=seed)
     overheads, foreign = {}, {}
     for name, artifact in artifacts.items():
-        engine = _open(artifact, _PROMPT_TOKENS + output_tokens)
+        engines = {jumps: _open(artifact, _PROMPT_TOKENS + output_tokens, jumps=jumps) for jumps in (True, False)}
         wait_quiet()
         with ForeignLoad() as load:
-            overheads[name] = _measure(engine, output_tokens, seed=seed, rounds=rounds)
+            overheads[name] = _measure(engines, output_tokens, seed=seed, rounds=rounds)
         foreign[name] = load.cores
-        engine.close()
+        for engine in engines.values():
+            engine.close()
     _show(overheads)
     raw = {
         "shape": shape.hf_config(),
@@ -113,6 +119,7 @@ def run_structured(
         "tpot_s": {
             name: {mode: each.tpot_s[mode].to_json() for mode in each.tpot_s} for name, each in overheads.items()
         },
+        "forced_share": {name: each.forced_share for name, each in overheads.items()},
         "validity": {
             "num_schemas": validity.num_schemas,
             "num_valid": validity.num_valid,
@@ -165,21 +172,31 @@ def check_schemas(engine: Engine, num_schemas: int, *, seed: int) -> Validity:
     )
 
 
-def _open(artifact: Path, max_len: int) -> Engine:
+def _open(artifact: Path, max_len: int, *, jumps: bool = True) -> Engine:
     return open_instance(
-        artifact, InstanceConfig(max_model_len=max_len, max_num_seqs=_BATCH, async_scheduling=True)
+        artifact,
+        InstanceConfig(max_model_len=max_len, max_num_seqs=_BATCH, async_scheduling=True, jump_forward=jumps),
     ).engine
 
 
-def _measure(engine: Engine, output_tokens: int, *, seed: int, rounds: int) -> Overhead:
+def _measure(engines: Mapping[bool, Engine], output_tokens: int, *, seed: int, rounds: int) -> Overhead:
+    """engines: with and without jumps."""
     schema = StructuredOutput.json_schema(_ENDLESS)
-    modes = {FREE: (0.0, None), SCHEMA: (0.0, schema), SAMPLED_FREE: (1.0, None), SAMPLED_SCHEMA: (1.0, schema)}
+    modes: dict[str, tuple[bool, float, StructuredOutput | None]] = {
+        FREE: (True, 0.0, None),
+        SCHEMA: (True, 0.0, schema),
+        SLOW_SCHEMA: (False, 0.0, schema),
+        SAMPLED_FREE: (True, 1.0, None),
+        SAMPLED_SCHEMA: (True, 1.0, schema),
+        SLOW_SAMPLED_SCHEMA: (False, 1.0, schema),
+    }
     tpot_s: dict[str, list[float]] = {mode: [] for mode in modes}
+    forced_share: dict[str, float] = {}
     rng = random.Random(seed)
     prompts = [[rng.randrange(100, 1000) for _ in range(_PROMPT_TOKENS)] for _ in range(_BATCH)]
 
     def decode(mode: str) -> None:
-        temperature, structured = modes[mode]
+        jumps, temperature, structured = modes[mode]
         params = SamplingParams(
             temperature=temperature,
             seed=seed,
@@ -188,23 +205,32 @@ def _measure(engine: Engine, output_tokens: int, *, seed: int, rounds: int) -> O
             structured=structured,
             output_kind=RequestOutputKind.DELTA,
         )
-        tpot_s[mode].append(time_decode(engine, prompts, params).step_s)
+        found = time_decode(engines[jumps], prompts, params)
+        tpot_s[mode].append(found.tpot_s)
+        forced_share[mode] = found.forced_share
 
     measure_in_turns({mode: partial(decode, mode) for mode in modes}, warmup=1, repeats=rounds)
     # The first run of each is the warm-up.
-    return Overhead(tpot_s={mode: summarise(values[1:]) for mode, values in tpot_s.items()})
+    return Overhead(tpot_s={mode: summarise(values[1:]) for mode, values in tpot_s.items()}, forced_share=forced_share)
 
 
 def _show(overheads: Mapping[str, Overhead]) -> None:
     rows = [
-        (f"{name}, {way}", *(f"{each.tpot_s[mode].median * 1e3:.3f}" for mode in modes), f"{share:+.1%}")
+        (
+            f"{name}, {way}",
+            *(f"{each.tpot_s[mode].median * 1e3:.3f}" for mode in (free, schema, slow)),
+            f"{each.forced_share[schema]:.0%}",
+            f"{each.share_of(free, schema):+.1%}",
+            f"{each.share_of(free, slow):+.1%}",
+        )
         for name, each in overheads.items()
-        for way, modes, share in (
-            ("greedy", (FREE, SCHEMA), each.share),
-            ("sampled", (SAMPLED_FREE, SAMPLED_SCHEMA), each.sampled_share),
+        for way, free, schema, slow in (
+            ("greedy", FREE, SCHEMA, SLOW_SCHEMA),
+            ("sampled", SAMPLED_FREE, SAMPLED_SCHEMA, SLOW_SAMPLED_SCHEMA),
         )
     ]
-    show_table(f"decode steps at batch {_BATCH}", ("model", "free, ms", "schema, ms", "more"), rows)
+    headings = ("model", "free, ms", "schema, ms", "no jumps, ms", "forced", "more", "no jumps, more")
+    show_table(f"TPOT at batch {_BATCH}", headings, rows)
 
 
 def _bars(overheads: Mapping[str, Overhead], validity: Validity) -> list[Bar]:
@@ -215,6 +241,18 @@ def _bars(overheads: Mapping[str, Overhead], validity: Validity) -> list[Bar]:
     bars += [
         Bar(what=f"{name}, batch {_BATCH}, temperature 1: likewise", value=each.sampled_share * 100, unit="%")
         for name, each in overheads.items()
+    ]
+    bars += [
+        Bar(
+            what=f"{name}, batch {_BATCH}{way}: a JSON schema without jumps",
+            value=each.share_of(free, slow) * 100,
+            unit="%",
+        )
+        for name, each in overheads.items()
+        for way, free, slow in (
+            ("", FREE, SLOW_SCHEMA),
+            (", temperature 1", SAMPLED_FREE, SLOW_SAMPLED_SCHEMA),
+        )
     ]
     share = validity.num_valid / validity.num_schemas * 100
     return [
