@@ -86,19 +86,24 @@ class DeviceSpec:
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes_per_s", "cache_bytes", "cache_bytes_per_s", "link_bytes_per_s"):
-            if not getattr(self, name) > 0:
-                raise DeviceSpecError(f"device spec {self.name}: {name}={getattr(self, name)} must be above 0")
+            if not _is_positive(getattr(self, name)):
+                raise DeviceSpecError(f"device spec {self.name}: {name}={getattr(self, name)!r} must be above 0")
         for name in ("core_bytes_per_s", "most_bytes_per_s"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise DeviceSpecError(f"device spec {self.name}: {name}={getattr(self, name)} must be above 0, or null")
-        if min(self.link_latency_s, self.launch_s, self.step_overhead_s) < 0 or self.dynamic_overhead < 1:
-            raise DeviceSpecError(
-                f"device spec {self.name}: link_latency_s, launch_s and step_overhead_s must be at least 0"
-                f" and dynamic_overhead={self.dynamic_overhead} at least 1"
-            )
+            if getattr(self, name) is not None and not _is_positive(getattr(self, name)):
+                raise DeviceSpecError(
+                    f"device spec {self.name}: {name}={getattr(self, name)!r} must be above 0, or null"
+                )
+        for name, least in (("link_latency_s", 0), ("launch_s", 0), ("step_overhead_s", 0), ("dynamic_overhead", 1)):
+            value = getattr(self, name)
+            if not (value == 0 == least or (_is_positive(value) and value >= least)):
+                raise DeviceSpecError(f"device spec {self.name}: {name}={value!r} must be finite and at least {least}")
         for unit in ("cube", "vector"):
-            if self.cores.get(unit, 0) < 1 or not self.core_flops.get(unit):
-                raise DeviceSpecError(f"device spec {self.name}: {unit} needs at least one core and its peak rates")
+            cores, rates = self.cores.get(unit, 0), self.core_flops.get(unit, {})
+            if not isinstance(cores, int) or cores < 1 or not rates or not all(map(_is_positive, rates.values())):
+                raise DeviceSpecError(
+                    f"device spec {self.name}: {unit} needs a number of cores, at least one, and peak rates above 0,"
+                    f" not {cores!r} and {dict(rates)}"
+                )
         unknown = sorted({*self.efficiency} - {*FAMILIES})
         if unknown:
             raise DeviceSpecError(
@@ -142,6 +147,11 @@ class DeviceSpec:
             return cls(**{**values, "efficiency": efficiency})
         except (TypeError, AttributeError) as err:
             raise DeviceSpecError(" ".join(str(err).split())) from err
+
+
+def _is_positive(value: object) -> bool:
+    """Whether it is a finite number above 0."""
+    return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 def read_device_spec(path: Path) -> DeviceSpec:

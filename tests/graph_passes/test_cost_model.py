@@ -134,7 +134,11 @@ def test_what_is_sent_while_computing_costs_the_longer_of_the_two():
     [
         ({"memory_bytes_per_s": 0}, "memory_bytes_per_s=0"),
         ({"most_bytes_per_s": -1}, "most_bytes_per_s=-1"),
-        ({"cores": {"cube": 0, "vector": 1}}, "cube needs at least one core"),
+        ({"memory_bytes_per_s": "fast"}, "memory_bytes_per_s='fast' must be above 0"),
+        ({"launch_s": float("inf")}, "launch_s=inf must be finite and at least 0"),
+        ({"cores": {"cube": 0, "vector": 1}}, "cube needs a number of cores, at least one"),
+        ({"cores": {"cube": 2.5, "vector": 1}}, "cube needs .* not 2.5"),
+        ({"core_flops": {"cube": {"float32": 0}, "vector": {"float32": 1}}}, "cube needs .* peak rates above 0"),
         ({"dynamic_overhead": 0.5}, "dynamic_overhead=0.5"),
         ({"efficiency": {"linaer": {}}}, "'linaer'; families: linear"),
         ({"efficiency": {"linear": {"compute": 0}}}, "compute=0"),
