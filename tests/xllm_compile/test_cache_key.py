@@ -16,7 +16,7 @@ import torch
 from tests.helpers import REPOSITORY
 from xllm_compile import build_key, graph_jobs
 from xllm_compile.build_config import BuildConfig
-from xllm_compile.graph_jobs import bucket_sizes, graph_job
+from xllm_compile.graph_jobs import bucket_sizes, graph_job, list_jobs
 from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.progress import NoProgress
 from xllm_compile.region_programs import make_programs
@@ -105,6 +105,16 @@ def test_what_does_not_matter_to_a_graph_is_a_hit(layer, tmp_path, monkeypatch):
     assert key_of(layer(max_num_batched_tokens=77, jobs=1)) == before
     # Depth is not in it: layers of one kind share a graph.
     assert key_of(replace(program, layers=(0,))) == before
+
+
+def test_all_ranks_run_the_same_graphs(layer):
+    """Of a region and a bucket there is one graph, however many ranks there are: what differs is their weights."""
+    files = []
+    for size in (1, 2):
+        jobs = list_jobs([layer(tensor_parallel_size=size)], (1, 4), (), lowering_for("cpu"))
+        files.append([job.file for job in jobs])
+        assert len({job.key for job in jobs}) == len(jobs)
+    assert files[0] == files[1] == [f"graphs/layer-{which}.so" for which in ("dynamic", "T1", "T4")]
 
 
 SCRIPT = """
