@@ -98,6 +98,22 @@ def _check_tool(tool: Any, where: str) -> str:
     return name
 
 
+def _check_parameters(tool: Tool) -> None:
+    """What the grammars of calls rest on; all else of a schema is for its compiler. Raises ApiError (400)."""
+    parameters = tool.get("parameters") or {}
+    properties, required = parameters.get("properties", {}), parameters.get("required", [])
+    wrong = None
+    if parameters.get("type", "object") != "object":
+        wrong = f"'type' must be 'object', not {parameters['type']!r:.100}"
+    elif not isinstance(properties, dict) or not all(isinstance(each, dict | bool) for each in properties.values()):
+        wrong = "'properties' must be an object of JSON schemas"
+    elif not isinstance(required, list) or not all(isinstance(each, str) for each in required):
+        wrong = "'required' must be an array of strings"
+    if wrong is not None:
+        message = f"The parameters of the tool '{tool['name']}' cannot be enforced: {wrong}."
+        raise errors.invalid(message, param="tools")
+
+
 def check_format(asked: ToolRequest, tool_format: ToolFormat | None) -> None:
     """Raises ApiError (400) where calls of this model could not be told from text."""
     if asked.tools and tool_format is None:
@@ -123,6 +139,8 @@ def tool_grammar(
     """
     if not asked.is_forced and (otherwise is None or not asked.callable):
         return otherwise
+    for tool in asked.callable:
+        _check_parameters(tool)
     calls = tool_format.calls(asked.callable, is_parallel, lambda text: literal(text, tokenizer))
     if asked.is_forced:
         source = f"start: calls\n{calls}\n"

@@ -16,6 +16,7 @@ Tool = Mapping[str, Any]
 """{"name", "description", "parameters"}, the `function` of OpenAI's tool."""
 Quote = Callable[[str], str]
 """A literal for a grammar: a text, or the id of the special token that it is."""
+_DEFINITIONS = ("$defs", "definitions")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,22 +56,29 @@ def json_rule(schema: Any) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
 
-def _parameters(tool: Tool) -> Any:
-    return tool.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+def _parameters(tool: Tool) -> dict[str, Any]:
+    parameters = tool.get("parameters") or {"properties": {}, "additionalProperties": False}
+    # Arguments are an object, also where their schema leaves that to be understood.
+    return {"type": "object", **parameters}
+
+
+def _definitions(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Where references of a part of the parameters point."""
+    return {key: parameters[key] for key in _DEFINITIONS if key in parameters}
 
 
 def _call_schema(tool: Tool, arguments: str) -> dict[str, Any]:
     """An object {"name": ..., arguments: {...}}. References keep pointing at the tool's own definitions."""
-    parameters = dict(_parameters(tool))
+    parameters = _parameters(tool)
     schema: dict[str, Any] = {
         "type": "object",
         "properties": {"name": {"const": tool["name"]}, arguments: parameters},
         "required": ["name", arguments],
         "additionalProperties": False,
+        **_definitions(parameters),
     }
-    for key in ("$defs", "definitions"):
-        if key in parameters:
-            schema[key] = parameters.pop(key)
+    for key in _DEFINITIONS:
+        parameters.pop(key, None)
     return schema
 
 
@@ -105,24 +113,26 @@ def _qwen3_coder_calls(tools: Sequence[Tool], is_parallel: bool, quote: Quote) -
         for number, (key, value) in enumerate(schema.get("properties", {}).items()):
             rule = f"value_{at}_{number}"
             opening = json.dumps(f"<parameter={key}>\n")
-            rules.append(f"{rule}: {opening} {_plain_value(value)}")
+            rules.append(f"{rule}: {opening} {_plain_value(value, _definitions(schema))}")
             parts.append(rule if key in required else f"{rule}?")
         calls.append(" ".join(parts))
     return "\n".join([*rules, _alternatives("call", calls)])
 
 
-def _plain_value(schema: Any) -> str:
+def _plain_value(schema: Any, definitions: Mapping[str, Any]) -> str:
     """A value and its end: texts without quotes, everything else as JSON. A text's pattern is not enforced."""
     end = '"\\n</parameter>\\n"'
     if not isinstance(schema, Mapping):
         return f"{json_rule(schema)} {end}"
-    choices = schema.get("enum")
-    if choices and all(isinstance(choice, str) and choice for choice in choices):
+    choices, shortest, longest = schema.get("enum"), schema.get("minLength", 0), schema.get("maxLength")
+    if isinstance(choices, list) and choices and all(isinstance(choice, str) and choice for choice in choices):
         return "(" + " | ".join(json.dumps(choice) for choice in choices) + f") {end}"
-    if schema.get("type") != "string":
-        return f"{json_rule(schema)} {end}"
-    if "maxLength" in schema:
-        return f"/(?s:.{{{schema.get('minLength', 0)},{schema['maxLength']}}})/ {end}"
+    are_lengths = isinstance(shortest, int) and isinstance(longest, int | None)
+    if schema.get("type") != "string" or not are_lengths:
+        # What is no length is named by the schema's compiler.
+        return f"{json_rule({**schema, **definitions})} {end}"
+    if longest is not None:
+        return f"/(?s:.{{{shortest},{longest}}})/ {end}"
     return "text"
 
 

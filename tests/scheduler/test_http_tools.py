@@ -194,6 +194,47 @@ async def test_a_named_call_of_llama(chat):
     jsonschema.validate(json.loads(call["function"]["arguments"]), WEATHER["function"]["parameters"])
 
 
+def tool(parameters):
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+@pytest.mark.parametrize("name", sorted(TOOL_FORMATS))
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        # As clients derive them from types.
+        {"properties": {"a": {"$ref": "#/$defs/A"}}, "required": ["a"], "$defs": {"A": {"enum": [1, 2]}}},
+        {"properties": {"a": {"enum": [1, 2]}}, "required": ["a"]},
+    ],
+)
+async def test_forced_arguments_are_an_object_that_fits(chat, name, parameters):
+    chat.service.chat_formats = ChatFormats.choose("", tool_call_parser=name)
+    asked = tool(parameters | {"additionalProperties": False})
+    choice = await chat.choice("no", tools=[asked], tool_choice="required", parallel_tool_calls=False)
+    (call,) = choice["message"]["tool_calls"]
+    arguments = json.loads(call["function"]["arguments"])
+    assert isinstance(arguments, dict)
+    jsonschema.validate(arguments, parameters)
+
+
+@pytest.mark.parametrize("name", sorted(TOOL_FORMATS))
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"type": "string"}, "tool 'f' cannot be enforced: 'type' must be 'object', not 'string'"),
+        ({"properties": None}, "'properties' must be an object of JSON schemas"),
+        ({"properties": []}, "'properties' must be an object of JSON schemas"),
+        ({"properties": {"a": 5}}, "'properties' must be an object of JSON schemas"),
+        ({"required": 5}, "'required' must be an array of strings"),
+        ({"properties": {"a": {"enum": 5}}}, "enum must be an array"),
+        ({"properties": {"a": {"type": "string", "maxLength": "x"}}}, "'maxLength', got \"x\""),
+    ],
+)
+async def test_parameters_that_are_no_schema_are_refused_by_every_format(chat, name, parameters, message):
+    chat.service.chat_formats = ChatFormats.choose("", tool_call_parser=name)
+    assert message in (await chat.refused(tools=[tool(parameters)], tool_choice="required"))["message"]
+
+
 async def test_a_form_for_the_answer_leaves_calls_possible(chat):
     body = {"tools": [WEATHER], "response_format": {"type": "json_object"}}
     assert (await chat.choice(CALL, **body))["finish_reason"] == "tool_calls"
