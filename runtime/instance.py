@@ -454,7 +454,12 @@ def _kv_tiers(manifest: Manifest, config: InstanceConfig, kv: KVCacheConfig) -> 
         )
     disk, store, layout = None, None, _block_layout(manifest, kv)
     if config.kv_disk is not None:
-        disk = DiskTier(config.kv_disk, max_bytes=config.kv_disk_bytes, layout=layout)
+        try:
+            disk = DiskTier(config.kv_disk, max_bytes=config.kv_disk_bytes, layout=layout)
+        except OSError as err:
+            raise ValueError(
+                f"kv_disk={config.kv_disk} cannot be used: {err.strerror}; give a folder that can be written to"
+            ) from err
     if config.kv_store is not None:
         from xllm_compile.runtime.memory.mooncake_store import mooncake_connector
 

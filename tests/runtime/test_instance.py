@@ -60,6 +60,14 @@ def test_what_cannot_be_is_refused_first(unopened: Path, config: InstanceConfig,
         open_instance(unopened, config)
 
 
+def test_a_disk_tier_that_is_no_folder_names_the_next_step(artifact: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    config = InstanceConfig(kv_memory_bytes=1 << 24, kv_host_bytes=1 << 20, kv_disk=file)
+    with pytest.raises(ValueError, match=rf"^kv_disk={file} cannot be used: Not a directory; give a folder"):
+        open_instance(artifact, config)
+
+
 def test_memory_of_several_models_that_the_machine_has_not(unopened: Path) -> None:
     with pytest.raises(ValueError, match=rf"^memory_bytes={TOO_MUCH} are more than the \d+ bytes of memory"):
         open_models({"a": unopened, "b": unopened}, InstanceConfig(), TOO_MUCH)
