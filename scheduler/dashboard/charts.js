@@ -115,7 +115,9 @@ class Chart {
     }
     if (target !== null) {
       parts.push(svg("line", { class: "target", x1: AXIS_PX, x2: width, y1: y(target), y2: y(target) }));
-      parts.push(svg("text", { x: width - 2, y: y(target) - 3, "text-anchor": "end" }, `target ${FORMATS[spec.format](target)}`));
+      // At the top of the plot there is no room above it.
+      const label = y(target) < TOP_PX + 10 ? y(target) + 12 : y(target) - 3;
+      parts.push(svg("text", { x: width - 2, y: label, "text-anchor": "end" }, `target ${FORMATS[spec.format](target)}`));
     }
     if (isEmpty) parts.push(svg("text", { class: "none", x: (AXIS_PX + width) / 2, y: height / 2 - 8 }, spec.empty));
     if (this.hover.at !== null) parts.push(svg("line", { class: "cross", x1: x(this.hover.at), x2: x(this.hover.at), y1: 0, y2: height - FOOT_PX }));

@@ -1,6 +1,7 @@
 """The page in a real browser: what it shows of real traffic."""
 
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,6 +19,12 @@ playwright = pytest.importorskip("playwright.async_api", reason="playwright is n
 
 # What the browser itself says of the key's refusal, and of a test's server that ended before its page.
 EXPECTED = ("status of 401", "ERR_CONNECTION_REFUSED")
+
+# What a chart writes outside of itself, which nobody sees.
+CUT_OFF = """[...document.querySelectorAll(".plot text")].filter((text) => {
+  const inner = text.getBoundingClientRect(), outer = text.closest(".plot").getBoundingClientRect();
+  return inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1 || inner.right > outer.right + 1;
+}).map((text) => text.textContent)"""
 
 pytestmark = [
     pytest.mark.integration,
@@ -75,12 +82,16 @@ async def test_a_gateway_with_traffic(make_cluster, serve, page):
         assert [await each.get_attribute("data-instance") for each in await strips.all()] == ["a", "b"]
         for at in range(2):
             assert await strips.nth(at).locator("rect[data-pool=mix][data-health=active]").count() == 1
-        assert await page.locator(".chart").count() == 12
+        titles = ("Requests that ended", "Hand-overs from prefill to decode", "KV sent between instances", "Failover")
+        for title in titles:
+            assert await page.locator(".chart", has_text=title).locator(".plot > *").count() > 0
         tokens = page.locator(".chart", has_text="Tokens per second")
         assert await tokens.locator("path.line").count() == 2
         assert await page.locator("[data-tile=Instances] .value").inner_text() == "2"
         assert await page.locator("[data-tile=Instances] .note").inner_text() == "all answer"
         assert await page.locator("[data-tile='TTFT, 95 %'] .note").inner_text() == "target 200 ms"
+        assert await page.locator(".plot text", has_text=re.compile("^target ")).count() == 2
+        assert await page.evaluate(CUT_OFF) == []
         assert "no instance was lost" in await page.locator(".chart", has_text="Failover").inner_text()
         assert await page.locator("#no-instance").is_hidden()
         assert await wide(page) == 0
