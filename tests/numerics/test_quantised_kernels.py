@@ -14,6 +14,8 @@ from xllm_compile.runtime.ops.quantised import (
     pack_scale,
     quantise_packed,
     stored_int4_packed,
+    unpack_int4,
+    unpack_scale,
 )
 
 pytestmark = pytest.mark.numerics
@@ -92,6 +94,38 @@ def test_int4_sums_of_integers_are_exact(ops: native.Kernels, group_size: int) -
         got = ops.int4_dynamic_linear(rows.float(), *packed, None, 40, True)
         first = 3 if len(rows) == 8 else 0
         assert torch.equal(got.double(), want[first : first + len(rows)])
+
+
+@pytest.mark.parametrize("group_size", [8, 24, 64])
+def test_int4_products_of_what_is_near_the_largest_are_exact(ops: native.Kernels, group_size: int) -> None:
+    """bfloat16 rows, which may become fixed-point numbers; 255 is the one significand that needs a larger unit."""
+    codes = torch.randint(-8, 8, (40, group_size))
+    codes[:2] = torch.tensor([[-8], [7]])
+    packed = pack_int4(codes.to(torch.int8)), pack_scale(torch.ones(40, 1, dtype=torch.bfloat16))
+    x = torch.randint(128, 256, (6, group_size)) * 2.0 ** torch.randint(-6, 1, (6, group_size))
+    x[:, 0], x[0], x[1] = 128, 255, -255
+    x[2:, 1::2] *= -1
+    want = x.double() @ codes.double().T
+    for rows in (slice(0, 1), slice(1, 2), slice(5, 6), slice(0, 6)):
+        got = ops.int4_linear(x[rows].bfloat16(), *packed, None, 40, True)
+        assert torch.equal(got.double(), want[rows])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-30, 1e-37, 1e30])
+def test_int4_errors_are_far_below_those_of_the_largest_input(ops: native.Kernels, factor: float) -> None:
+    """Inputs of any size beside one that is a thousand times as large in each group; a row as alone as in a batch."""
+    weight, scale = weights("int4_linear", 70, 384)
+    x = torch.randn(9, 384) * factor
+    x[:, ::32] *= 1000
+    x = x.bfloat16()
+    codes = unpack_int4(weight, 70).double() * unpack_scale(scale, 70).double().repeat_interleave(32, dim=1)
+    error = (ops.int4_linear(x, weight, scale, None, 70, True).double() - x.double() @ codes.T).abs()
+    # Half a unit of 2^-14 for each input, and as much again for sums in float32.
+    largest = x.double().abs().view(9, 12, 32).amax(-1).repeat_interleave(32, dim=1)
+    assert bool((error <= 2**-14 * largest @ codes.abs().T + 1e-33).all()) or HAS_TILES
+    for row in range(9):
+        alone = ops.int4_linear(x[row : row + 1], weight, scale, None, 70, True)
+        assert torch.equal(alone, ops.int4_linear(x, weight, scale, None, 70, True)[row : row + 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "fixed_rows.h"
 #include "gemm.h"
 #include "rounded_rows.h"
 
@@ -29,6 +30,8 @@ struct TileJob : Product {
   // Where rows are rounded: what their codes mean, and what the sums of each group begin with, [group][row of the tile].
   float* row_scale;
   int32_t* begins;
+  // Where the row is one of fixed-point numbers: the units of its groups.
+  float* units;
   // There is room after each tile, for who reads it by whole vectors.
   uint32_t* tile_at(int64_t tile, int64_t row) const { return packed + row * steps + tile * kLanes; }
 };
@@ -59,10 +62,13 @@ struct Nothing {
 // calls work(where the step is read, its first unit, column). Blocks lie block_bytes() apart. Up to kMostRows rows are
 // multiplied with columns as they lie, with kIsDirect any number. The sums of group_units() units are one group, which
 // scale(block, group, column) multiplies, less zero(block, group, column) times the sum of x with kHasZero; without
-// kIsGrouped all units are one group and nothing does. With kIsRounded the rows are packed as codes and sums are int32.
+// kIsGrouped all units are one group and nothing does. With kIsRounded the rows are packed as codes and sums are int32;
+// with kIsFixed as well, the one row is packed as fixed-point numbers. With kHasUnits rows are rounded to such numbers
+// and stay bfloat16.
 template <class T>
 struct StoredColumns {
   static constexpr bool kIsStored = true, kIsDirect = true, kIsGrouped = false, kHasZero = false, kIsRounded = false;
+  static constexpr bool kIsFixed = false, kHasUnits = false;
   static constexpr int kMostRows = kTileRows;
   static constexpr int64_t kUnits = 1;
   const uint32_t* data;
@@ -137,7 +143,7 @@ __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& col
     vf result[R][kVectors];
     if constexpr (Columns::kIsGrouped) {
       vf total[R][kVectors] = {};
-      const int64_t groups = Columns::kHasZero ? job.steps / columns.group_units() : 0;
+      const int64_t groups = num_groups(columns, job.steps);
       for (int64_t group = 0, unit = 0; unit < job.steps; ++group, unit += columns.group_units()) {
         SumOf<Columns> acc[R][kVectors];
         begin_sums<Columns>(begins, group, acc);
@@ -148,7 +154,11 @@ __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& col
         for (int v = 0; v < kVectors; ++v) {
           const vf scale = columns.scale(block + v / kTileVecs, group, sub + v % kTileVecs * kLanes);
 #pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) total[r][v] = multiply_add(to_floats(acc[r][v]), scale, total[r][v]);
+          for (int r = 0; r < R; ++r) {
+            vf sum = to_floats(acc[r][v]);
+            if constexpr (Columns::kIsFixed) sum *= job.units[group];
+            total[r][v] = multiply_add(sum, scale, total[r][v]);
+          }
           if constexpr (Columns::kHasZero) {
             const vf offset = -scale * columns.zero(block + v / kTileVecs, group, sub + v % kTileVecs * kLanes);
             const float* sums = job.group_sums + row * groups + group;
@@ -255,14 +265,29 @@ void pack_tile(const View& x, const TileJob& job, const Columns& columns, int64_
   const T* rows[kTileRows];
   for (int r = 0; r < count; ++r) rows[r] = x.ptr<const T>() + (span.begin + r) * x.strides[0];
   uint32_t* packed = job.tile_at(tile, span.begin);
-  if constexpr (Columns::kIsRounded) {
-    static thread_local Scratch scratch;
+  static thread_local Scratch scratch;
+  if constexpr (Columns::kIsFixed) {
+    const int64_t width = x.sizes[1];
+    split_row(rows[0], width, width / num_groups(columns, job.steps), Columns::kOffset,
+              reinterpret_cast<uint8_t*>(packed), job.units, job.begins);
+    job.row_scale[0] = 1;
+    return;
+  } else if constexpr (Columns::kIsRounded) {
     round_tile(rows, count, x.sizes[1], job.steps, Columns::kIsInterleaved,
                scratch.get<uint32_t>(size_t(count * job.steps) * 4), packed, job.row_scale + span.begin);
     const int64_t groups = num_groups(columns, job.steps);
     begin_groups(packed, count, job.steps, job.steps / groups, Columns::kOffset,
                  job.begins + span.begin * groups);
     return;
+  } else if constexpr (Columns::kHasUnits) {
+    const int64_t group = x.sizes[1] / num_groups(columns, job.steps);
+    if (group <= kMostFixedGroup) {
+      T* rounded = scratch.get<T>(size_t(count * x.sizes[1]) * sizeof(T));
+      for (int r = 0; r < count; ++r, rounded += x.sizes[1]) {
+        round_to_units(rows[r], x.sizes[1], group, rounded);
+        rows[r] = rounded;
+      }
+    }
   }
   transpose_units(rows, count, x.sizes[1], packed, count);
 }
@@ -323,9 +348,11 @@ void linear_registers(const View& x, const Product& product, const Weight& weigh
   const int64_t packed_units = job.rows * job.steps + job.tiles * kLanes;
   job.packed = direct ? x.ptr<uint32_t>() : scratch.get<uint32_t>(size_t(packed_units) * 4);
   if constexpr (Columns::kIsRounded) {
-    static thread_local Scratch scales, begins;
+    static thread_local Scratch scales, begins, units;
+    const int64_t row_groups = job.rows * num_groups(weight.columns(), job.steps);
     job.row_scale = scales.get<float>(size_t(job.rows) * 4);
-    job.begins = begins.get<int32_t>(size_t(job.rows * num_groups(weight.columns(), job.steps)) * 4);
+    job.begins = begins.get<int32_t>(size_t(row_groups) * 4);
+    if constexpr (Columns::kIsFixed) job.units = units.get<float>(size_t(row_groups) * 4);
   }
 
   const int threads = threads_for(job.rows * job.steps * job.blocks * 4);
@@ -343,7 +370,7 @@ void linear_registers(const View& x, const Product& product, const Weight& weigh
   if (!direct) parallel_for(job.tiles > 1 ? threads : 1, job.tiles, pack);
   if constexpr (Columns::kHasZero) {
     static thread_local Scratch sums;
-    const int64_t units = weight.columns().group_units(), row_groups = job.steps / units;
+    const int64_t units = weight.columns().group_units(), row_groups = num_groups(weight.columns(), job.steps);
     float* to = sums.get<float>(size_t(job.rows * row_groups) * 4);
     parallel_for(job.tiles > 1 ? threads : 1, job.rows,
                  [&](int64_t row) { sum_groups<T>(x, row, units * kPair<T>, to + row * row_groups); });

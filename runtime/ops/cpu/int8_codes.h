@@ -32,7 +32,7 @@ XLLM_INLINE vf widen_codes(const int8_t* p, int64_t n) {
 template <class T>
 struct Int8Codes {
   static constexpr int kUnits = 4 / kPair<T>;
-  static constexpr bool kIsDirect = false;
+  static constexpr bool kIsDirect = false, kHasUnits = false;
   Int8Codes() = default;
   explicit XLLM_INLINE Int8Codes(const uint8_t* from) : codes(load_raw<vi>(from)) {}
   XLLM_INLINE typename Dot<T>::Operand operand(int unit) const {
@@ -86,7 +86,11 @@ struct CodeBytes {
     // x & 0x80 | y
     high = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(char(0x80)), look_up(kBytes.high, magnitude), 0xea);
     // The magnitude of -128 is past the table.
-    high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(char(0xc3)));
+    __m512i smallest = _mm512_set1_epi8(char(0xc3));
+    // Kept in a register: the compiler would broadcast it from a general one each time. Measured for one row with
+    // weights in cache: 1.04 to 1.1 of the rate.
+    asm("" : "+v"(smallest));
+    high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), smallest);
   }
   // `order`: for each byte of the operand its index in low, or 64 more for one in high.
   XLLM_INLINE Dot<bf16>::Operand operand(const uint8_t* order) const {
@@ -113,7 +117,7 @@ template <>
 struct Int8Codes<bf16> {
   static constexpr int kUnits = 2;
   // Several look-ups for each operand of a dot product, which pay once for all row tiles.
-  static constexpr bool kIsDirect = false;
+  static constexpr bool kIsDirect = false, kHasUnits = false;
   Int8Codes() = default;
   explicit XLLM_INLINE Int8Codes(const uint8_t* from) : codes(_mm512_loadu_si512(from)) {}
   XLLM_INLINE Dot<bf16>::Operand operand(int unit) const {

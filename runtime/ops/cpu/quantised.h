@@ -15,6 +15,7 @@ namespace xllm {
 template <class T>
 struct Int4Codes {
   static constexpr int kUnits = 8 / kPair<T>;
+  static constexpr bool kHasUnits = kHasFixedRows && kPair<T> == 2;
 #if defined(XLLM_AVX512) && defined(__AVX512BF16__)
   // One look-up for each dot product's operand, which costs less than to store and load it.
   static constexpr bool kIsDirect = kPair<T> == 2;
@@ -50,7 +51,7 @@ struct Int4Codes {
 template <class T, template <class> class Codes>
 struct CodeColumns {
   static constexpr bool kIsStored = false, kIsDirect = Codes<T>::kIsDirect, kIsGrouped = false, kHasZero = false;
-  static constexpr bool kIsRounded = false;
+  static constexpr bool kIsRounded = false, kIsFixed = false, kHasUnits = Codes<T>::kHasUnits;
   static constexpr int kMostRows = kIsDirect ? kTileRows : kTileRows / 2;
   static constexpr int64_t kUnits = Codes<T>::kUnits;
   const uint8_t* data;
@@ -144,6 +145,7 @@ struct Unpacker {
 template <class Bytes>
 struct RoundedColumns {
   static constexpr bool kIsStored = false, kIsDirect = true, kIsGrouped = false, kHasZero = false, kIsRounded = true;
+  static constexpr bool kIsFixed = false, kHasUnits = false;
   static constexpr bool kIsInterleaved = Bytes::kIsInterleaved;
   static constexpr int kMostRows = kTileRows;
   static constexpr int64_t kUnits = Bytes::kUnits;
@@ -181,6 +183,42 @@ struct RoundedColumns {
         }
       }
     }
+  }
+};
+
+// Codes of int4 for one row of fixed-point numbers: of each step the units are the row's high bytes, then the low ones,
+// as split_row() makes them.
+struct FixedColumns {
+  static constexpr bool kIsStored = false, kIsDirect = true, kIsGrouped = false, kHasZero = false, kIsRounded = true;
+  static constexpr bool kIsFixed = true, kHasUnits = false;
+  static constexpr int kMostRows = 1;
+  static constexpr int64_t kUnits = 4;
+  static constexpr int32_t kOffset = Int4Bytes::kOffset;
+  const uint8_t* data;
+  int64_t stride;
+  int64_t block_bytes() const { return stride; }
+
+  template <int R, int NB, class Work>
+  XLLM_INLINE void multiply(const uint32_t* a, int64_t block, int64_t column, int64_t begin, int64_t end, Work work,
+                            vi (&acc)[R][NB * kTileVecs]) const {
+    static_assert(R == 1 && NB == 1);
+    const uint8_t* from = data + block * stride + begin / kUnits * kStepBytes + 4 * column;
+    vi high[kTileVecs] = {};
+    for (int64_t unit = begin; unit < end; unit += kUnits, from += kStepBytes, a += kUnits) {
+      work(from, unit, column);
+#pragma GCC unroll 16
+      for (int v = 0; v < kTileVecs; ++v) {
+        const Int4Bytes codes(from + 4 * v * kLanes);
+#pragma GCC unroll 16
+        for (int part = 0; part < Int4Bytes::kUnits; ++part) {
+          const vu columns = codes.operand(part);
+          high[v] = add_quads<Int4Bytes::kBits>(high[v], columns, vu{} + a[part]);
+          acc[0][v] = add_quads<Int4Bytes::kBits>(acc[0][v], columns, vu{} + a[Int4Bytes::kUnits + part]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVecs; ++v) acc[0][v] += high[v] << 8;
   }
 };
 

@@ -48,9 +48,18 @@ static void int4_linear(const View& x, const View& weight, const View& scale, co
     using T = decltype(tag);
     using Weight = Int4Weight<T, kHasZero>;
     job.steps = units_of<T>(x.sizes[1]);
-    linear<T>(x, job, Weight{{{weight.ptr<const uint8_t>(), weight.strides[0]},
-                              scale.ptr<const typename Weight::Scale>(), zeros, scale.strides[0],
-                              group_size / kPair<T>}});
+    const auto with_codes = [&](auto codes) {
+      return GroupedColumns<decltype(codes), kHasZero>{codes, scale.ptr<const typename Weight::Scale>(), zeros,
+                                                       scale.strides[0], group_size / kPair<T>};
+    };
+    const uint8_t* data = weight.ptr<const uint8_t>();
+    if constexpr (Weight::Codes::kHasUnits) {
+      if (job.rows == 1 && group_size <= kMostFixedGroup) {
+        const auto columns = with_codes(FixedColumns{data, weight.strides[0]});
+        return linear_registers<T>(x, job, RoundedWeight<std::decay_t<decltype(columns)>>{columns});
+      }
+    }
+    linear<T>(x, job, Weight{with_codes(typename Weight::Codes{data, weight.strides[0]})});
   });
   out.release(ret0);
 }
