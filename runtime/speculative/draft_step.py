@@ -1,11 +1,12 @@
 """The arrays of a step whose first sequences verify drafts."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
 from xllm_compile.runtime.speculative.proposer import Draft, Speculation
-from xllm_compile.runtime.step import Step
+from xllm_compile.runtime.step import Int32Array, Step
 
 
 def with_drafts(step: Step, sequences: Sequence[Speculation], drafts: Sequence[Draft]) -> Step:
@@ -18,31 +19,37 @@ def with_drafts(step: Step, sequences: Sequence[Speculation], drafts: Sequence[D
     positions: list[int] = []
     seq_start, context_len = [0], []
     logits_at: list[int] = []
+    num_rows = 0
     for sequence, draft in zip(sequences, drafts, strict=True):
-        begin = len(sequence.token_ids) - 1
-        end = begin + 1 + len(draft.token_ids)
-        token_ids.append(sequence.token_ids[-1])
-        token_ids += draft.token_ids
-        positions += range(begin, end)
-        seq_start.append(len(token_ids))
-        logits_at += range(len(token_ids) - draft.num_logits, len(token_ids))
+        text, drafted = sequence.token_ids, draft.token_ids
+        end = len(text) + len(drafted)
+        token_ids.append(text[-1])
+        token_ids += drafted
+        positions += range(len(text) - 1, end)
+        num_rows += 1 + len(drafted)
+        seq_start.append(num_rows)
+        logits_at += range(num_rows - draft.num_logits, num_rows)
         context_len.append(end)
     count = len(sequences)
-    num_more = len(token_ids) - count
-
-    def joined(new: Sequence[int], rest: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> "np.typing.NDArray[np.int32]":
-        made = np.array(new, dtype=np.int32)
-        return np.concatenate((made, rest)) if len(rest) else made
-
+    num_more = num_rows - count
+    # One array for all that is new: the device stands still meanwhile.
+    sizes = (num_rows, num_rows, count + 1, count, len(logits_at))
+    new = np.array([*token_ids, *positions, *seq_start, *context_len, *logits_at], dtype=np.int32)
+    ends = list(accumulate(sizes))
+    tokens, at, starts, contexts, wanted = (new[end - size : end] for size, end in zip(sizes, ends, strict=True))
     return Step(
-        token_ids=joined(token_ids, step.token_ids[count:]),
-        positions=joined(positions, step.positions[count:]),
-        # All are behind the prompt, which has no part in it then.
-        rope_len=joined([position + 1 for position in positions], step.rope_len[count:]),
-        seq_start=joined(seq_start, step.seq_start[count + 1 :] + num_more),
-        context_len=joined(context_len, step.context_len[count:]),
+        token_ids=_joined(tokens, step.token_ids[count:]),
+        positions=_joined(at, step.positions[count:]),
+        # All are behind the prompt, whose length has no part in it then.
+        rope_len=_joined(at + np.int32(1), step.rope_len[count:]),
+        seq_start=_joined(starts, step.seq_start[count + 1 :], num_more),
+        context_len=_joined(contexts, step.context_len[count:]),
         slot=step.slot,
-        logits_at=joined(logits_at, step.logits_at[count:] + num_more),
-        pool_at=step.pool_at + num_more,
+        logits_at=_joined(wanted, step.logits_at[count:], num_more),
+        pool_at=step.pool_at + num_more if len(step.pool_at) else step.pool_at,
         page_ops=step.page_ops,
     )
+
+
+def _joined(new: Int32Array, rest: Int32Array, offset: int = 0) -> Int32Array:
+    return np.concatenate((new, rest + offset)) if len(rest) else new

@@ -19,6 +19,7 @@ from xllm_compile.runtime.speculative.open_speculator import read_draft_manifest
 from xllm_compile.runtime.speculative.proposer import Proposer
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.speculative.suffix import SuffixProposer
+from xllm_compile.runtime.structured_output import StructuredOutput
 
 PROMPTS = [
     "class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n    def pop(self):\n        return ",
@@ -37,6 +38,13 @@ def models(kernels: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     names = ("demo-code", "demo-draft")
     folders = {name: tmp_path_factory.mktemp(name) for name in names}
     return {name: eager_model(DEMO_MODEL.parent / name, folders[name], dtype="bfloat16") for name in names}
+
+
+class FlatSeconds(StepSeconds):
+    """Rows cost nothing, however long the kernels take for them on this machine."""
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        pass
 
 
 def suffix(models: dict[str, EagerModel]) -> Proposer:
@@ -64,6 +72,24 @@ def test_tokens_and_logprobs_are_bit_identical(
     assert [output.outputs for output in found] == [output.outputs for output in expected]
     stats = engine.stats()
     assert stats.speculation is not None and stats.speculation.num_accepted_tokens > 0
+
+
+def test_what_a_schema_forces_is_bit_identical_with_fewer_steps(models: dict[str, EagerModel]) -> None:
+    torch.manual_seed(0)
+    target = models["demo-code"]
+    item = {
+        "type": "object",
+        "properties": {"name of it": {"enum": ["one thing", "another"]}, "amount": {"type": "integer", "maximum": 99}},
+        "required": ["name of it", "amount"],
+        "additionalProperties": False,
+    }
+    structured = StructuredOutput.json_schema({"type": "array", "items": item, "minItems": 5, "maxItems": 5})
+    params = [SamplingParams(max_tokens=200, structured=structured, **each) for each in PARAMS]
+    expected = LLMBase(target.engine()).generate(PROMPTS, params)
+    speculator = Speculator(None, max_length=0, step_seconds=FlatSeconds(lambda rows: 1.0))
+    found = LLMBase(target.engine(speculator=speculator)).generate(PROMPTS, params)
+    assert [output.outputs for output in found] == [output.outputs for output in expected]
+    assert all(output.metrics.num_forced_tokens > 20 for output in found)
 
 
 def test_a_draft_model_that_does_not_fit_is_refused(models: dict[str, EagerModel], tmp_path: Path) -> None:

@@ -142,12 +142,24 @@ def test_masks_allow_nothing_else_where_a_text_is_forced(compiler: GrammarCompil
         token_id = int(rng.choice(allowed))
         if forced:
             assert allowed == forced[:1]
-            # Whatever the model would rather have, and though it may be another way to spell the text.
-            row = rng.random(len(masked.mask().allowed), dtype=np.float32)
-            assert asked.choose(row, int(row.argmax())) == token_id
         rest = forced[1:]
         for matcher in (asked, masked):
             matcher.accept(token_id)
+
+
+def test_a_greedy_row_does_not_spell_a_forced_text_its_own_way(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    structured = StructuredOutput.choice(["the end of the story"])
+    whole = tokenizer.encode("the end of the story")
+    # The mask of the beginning is known before anybody asks.
+    at = next(at for at, token_id in enumerate(whole) if at and len(tokenizer.decode([token_id])) > 1)
+    (other,) = tokenizer.encode(tokenizer.decode([whole[at]])[0])
+    asked, masked = compiler.compile(structured).matcher(), compiler.compile(structured).matcher()
+    for matcher in (asked, masked):
+        for token_id in whole[:at]:
+            matcher.accept(token_id)
+    row = np.zeros(len(masked.mask().allowed), dtype=np.float32)
+    row[other] = 1.0
+    assert asked.choose(row, other) == masked.choose(row, other) == whole[at] != other
 
 
 def test_what_was_tried_and_did_not_come_leaves_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
