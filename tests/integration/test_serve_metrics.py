@@ -19,7 +19,7 @@ ELSEWHERE = {
     },
     "tests/runtime": {
         *("xllm_graph_promotions", "xllm_graph_promoted_bytes", "xllm_kv_tier_blocks", "xllm_kv_tier_bytes"),
-        *("xllm_swap_preemptions", "xllm_kv_swap_bytes"),
+        *("xllm_swap_preemptions", "xllm_kv_swap_bytes", "xllm_forced_tokens"),
     },
     "tests/scheduler/cluster": {"xllm_placements_refused"},
     "of offline requests that are taken over": {"xllm_migrations", "xllm_migrations_refused", "xllm_offline_held_back"},
