@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from xllm_compile.runtime.structured_output import ReasoningText, StructuredOutput
+from xllm_compile.runtime.structured_output import COMPACT_JSON, JSON_OPTIONS_KEY, ReasoningText, StructuredOutput
 from xllm_compile.runtime.token_matcher import GrammarError, TokenMask, TokenMatcher
 
 if TYPE_CHECKING:
@@ -205,7 +205,8 @@ def _answer(structured: StructuredOutput) -> dict[str, Any]:
 def _with_options(schema: dict[str, Any] | bool) -> dict[str, Any]:
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    return {**schema, "x-guidance": JSON_OPTIONS}
+    is_compact = schema.get(JSON_OPTIONS_KEY) == COMPACT_JSON
+    return {**schema, JSON_OPTIONS_KEY: COMPACT_JSON if is_compact else JSON_OPTIONS}
 
 
 def _lark(source: str) -> str:

@@ -13,6 +13,9 @@ StructuredKind = Literal["json_schema", "json_object", "regex", "grammar", "choi
 # A schema of 56 thousand characters compiles in 0.1 s, one of four times the size in 1.4 s.
 MAX_SOURCE_CHARS = 128 * 1024
 MAX_CHOICES = 1024
+# Where the grammar library looks for its options in a schema, and the one for JSON without blanks.
+JSON_OPTIONS_KEY = "x-guidance"
+COMPACT_JSON = {"whitespace_flexible": False}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +45,13 @@ class StructuredOutput:
             )
 
     @classmethod
-    def json_schema(cls, schema: Any, reasoning: ReasoningText | None = None) -> "StructuredOutput":
-        """schema is a mapping, a boolean, or JSON text of one. Raises ValueError when it is none of them."""
+    def json_schema(
+        cls, schema: Any, reasoning: ReasoningText | None = None, *, is_compact: bool = False
+    ) -> "StructuredOutput":
+        """schema is a mapping, a boolean, or JSON text of one. Raises ValueError when it is none of them.
+
+        is_compact: no blank where JSON needs none. The model then chooses values only: keys and punctuation follow.
+        """
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
@@ -51,6 +59,9 @@ class StructuredOutput:
                 raise ValueError(f"the JSON schema is not JSON: {err}") from None
         if not isinstance(schema, dict | bool):
             raise ValueError(f"the JSON schema must be an object or a boolean, not {type(schema).__name__}")
+        if is_compact:
+            schema = ({} if schema else {"not": {}}) if isinstance(schema, bool) else schema
+            schema = {**schema, JSON_OPTIONS_KEY: COMPACT_JSON}
         return cls(kind="json_schema", source=json.dumps(schema), reasoning=reasoning)
 
     @classmethod

@@ -40,19 +40,36 @@ _KINDS: dict[str, Make] = {
     "grammar": _text("grammar"),
     "json_object": _json_object,
 }
+_COMPACT = "disable_any_whitespace"
+
+
+def _compact(schema: Any, reasoning: ReasoningText | None) -> StructuredOutput:
+    return StructuredOutput.json_schema(schema, reasoning, is_compact=True)
+
+
+def _compact_object(wanted: Any, reasoning: ReasoningText | None) -> StructuredOutput:
+    _json_object(wanted, reasoning)
+    return _compact({"type": "object"}, reasoning)
+
+
+_COMPACT_KINDS: dict[str, Make] = {"json": _compact, "json_object": _compact_object}
 
 
 def structured_output(request: SamplingFields, reasoning: ReasoningText | None = None) -> StructuredOutput | None:
     """None where the answer is free. Raises ApiError (400) naming the field."""
     asked = _asked(request)
-    if not asked:
+    is_compact = _is_compact(request)
+    if not asked and not is_compact:
         return None
     if len(asked) > 1:
         names = " and ".join(f"'{field}'" for field, _, _ in asked)
         raise errors.invalid(f"Give one of {names}: an answer has one form.", param=asked[1][0])
+    if is_compact and not (asked and asked[0][1] in _COMPACT_KINDS):
+        field = f"structured_outputs.{_COMPACT}"
+        raise errors.invalid(f"'{field}' is for JSON; ask for it, by 'json' or 'response_format'.", param=field)
     ((field, kind, source),) = asked
     try:
-        return _KINDS[kind](source, reasoning)
+        return (_COMPACT_KINDS if is_compact else _KINDS)[kind](source, reasoning)
     except ValueError as err:
         raise errors.invalid(f"Invalid value for '{field}': {err}.", param=field) from None
 
@@ -66,13 +83,23 @@ def _asked(request: SamplingFields) -> list[tuple[str, str, Any]]:
         if (source := getattr(request, field)) is not None:
             asked.append((field, kind, source))
     if request.structured_outputs is not None:
-        given = {kind: source for kind, source in request.structured_outputs.items() if source is not None}
-        for kind, source in given.items():
+        for kind, source in request.structured_outputs.items():
+            if source is None or kind == _COMPACT:
+                continue
             if kind not in _KINDS:
                 field = f"structured_outputs.{kind}"
                 raise errors.invalid(f"Unknown parameter: '{field}'.", param=field, code="unknown_parameter")
             asked.append((f"structured_outputs.{kind}", kind, source))
     return asked
+
+
+def _is_compact(request: SamplingFields) -> bool:
+    """Whether JSON is to have no blank that it does not need."""
+    given = (request.structured_outputs or {}).get(_COMPACT)
+    if given is not None and not isinstance(given, bool):
+        field = f"structured_outputs.{_COMPACT}"
+        raise errors.invalid(f"Invalid value for '{field}': it must be true or false.", param=field)
+    return bool(given)
 
 
 def _response_format(kind: str, json_schema: Any) -> tuple[str, str, Any]:

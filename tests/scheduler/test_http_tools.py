@@ -281,6 +281,9 @@ async def test_the_form_of_an_answer_begins_after_the_reasoning(chat):
         ({"structured_outputs": {"regex": "q", "json": None}}, {"q"}),
         ({"structured_outputs": {"grammar": 'start: "z"'}}, {"z"}),
         ({"structured_outputs": {"json": {"const": None}}}, {"null"}),
+        ({"structured_outputs": {"json": {"const": [1, 2]}, "disable_any_whitespace": True}}, {"[1,2]"}),
+        ({"structured_outputs": {"json_object": True, "disable_any_whitespace": False}, "max_tokens": 1}, {"{"}),
+        ({"structured_outputs": {"disable_any_whitespace": False}}, {"free"}),
         ({"response_format": {"type": "text"}}, {"free"}),
     ],
 )
@@ -303,6 +306,16 @@ async def test_vllms_ways_to_ask_in_chat_and_completions(chat, body, answers):
         ({"guided_regex": ""}, "guided_regex"),
         ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml"),
         ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+        (
+            {"structured_outputs": {"json_object": False, "disable_any_whitespace": True}},
+            "structured_outputs.json_object",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "disable_any_whitespace": True}},
+            "structured_outputs.disable_any_whitespace",
+        ),
+        ({"structured_outputs": {"disable_any_whitespace": True}}, "structured_outputs.disable_any_whitespace"),
+        ({"guided_json": {}, "structured_outputs": {"disable_any_whitespace": 1}}, None),
         ({"tools": {}}, "tools"),
         ({"tools": [{"type": "function"}]}, "tools[0]"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
