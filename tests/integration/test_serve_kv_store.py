@@ -92,7 +92,7 @@ def test_what_one_evicts_another_reads_and_a_store_that_is_gone_is_a_miss(family
 def test_options_that_do_not_go_together(family_artifact):
     artifact = family_artifact("qwen3")
     store = ("--kv-store", "mooncake://127.0.0.1:1")
-    assert "give kv_host_bytes as well" in run_refused(artifact, *store)
+    assert "give kv_host_bytes (--kv-host-memory) as well" in run_refused(artifact, *store)
     host = ("--kv-host-memory", "1MiB")
     assert "must be mooncake://HOST:PORT" in run_refused(artifact, *host, "--kv-store", "redis://127.0.0.1:1")
     if importlib.util.find_spec("mooncake") is None:

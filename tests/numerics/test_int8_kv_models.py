@@ -86,7 +86,7 @@ def test_prefixes_are_shared(model, prompts, expected):
 
 @pytest.mark.parametrize("swap_bytes", [None, 1 << 24])
 def test_preemption(model, swap_bytes, monkeypatch):
-    monkeypatch.setattr("xllm_compile.runtime.engine.swap_pays", lambda *_: True)
+    monkeypatch.setattr("xllm_compile.runtime.step_planner.swap_pays", lambda *_: True)
     # Admission looks 64 steps ahead: three of these start, and two have room to the end.
     engine = engine_with(model, 420, swap_bytes=swap_bytes)
     prompts = random_prompts((40,) * 5, model.manifest.model.vocab_size)
