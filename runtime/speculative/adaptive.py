@@ -128,11 +128,22 @@ class StepSeconds:
     A step is never taken to be slower than a larger one. Of the first few of a size the quickest counts, and none as
     slower than predicted: their code comes in from disk. What was measured long ago is forgotten, or one bad moment
     would keep drafts of that length away for ever.
+
+    Sizes that one graph runs take the same time. Each for itself would be tried a few times before it is known that the
+    graph is dear.
     """
 
-    def __init__(self, predict: Callable[[int], float], *, ratio: float | None = None) -> None:
-        """ratio is what measured times are believed to be of predicted ones; None: as the first are."""
+    def __init__(
+        self,
+        predict: Callable[[int], float],
+        *,
+        graph_rows: Callable[[int], int] = lambda num_rows: num_rows,
+        ratio: float | None = None,
+    ) -> None:
+        """graph_rows: of the graph that runs so many. ratio: what measured times are believed to be of predicted ones;
+        None, as the first are."""
         self._predict = predict
+        self._graph_rows = graph_rows
         self._measured: dict[int, float] = {}
         self._believed: dict[int, float] = {}
         self._sizes: list[int] = []
@@ -143,6 +154,7 @@ class StepSeconds:
         self._ratio = ratio
 
     def __call__(self, num_rows: int) -> float:
+        num_rows = self._graph_rows(num_rows)
         believed = self._believed.get(num_rows)
         if believed is not None:
             return believed
@@ -152,14 +164,15 @@ class StepSeconds:
 
     def is_stale(self, num_rows: int) -> bool:
         """Whether a step of so many rows should run now, to know what it takes."""
-        return num_rows not in self._measured
+        return self._graph_rows(num_rows) not in self._measured
 
     def is_unsure(self, num_rows: int) -> bool:
         """Whether what such a step takes is not believed yet as it was measured."""
-        return self._counts.get(num_rows, 0) < _FIRST
+        return self._counts.get(self._graph_rows(num_rows), 0) < _FIRST
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """Take in what a step of so many rows took."""
+        num_rows = self._graph_rows(num_rows)
         self._num_observed += 1
         self._measured_at[num_rows] = self._num_observed
         count = self._counts[num_rows] = self._counts.get(num_rows, 0) + 1

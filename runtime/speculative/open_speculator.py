@@ -1,5 +1,6 @@
 """From the configuration to a speculator that fits the opened artifact."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def open_speculator(
 
     Its kernels must be loaded; warm_up runs the draft model's graphs once. Raises what opening an artifact raises.
     """
-    step_seconds = StepSeconds(target.step_times["T"].of)
+    step_seconds = StepSeconds(target.step_times["T"].of, graph_rows=partial(_graph_rows, target))
     if config is None:
         return Speculator(None, max_length=0, step_seconds=step_seconds)
     proposer: Proposer
@@ -68,6 +69,12 @@ def open_speculator(
     else:
         proposer = SuffixProposer(max_shared_tokens=config.max_shared_tokens if config.method == "suffix" else 0)
     return Speculator(proposer, max_length=config.num_speculative_tokens, step_seconds=step_seconds)
+
+
+def _graph_rows(target: Manifest, num_rows: int) -> int:
+    """Of the graph that runs a step of so many: the next bucket, or the very size where that one is too large."""
+    bucket = next((each for each in target.token_buckets if each >= num_rows), num_rows)
+    return bucket if target.step_times["T"].padding_pays(num_rows, bucket) else num_rows
 
 
 def _open_draft_model(

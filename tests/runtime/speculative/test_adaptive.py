@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -6,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_compile.runtime.speculative.adaptive import Acceptance, Looks, Probes, StepSeconds, draft_lengths
+from xllm_compile.runtime.speculative.adaptive import (
+    Acceptance,
+    Looks,
+    Probes,
+    StepSeconds,
+    draft_lengths,
+    num_forced_worth,
+)
 
 
 def lengths(survivals: list[list[float]], *, row: float = 0.05, draft: float = 0.0, others: int = 0) -> list[int]:
@@ -151,6 +159,18 @@ def test_first_steps_of_a_size_are_not_believed_to_be_slower_than_predicted() ->
         assert seconds(5) < 1.2
     seconds.observe(5, 9.0)
     assert seconds(5) == 9.0
+
+
+def test_what_one_graph_runs_takes_the_same_time() -> None:
+    seconds = StepSeconds(lambda rows: 1 + 0.001 * rows, graph_rows=lambda rows: 10 if rows <= 10 else 20)
+    for _ in range(5):
+        seconds.observe(8, 1.0)
+        seconds.observe(11, 2.0)
+    assert seconds(3) == seconds(10) == pytest.approx(1.0) and seconds(12) == seconds(20) == pytest.approx(2.0)
+    assert not seconds.is_stale(20) and not seconds.is_unsure(1)
+    # Two more rows cost nothing, and ten more would only make up for the larger graph.
+    forced = partial(num_forced_worth, num_rows=8, num_tokens=8, step_seconds=seconds)
+    assert [forced(count) for count in (1, 2, 7, 12)] == [1, 2, 2, 2]
 
 
 def test_a_bad_moment_of_one_size_is_forgotten() -> None:
