@@ -59,6 +59,11 @@ class Contender:
         targets = ["--grpc-port", "0", "--tpot-slo-ms", f"{tpot_slo_s * 1000:g}"]
         return cls(name=OURS, command=(*command, *targets))
 
+    def to_json(self) -> dict[str, Any]:
+        """Without the folder of the program: where it lies on this machine is nobody's business."""
+        program, *arguments = self.command
+        return {"name": self.name, "command": [Path(program).name, *arguments], "model": self.model}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RateSetting:
@@ -120,7 +125,7 @@ def run_serving_rate(
     show_table(f"requests/s with {asked}", ("server", "median", "min", "max"), rows)
     raw = {
         "setting": asdict(setting),
-        "contenders": [asdict(contender) for contender in contenders],
+        "contenders": [contender.to_json() for contender in contenders],
         "found": {server: asdict(one) | {"rates": one.rates} for server, one in found.items()},
     }
     finish(make_record(name, command, seed=setting.seed, raw=raw, bars=_bars(found)), results)
