@@ -120,9 +120,5 @@ class TimedModel:
 
     def _choice(self, axis: str, buckets: Sequence[int], size: int) -> tuple[int, bool]:
         """(padded size, whether on the dynamic graph), as the graph cache chooses."""
-        bucket = next((bucket for bucket in sorted(buckets) if bucket >= size), None)
-        if bucket is None:
-            return size, True
-        if bucket == size or self.manifest.step_times[axis].padding_pays(size, bucket):
-            return bucket, False
-        return size, True
+        bucket = self.manifest.step_times[axis].bucket_for(size, sorted(buckets))
+        return (size, True) if bucket is None else (bucket, False)

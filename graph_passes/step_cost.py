@@ -5,7 +5,7 @@ attention reads does not: padding attends to nothing, so it is the same whicheve
 """
 
 import bisect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +41,11 @@ class StepTimes:
     def padding_pays(self, size: int, bucket: int) -> bool:
         """Whether a step of ``size`` runs on the graph of ``bucket`` no slower than on the dynamic-shape graph."""
         return self.of(bucket) <= self.of_dynamic(size)
+
+    def bucket_for(self, size: int, buckets: Sequence[int]) -> int | None:
+        """The bucket whose graph runs a step of ``size``; None where the dynamic-shape graph does. buckets ascend."""
+        at = bisect.bisect_left(buckets, size)
+        return buckets[at] if at < len(buckets) and self.padding_pays(size, buckets[at]) else None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -72,9 +72,8 @@ def open_speculator(
 
 
 def _graph_rows(target: Manifest, num_rows: int) -> int:
-    """Of the graph that runs a step of so many: the next bucket, or the very size where that one is too large."""
-    bucket = next((each for each in target.token_buckets if each >= num_rows), num_rows)
-    return bucket if target.step_times["T"].padding_pays(num_rows, bucket) else num_rows
+    """Of the graph that runs a step of so many: its bucket's, or its own on the dynamic-shape graph."""
+    return target.step_times["T"].bucket_for(num_rows, target.token_buckets) or num_rows
 
 
 def _open_draft_model(

@@ -16,6 +16,8 @@ def test_straight_lines_between_and_beyond():
 def test_padding_pays_until_the_dynamic_graph_is_faster():
     assert TIMES.padding_pays(6, 16) and TIMES.padding_pays(28, 32)
     assert not TIMES.padding_pays(17, 32)
+    found = [TIMES.bucket_for(size, (6, 16, 32)) for size in (1, 6, 7, 16, 17, 28, 32, 33)]
+    assert found == [6, 6, 16, 16, None, 32, 32, None]
 
 
 @pytest.mark.parametrize("largest", [1, 5, 64, 65, 512, 8192])
