@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from xllm_compile.runtime.structured_output import COMPACT_JSON, JSON_OPTIONS_KEY, ReasoningText, StructuredOutput
+from xllm_compile.runtime.structured_output import (
+    COMPACT_JSON,
+    JSON_OPTIONS_KEY,
+    ReasoningText,
+    StructuredOutput,
+    schema_object,
+)
 from xllm_compile.runtime.token_matcher import GrammarError, TokenMask, TokenMatcher
 
 if TYPE_CHECKING:
@@ -187,10 +193,8 @@ def _grammars(structured: StructuredOutput, tokenizer: "Tokenizer") -> list[dict
 def _answer(structured: StructuredOutput) -> dict[str, Any]:
     source = structured.source
     match structured.kind:
-        case "json_schema":
-            return {"json_schema": _with_options(json.loads(source))}
-        case "json_object":
-            return {"json_schema": _with_options({"type": "object"})}
+        case "json_schema" | "json_object":
+            return {"json_schema": with_json_options(structured.schema or {})}
         case "regex":
             from llguidance import LLMatcher
 
@@ -202,9 +206,9 @@ def _answer(structured: StructuredOutput) -> dict[str, Any]:
             return {"lark_grammar": _lark(source)}
 
 
-def _with_options(schema: dict[str, Any] | bool) -> dict[str, Any]:
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
+def with_json_options(schema: dict[str, Any] | bool) -> dict[str, Any]:
+    """A JSON schema as the grammar library is to read it."""
+    schema = schema_object(schema)
     is_compact = schema.get(JSON_OPTIONS_KEY) == COMPACT_JSON
     return {**schema, JSON_OPTIONS_KEY: COMPACT_JSON if is_compact else JSON_OPTIONS}
 

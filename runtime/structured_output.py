@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 StructuredKind = Literal["json_schema", "json_object", "regex", "grammar", "choice"]
@@ -29,6 +29,11 @@ class ReasoningText:
     """The prompt ends inside the reasoning: `start` is part of it."""
 
 
+def schema_object(schema: dict[str, Any] | bool) -> dict[str, Any]:
+    """A JSON schema, which may be a boolean, as an object."""
+    return ({} if schema else {"not": {}}) if isinstance(schema, bool) else schema
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StructuredOutput:
     """One constraint, comparable and hashable by content. Raises ValueError on a source that is too long."""
@@ -44,14 +49,24 @@ class StructuredOutput:
                 f"the {self.kind} has {len(self.source)} characters, at most {MAX_SOURCE_CHARS} are taken; simplify it"
             )
 
-    @classmethod
-    def json_schema(
-        cls, schema: Any, reasoning: ReasoningText | None = None, *, is_compact: bool = False
-    ) -> "StructuredOutput":
-        """schema is a mapping, a boolean, or JSON text of one. Raises ValueError when it is none of them.
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """Of JSON of whatever kind; None where something else is asked for."""
+        if self.kind == "json_object":
+            return {"type": "object"}
+        return schema_object(json.loads(self.source)) if self.kind == "json_schema" else None
 
-        is_compact: no blank where JSON needs none. The model then chooses values only: keys and punctuation follow.
-        """
+    def compact(self) -> "StructuredOutput":
+        """The same JSON with no blank where it needs none. The model then chooses values only: keys and punctuation
+        follow. Raises ValueError for what is no JSON."""
+        schema = self.schema
+        if schema is None:
+            raise ValueError(f"a {self.kind} is no JSON, whose blanks could be left out")
+        return replace(self, kind="json_schema", source=json.dumps({**schema, JSON_OPTIONS_KEY: COMPACT_JSON}))
+
+    @classmethod
+    def json_schema(cls, schema: Any, reasoning: ReasoningText | None = None) -> "StructuredOutput":
+        """schema is a mapping, a boolean, or JSON text of one. Raises ValueError when it is none of them."""
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
@@ -59,9 +74,6 @@ class StructuredOutput:
                 raise ValueError(f"the JSON schema is not JSON: {err}") from None
         if not isinstance(schema, dict | bool):
             raise ValueError(f"the JSON schema must be an object or a boolean, not {type(schema).__name__}")
-        if is_compact:
-            schema = ({} if schema else {"not": {}}) if isinstance(schema, bool) else schema
-            schema = {**schema, JSON_OPTIONS_KEY: COMPACT_JSON}
         return cls(kind="json_schema", source=json.dumps(schema), reasoning=reasoning)
 
     @classmethod

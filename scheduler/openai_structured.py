@@ -41,18 +41,7 @@ _KINDS: dict[str, Make] = {
     "json_object": _json_object,
 }
 _COMPACT = "disable_any_whitespace"
-
-
-def _compact(schema: Any, reasoning: ReasoningText | None) -> StructuredOutput:
-    return StructuredOutput.json_schema(schema, reasoning, is_compact=True)
-
-
-def _compact_object(wanted: Any, reasoning: ReasoningText | None) -> StructuredOutput:
-    _json_object(wanted, reasoning)
-    return _compact({"type": "object"}, reasoning)
-
-
-_COMPACT_KINDS: dict[str, Make] = {"json": _compact, "json_object": _compact_object}
+_JSON_KINDS = ("json", "json_object")
 
 
 def structured_output(request: SamplingFields, reasoning: ReasoningText | None = None) -> StructuredOutput | None:
@@ -64,12 +53,13 @@ def structured_output(request: SamplingFields, reasoning: ReasoningText | None =
     if len(asked) > 1:
         names = " and ".join(f"'{field}'" for field, _, _ in asked)
         raise errors.invalid(f"Give one of {names}: an answer has one form.", param=asked[1][0])
-    if is_compact and not (asked and asked[0][1] in _COMPACT_KINDS):
+    if is_compact and not (asked and asked[0][1] in _JSON_KINDS):
         field = f"structured_outputs.{_COMPACT}"
         raise errors.invalid(f"'{field}' is for JSON; ask for it, by 'json' or 'response_format'.", param=field)
     ((field, kind, source),) = asked
     try:
-        return (_COMPACT_KINDS if is_compact else _KINDS)[kind](source, reasoning)
+        structured = _KINDS[kind](source, reasoning)
+        return structured.compact() if is_compact else structured
     except ValueError as err:
         raise errors.invalid(f"Invalid value for '{field}': {err}.", param=field) from None
 

@@ -155,10 +155,8 @@ def tool_grammar(
 
 
 def _json_answer(structured: StructuredOutput) -> str:
-    if structured.kind == "json_object":
-        return json_rule({"type": "object"})
-    if structured.kind == "json_schema":
-        return json_rule(json.loads(structured.source))
+    if (schema := structured.schema) is not None:
+        return json_rule(schema)
     message = f"A {structured.kind} cannot be combined with tools; send tool_choice 'none' or 'required'."
     raise errors.invalid(message, param="tools")
 

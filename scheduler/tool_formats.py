@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xllm_compile.runtime.grammar import JSON_OPTIONS
+from xllm_compile.runtime.grammar import with_json_options
 from xllm_compile.scheduler import tool_parser
 from xllm_compile.scheduler.tool_parser import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, ToolParser
 
@@ -51,9 +51,7 @@ def _detect(template: str) -> str:
 
 def json_rule(schema: Any) -> str:
     """A JSON schema inside a grammar."""
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
-    return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS})
+    return "%json " + json.dumps(with_json_options(schema))
 
 
 def _parameters(tool: Tool) -> dict[str, Any]:

@@ -50,8 +50,8 @@ def follow(compiler: GrammarCompiler, tokenizer: Tokenizer, structured: Structur
         (StructuredOutput.json_schema(POINT), json.dumps({"x": 1, "y": 2}, indent=4)),
         (StructuredOutput.json_schema(json.dumps(POINT)), '{"x":1,"y":2}'),
         (StructuredOutput.json_schema(True), '[1, {"a": null}]'),
-        (StructuredOutput.json_schema(POINT, is_compact=True), '{"x":1,"y":2}'),
-        (StructuredOutput.json_schema(True, is_compact=True), '[1,{"a":null}]'),
+        (StructuredOutput.json_schema(POINT).compact(), '{"x":1,"y":2}'),
+        (StructuredOutput.json_schema(True).compact(), '[1,{"a":null}]'),
         (StructuredOutput(kind="json_object"), '{"any": [1, {}]}'),
         (StructuredOutput(kind="regex", source=r"a/b\d{2,}|\w+é"), "a/b123"),
         (StructuredOutput.choice(["yes", 'no\n"really"']), 'no\n"really"'),
@@ -73,7 +73,7 @@ def test_text_that_fits_is_allowed_to_its_end(
 def test_compact_json_has_no_blanks_between_its_tokens(
     compiler: GrammarCompiler, tokenizer: Tokenizer, text: str
 ) -> None:
-    structured = StructuredOutput.json_schema(POINT, is_compact=True)
+    structured = StructuredOutput.json_schema(POINT).compact()
     assert follow(compiler, tokenizer, structured, text) == text.split(" ")[0]
     # What a request writes there itself is no option.
     structured = StructuredOutput.json_schema({**POINT, "x-guidance": {"whitespace_pattern": "x*"}})

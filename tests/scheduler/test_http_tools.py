@@ -240,6 +240,10 @@ async def test_a_form_for_the_answer_leaves_calls_possible(chat):
     assert (await chat.choice(CALL, **body))["finish_reason"] == "tool_calls"
     choice = await chat.choice('{"a": 1} and more', **body)
     assert (choice["message"]["content"], choice["finish_reason"]) == ('{"a": 1}', "stop")
+    choice = await chat.choice('{"a":1} and more', structured_outputs={"disable_any_whitespace": True}, **body)
+    assert (choice["message"]["content"], choice["finish_reason"]) == ('{"a":1}', "stop")
+    choice = await chat.choice('{"a": 1}', structured_outputs={"disable_any_whitespace": True}, **body)
+    assert " " not in choice["message"]["content"]
 
 
 @pytest.mark.parametrize(
