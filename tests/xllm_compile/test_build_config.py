@@ -44,6 +44,9 @@ def test_buckets(tmp_path):
     assert (given.tokens, given.logits, given.reason) == ((1, 4, 64), (1, 4), "given")
     default = picked(max_num_batched_tokens=100)
     assert default.tokens[-1] == 100 and len(default.tokens) <= MAX_BUCKETS_BY_DEFAULT
+    # Rows are next to free in these times, and yet one sequence alone is not padded.
+    assert default.tokens[0] == default.logits[0] == 1
+    assert picked(max_num_batched_tokens=1).tokens == (1,)
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"input_length": 37, "output_length": 0}\n' * 9)
     chosen = picked(max_num_batched_tokens=100, workload=trace)
