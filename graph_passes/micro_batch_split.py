@@ -49,6 +49,7 @@ _TOKEN_WISE = {
     xllm.packed_linear.default,
     xllm.int8_linear.default,
     xllm.int4_linear.default,
+    xllm.int8_zero_linear.default,
     xllm.int4_zero_linear.default,
     xllm.int8_dynamic_linear.default,
     xllm.int4_dynamic_linear.default,

@@ -354,6 +354,7 @@ _RULES: dict[str, Callable[[_Call], NodeCost]] = {
     "xllm::packed_linear": _linear,
     "xllm::int8_linear": _linear,
     "xllm::int4_linear": _linear,
+    "xllm::int8_zero_linear": _linear,
     "xllm::int4_zero_linear": _linear,
     "xllm::int8_dynamic_linear": _rounded_linear,
     "xllm::int4_dynamic_linear": _rounded_linear,

@@ -11,20 +11,21 @@ class Quantisation:
     """How the products of a model are quantised. Raises ValueError, naming field and limit, on a bad value."""
 
     scheme: str
-    """int8 and int4 round weights only; with -dynamic activations are rounded to int8 too, one scale per token."""
+    """int8 and int4 round weights only; with -dynamic activations are rounded to int8 too, one scale per token. none
+    leaves the layers as the checkpoint has them, and is for has_head."""
     group_size: int | None = None
     """int4: elements along the reduction axis that share a scale, 32 where it is not given. 4.5 bits a weight at 32,
     4.125 at 128."""
     has_head: bool = False
     """Quantise the head too, as int8 in every scheme, and with it the embedding that shares its weight."""
     stored_by: str = ""
-    """The method of a checkpoint whose layers are quantised already, and are taken as they are; int4 may have groups of
-    any multiple of 8 then, or one scale per row (0), and has zero points."""
+    """The method of a checkpoint whose layers are quantised already, and are taken as they are; groups may be of any
+    multiple of 8 then, or the whole row (0), and have zero points. None is int8 with a scale per row and without."""
 
     def __post_init__(self) -> None:
         if self.stored_by:
             return
-        if self.scheme not in SCHEMES:
+        if self.scheme not in SCHEMES and not (self.scheme == "none" and self.has_head):
             raise ValueError(f"quantize={self.scheme!r} is not supported; supported: {', '.join(SCHEMES)}")
         if self.group_size is None and self.weight_kind == "int4":
             object.__setattr__(self, "group_size", GROUP_SIZES[0])

@@ -4,7 +4,8 @@ Matches: aten.linear on a plain weight in a layer region; with ``has_head`` in t
     that a head shares.
 Rewrites: xllm::int8_linear, int4_linear, int8_dynamic_linear or int4_dynamic_linear on the packed values and their
     scales, two weights made from the same sources; float32 is written directly where a cast to float32 is all that
-    follows. Of a checkpoint that is quantised already int4 becomes int4_zero_linear, on values, scales and zero points.
+    follows. Of a checkpoint that is quantised already what has groups or zero points becomes int8_zero_linear or
+    int4_zero_linear, on values, scales and zero points.
     The head is int8 with int4 layers too, and a table it shares is read by xllm::int8_embedding.
 Skips: a weight that is computed in the graph or read by another node; the head where it was not asked for; fewer than
     32 outputs or inputs, which padding and scales would make no smaller; int4 where the reduction axis is no multiple
@@ -23,7 +24,7 @@ from torch import fx
 from xllm_compile.graph_passes.pack_linear import float_cast_after
 from xllm_compile.graph_passes.quantisation import Quantisation
 from xllm_compile.graph_passes.region import PassReport, RegionGraph, args_of, insert_call
-from xllm_compile.runtime.ops.quantised import quantise_packed_meta, stored_int4_meta
+from xllm_compile.runtime.ops.quantised import quantise_packed_meta, stored_meta
 from xllm_compile.runtime.ops.spec import WeightSpec
 
 aten = torch.ops.aten
@@ -36,7 +37,7 @@ _OPERATORS = {
     "int8-dynamic": xllm.int8_dynamic_linear.default,
     "int4-dynamic": xllm.int4_dynamic_linear.default,
 }
-_STORED_OPERATORS = {**_OPERATORS, "int4": xllm.int4_zero_linear.default}
+_ZERO_OPERATORS = {"int8": xllm.int8_zero_linear.default, "int4": xllm.int4_zero_linear.default}
 
 
 def quantise(
@@ -44,9 +45,11 @@ def quantise(
 ) -> PassReport:
     """``tied_weights``: names of embedding tables that a head also multiplies by."""
     report = PassReport(name="quantise", region=region.name)
-    if not region.name.startswith("layer") and quantisation.weight_kind == "int4":
-        # Four bits of a head cost more accuracy than those of a layer, and a table's rows are read one by one.
-        quantisation = replace(quantisation, scheme=quantisation.scheme.replace("int4", "int8"), group_size=None)
+    if not region.name.startswith("layer"):
+        # Four bits of a head cost more accuracy than those of a layer, and a table's rows are read one by one. Nobody
+        # but us quantises a head.
+        scheme = quantisation.scheme.replace("int4", "int8")
+        quantisation = replace(quantisation, scheme=scheme, group_size=None, stored_by="")
     for node in region.graph.find_nodes(op="call_function", target=aten.linear.default):
         if _match(region, args_of(node)[1], quantisation, report):
             _rewrite(region, node, quantisation)
@@ -83,13 +86,17 @@ def _match(region: RegionGraph, weight: fx.Node, quantisation: Quantisation, rep
 
 def _check_stored(region: RegionGraph, weight: str, in_features: int, quantisation: Quantisation) -> None:
     """A rank's part of the reduction axis must be whole groups, and whole steps of the kernels."""
-    unit = quantisation.group_size or (8 if quantisation.scheme == "int4" else 1)
+    unit = quantisation.group_size or (8 if _has_zero_points(quantisation) else 1)
     if in_features % unit:
         raise ValueError(
             f"{region.weights[weight].name} has {in_features} inputs on a rank, no multiple of {unit}, which the"
             f" checkpoint's {quantisation.label} needs; use a smaller --tensor-parallel-size or an unquantised"
             " checkpoint"
         )
+
+
+def _has_zero_points(quantisation: Quantisation) -> bool:
+    return bool(quantisation.stored_by) and quantisation.group_size is not None
 
 
 def _rewrite(region: RegionGraph, node: fx.Node, quantisation: Quantisation) -> None:
@@ -99,7 +106,7 @@ def _rewrite(region: RegionGraph, node: fx.Node, quantisation: Quantisation) -> 
     out_features = weight.meta["val"].shape[0]
     operands = _quantised_weights(region, weight, quantisation)
     cast = float_cast_after(node)
-    target = (_STORED_OPERATORS if quantisation.stored_by else _OPERATORS)[quantisation.scheme]
+    target = (_ZERO_OPERATORS if _has_zero_points(quantisation) else _OPERATORS)[quantisation.scheme]
     new = insert_call(region.graph, node, target, x, *operands, bias, out_features, cast is not None)
     (cast or node).replace_all_uses_with(new)
     if cast is not None:
@@ -124,8 +131,8 @@ def _quantised_weights(region: RegionGraph, weight: fx.Node, quantisation: Quant
     group_size = quantisation.group_size or 0
 
     with value.fake_mode:
-        if quantisation.stored_by and kind == "int4":
-            values, *others = stored_int4_meta(value, group_size)
+        if _has_zero_points(quantisation):
+            values, *others = stored_meta(value, kind, group_size)
         else:
             values, *others = quantise_packed_meta(value, kind, group_size)
 

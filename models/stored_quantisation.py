@@ -2,13 +2,13 @@
 
 Every format is brought to one form, without rounding anything again: ``weight = (values - zero) * scale``. Read are
 
-- **compressed-tensors** ``pack-quantized``: int4 with a scale per group or row, with or without zero points, and int8
-  with a scale per row; elements of 4 or 8 bits, less their smallest value, in int32 words along the reduction axis, the
-  lowest first; zero points alike along the output axis.
+- **compressed-tensors** ``pack-quantized``: int4 and int8 with a scale per group or row, with or without zero points;
+  elements of 4 or 8 bits, less their smallest value, in int32 words along the reduction axis, the lowest first; zero
+  points alike along the output axis.
 - **compressed-tensors** ``int-quantized``: int8 with a scale per row, as it is; activations plain or rounded per token.
 - **awq** ``gemm``: int4, transposed; in a word of eight outputs the even ones come first.
-- **gptq**: int4, transposed; words along the reduction axis; zero points along the output axis, and less one but for
-  ``gptq_v2``.
+- **gptq**: int4 and int8, transposed; words along the reduction axis; zero points along the output axis, and less one
+  but for ``gptq_v2``.
 
 Sources: the packages compressed-tensors 0.20, AutoAWQ and GPTQModel, which write them.
 """
@@ -31,6 +31,11 @@ _FLOATS, _WORDS = tuple(FLOAT_DTYPES), ("I32",)
 
 PartShapes = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 """Tensor name -> shape and the dtypes it may have."""
+
+
+def is_stored(weight: str) -> bool:
+    """Whether a quantised checkpoint holds this matrix quantised: those of the layers and no other."""
+    return ".layers." in weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +72,12 @@ class StoredQuantisation:
     """Activations are rounded to int8, with one scale per token."""
 
     @property
+    def has_groups(self) -> bool:
+        """Whether scales and zero points are those of groups, be they whole rows: all but int8 with a scale per row and
+        without zero points."""
+        return self.num_bits == 4 or self.group_size > 0 or not self.is_symmetric
+
+    @property
     def scheme(self) -> str:
         """As the quantise pass names it."""
         return "int4" if self.num_bits == 4 else "int8-dynamic" if self.has_dynamic_activations else "int8"
@@ -79,7 +90,8 @@ class StoredQuantisation:
                 f"{weight} has {columns} inputs, no multiple of group_size={self.group_size} in quantization_config;"
                 " use an unquantised checkpoint"
             )
-        groups, base, per_word = columns // (self.group_size or columns), weight.removesuffix("weight"), 8
+        groups, base = columns // (self.group_size or columns), weight.removesuffix("weight")
+        per_word = _WORD_BITS // self.num_bits
         if self.method == "compressed-tensors":
             scale = {f"{weight}_scale": ((rows, groups), _FLOATS)}
             if self.layout == "int-quantized":
@@ -127,12 +139,12 @@ class StoredQuantisation:
         if self.method == "awq":
             codes, zero = _awq_columns(words), _awq_columns(zeros)
         else:
-            codes, zero = _unpack(words, 4, axis=0), _unpack(zeros, 4, axis=1)
+            codes, zero = _unpack(words, self.num_bits, axis=0), _unpack(zeros, self.num_bits, axis=1)
             if self.layout == "gptq":
-                # Stored less one; of 0 that is 15.
-                zero = zero + 1 & 15
+                # Stored less one; of 0 that is the largest code.
+                zero = zero + 1 & (1 << self.num_bits) - 1
         scale = checkpoint.tensor(base + "scales").T
-        return StoredMatrix(values=_signed(codes.T, 4), scale=scale, zero=_signed(zero.T, 4))
+        return StoredMatrix(values=_signed(codes.T, self.num_bits), scale=scale, zero=_signed(zero.T, self.num_bits))
 
     def _compressed_matrix(self, checkpoint: Checkpoint, weight: str) -> StoredMatrix:
         scale = checkpoint.tensor(f"{weight}_scale")
@@ -177,11 +189,11 @@ def read_stored_quantisation(hf: Mapping[str, Any]) -> StoredQuantisation | None
             " Use one of these, or a bfloat16, float16 or float32 checkpoint, which --quantize int8, int4,"
             " int8-dynamic or int4-dynamic rounds while compiling"
         )
-    _require(config, "bits", (4,), None)
+    _require(config, "bits", (4, 8) if method == "gptq" else (4,), None)
     return StoredQuantisation(
         method=method,
         layout="gemm" if method == "awq" else config.get("checkpoint_format", "gptq"),
-        num_bits=4,
+        num_bits=config["bits"],
         group_size=_group_size(config, "quantization_config"),
         is_symmetric=False,
     )
@@ -209,10 +221,10 @@ def _read_compressed(config: Mapping[str, Any]) -> StoredQuantisation:
     where_weights = f"{where}.weights"
     _require(weights, "type", ("int",), "int", where_weights)
     _require(weights, "num_bits", (4, 8) if layout == "pack-quantized" else (8,), None, where_weights)
-    strategies = ("group", "channel") if weights["num_bits"] == 4 else ("channel",)
+    strategies = ("group", "channel") if layout == "pack-quantized" else ("channel",)
     _require(weights, "strategy", strategies, None, where_weights)
     _require(weights, "actorder", (None, False, "weight", "static"), None, where_weights)
-    if weights["num_bits"] == 8:
+    if layout == "int-quantized":
         _require(weights, "symmetric", (True,), True, where_weights)
     activations = group.get("input_activations")
     if activations:

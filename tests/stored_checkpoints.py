@@ -45,12 +45,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "compressed int4, rows": compressed_config(4),
     "compressed int4, rows with zeros": compressed_config(4, symmetric=False),
     "compressed int8, packed": compressed_config(8),
+    "compressed int8, groups": compressed_config(8, strategy="group", group_size=32),
+    "compressed int8, rows with zeros": compressed_config(8, symmetric=False),
     "compressed int8": compressed_config(8, "int-quantized"),
     "compressed int8, dynamic": _W8A8,
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
     "gptq": {**_GPTQ, "checkpoint_format": "gptq"},
     "gptq, one group": {**_GPTQ, "group_size": -1, "desc_act": True},
     "gptq_v2": {**_GPTQ, "checkpoint_format": "gptq_v2", "sym": False},
+    "gptq int8": {**_GPTQ, "bits": 8},
+    "gptq int8, one group": {**_GPTQ, "bits": 8, "group_size": -1},
+    "gptq_v2 int8": {**_GPTQ, "bits": 8, "checkpoint_format": "gptq_v2", "sym": False},
 }
 
 
@@ -74,11 +79,12 @@ def stored_parts(config: dict[str, Any], weight: str, codes: Tensor, zero: Tenso
             f"{base}scales": scale.T.contiguous(),
         }
     if config["quant_method"] == "gptq":
-        stored_zero = zero if config.get("checkpoint_format") == "gptq_v2" else (zero - 1) % 16
+        num_bits = config["bits"]
+        stored_zero = zero if config.get("checkpoint_format") == "gptq_v2" else (zero - 1) % (1 << num_bits)
         group_size = codes.shape[1] // scale.shape[1]
         return {
-            f"{base}qweight": pack_words(codes, 4).T.contiguous(),
-            f"{base}qzeros": pack_words(stored_zero.T, 4),
+            f"{base}qweight": pack_words(codes, num_bits).T.contiguous(),
+            f"{base}qzeros": pack_words(stored_zero.T, num_bits),
             f"{base}scales": scale.T.contiguous(),
             f"{base}g_idx": torch.arange(codes.shape[1], dtype=torch.int32) // group_size,
         }
@@ -99,7 +105,7 @@ def random_codes(config: dict[str, Any], shape: tuple[int, int], seed: int = 0) 
     """Codes, zero points and float16 scales of a weight, of about the size of a real one."""
     generator = torch.Generator().manual_seed(seed)
     weights = config.get("config_groups", {}).get("group_0", {}).get("weights", config)
-    num_bits, rows, columns = weights.get("num_bits", 4), *shape
+    num_bits, rows, columns = weights.get("num_bits") or weights["bits"], *shape
     size = weights["group_size"]
     groups = 1 if size in (None, -1) else columns // size
     levels = 1 << num_bits

@@ -26,14 +26,11 @@ def parse_buckets(_context: click.Context, _parameter: click.Parameter, value: s
 
 def read_quantisation(scheme: str, group_size: int | None, has_head: bool) -> Quantisation | None:
     """From the command line's options. Raises ValueError when one of them has nothing to act on."""
-    if scheme != "none":
-        return Quantisation(scheme=scheme, group_size=group_size, has_head=has_head)
-    if group_size is not None or has_head:
-        raise ValueError(
-            f"{'--quantize-head' if has_head else '--quantize-group'} needs --quantize {', '.join(SCHEMES[:-1])}"
-            f" or {SCHEMES[-1]}"
-        )
-    return None
+    if scheme == "none" and group_size is not None:
+        raise ValueError("--quantize-group needs --quantize int4 or int4-dynamic")
+    if scheme == "none" and not has_head:
+        return None
+    return Quantisation(scheme=scheme, group_size=group_size, has_head=has_head)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
@@ -68,10 +65,17 @@ def read_quantisation(scheme: str, group_size: int | None, has_head: bool) -> Qu
     default="full",
     help="partial: attention outside the graphs; eager: no graphs.",
 )
-@click.option("--quantize", type=click.Choice(["none", *SCHEMES]), default="none", help="Round the layers' weights.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["none", *SCHEMES]),
+    default="none",
+    help="Round the layers' weights; with -dynamic activations, too: w8a8, w4a8.",
+)
 @click.option("--quantize-group", type=int, help="int4, int4-dynamic: weights to a scale, 32 or 128.  [default: 32]")
 @click.option(
-    "--quantize-head", is_flag=True, help="Round the head's weight too, to int8, and an embedding that shares it."
+    "--quantize-head",
+    is_flag=True,
+    help="Round the head's weight to int8, too, and an embedding that shares it; also of a quantised checkpoint.",
 )
 @click.option("--disable-pass", "disabled", multiple=True, metavar="NAME", help="Leave a pass out; may be repeated.")
 @click.option(

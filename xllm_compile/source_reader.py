@@ -1,15 +1,20 @@
 """Reads and checks everything about a model but the values of its weights."""
 
+from pathlib import Path
+
 from xllm_compile.build_config import BuildConfig
 from xllm_compile.build_key import tokenizer_files
 from xllm_compile.build_plan import Source
-from xllm_compile.graph_passes.quantisation import Quantisation
-from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint
+from xllm_compile.graph_passes.quantisation import SCHEMES, Quantisation
+from xllm_compile.models.checkpoint import FLOAT_DTYPES, Checkpoint, CheckpointError
 from xllm_compile.models.config import DecoderConfig, read_hf_config
 from xllm_compile.models.decoder import EMBED_WEIGHT, checkpoint_shapes
 from xllm_compile.models.registry import read_model_config
-from xllm_compile.models.stored_quantisation import StoredQuantisation, read_stored_quantisation
+from xllm_compile.models.stored_quantisation import StoredQuantisation, is_stored, read_stored_quantisation
 from xllm_compile.models.tensor_parallel import rank_shape
+
+# Where AutoGPTQ and AutoAWQ wrote what is in config.json today.
+_OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def read_source(config: BuildConfig) -> Source:
@@ -51,19 +56,44 @@ def read_source(config: BuildConfig) -> Source:
 
 def _check_checkpoint(checkpoint: Checkpoint, model: DecoderConfig, stored: StoredQuantisation | None) -> None:
     shapes = checkpoint_shapes(model)
-    matrices = {name: shape for name, shape in shapes.items() if stored and ".layers." in name and len(shape) == 2}
+    matrices = {name: shape for name, shape in shapes.items() if stored and is_stored(name) and len(shape) == 2}
     if stored is not None:
         stored.check(checkpoint, matrices)
-    checkpoint.check({name: shape for name, shape in shapes.items() if name not in matrices})
+    try:
+        checkpoint.check({name: shape for name, shape in shapes.items() if name not in matrices})
+    except CheckpointError as err:
+        if hint := _quantisation_hint(checkpoint.model_dir, stored):
+            raise CheckpointError(f"{err}; {hint}") from err
+        raise
+
+
+def _quantisation_hint(model_dir: Path, stored: StoredQuantisation | None) -> str:
+    """What quantisation may have to do with a tensor that is not as a plain checkpoint has it."""
+    if stored is not None:
+        return f"with quant_method={stored.method!r} only products of layers may be quantised, not the head"
+    for name, method in _OLD_CONFIGS.items():
+        if (model_dir / name).is_file():
+            return (
+                f"{name} says that it is quantised, and config.json has no quantization_config, which older versions"
+                f' did not write: add it there, with what {name} has and "quant_method": "{method}"'
+            )
+    return ""
 
 
 def _quantisation(config: BuildConfig, stored: StoredQuantisation | None) -> Quantisation | None:
+    asked = config.quantisation
     if stored is None:
-        return config.quantisation
-    if config.quantisation is not None:
+        if asked is not None and asked.scheme == "none":
+            raise ValueError(
+                f"--quantize-head needs --quantize {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}, or a checkpoint whose"
+                " layers are quantised already"
+            )
+        return asked
+    if asked is not None and asked.scheme != "none":
         raise ValueError(
-            f"--quantize {config.quantisation.scheme}: {config.model_dir} is quantised already (quant_method"
-            f" {stored.method!r}); leave --quantize out, or give the unquantised checkpoint"
+            f"--quantize {asked.scheme}: {config.model_dir} is quantised already (quant_method {stored.method!r});"
+            " leave --quantize out, or give the unquantised checkpoint"
         )
-    group_size = stored.group_size if stored.num_bits == 4 else None
-    return Quantisation(scheme=stored.scheme, group_size=group_size, stored_by=stored.method)
+    group_size = stored.group_size if stored.has_groups else None
+    has_head = asked is not None and asked.has_head
+    return Quantisation(scheme=stored.scheme, group_size=group_size, has_head=has_head, stored_by=stored.method)

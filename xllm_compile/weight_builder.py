@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xllm_compile.models import stored_quantisation
 from xllm_compile.models.checkpoint import Checkpoint
-from xllm_compile.models.stored_quantisation import StoredMatrix, StoredQuantisation
+from xllm_compile.models.stored_quantisation import StoredMatrix, StoredQuantisation, is_stored
 from xllm_compile.runtime.ops import quantised
 from xllm_compile.runtime.ops.reference import pack_weight
 from xllm_compile.runtime.ops.spec import Shard, WeightSpec
@@ -74,10 +74,10 @@ def build_weights(
     def source(name: str, shard: Shard | None, dtype: torch.dtype) -> Tensor:
         return part(computed[name] if name in computed else checkpoint.tensor(name), shard).to(dtype)
 
-    rounded, unpacked = _Rounded(), _Unpacked()
+    rounded, unpacked = _Rounded(), _Unpacked(has_groups=stored is not None and stored.has_groups)
 
     def make(spec: WeightSpec) -> Tensor:
-        if spec.quantised and stored is not None:
+        if spec.quantised and stored is not None and all(map(is_stored, spec.sources)):
             return unpacked.part(spec, lambda: _stored_matrix(spec, stored, checkpoint, part))
         dtype = torch.float32 if spec.quantised else getattr(torch, spec.dtype)
         parts = [source(name, shard, dtype) for name, shard in zip(spec.sources, spec.source_shards, strict=True)]
@@ -111,18 +111,20 @@ def _stored_matrix(
 class _Unpacked:
     """Parts of the stored weight that was read last: they are written one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_groups: bool) -> None:
+        self._has_groups = has_groups
         self._sources: tuple[str, ...] = ()
         self._parts: dict[str, Tensor] = {}
 
     def part(self, spec: WeightSpec, read: Callable[[], StoredMatrix]) -> Tensor:
         if spec.sources != self._sources:
             matrix = read()
-            if spec.quantised.startswith("int8"):
-                parts = {"int8": quantised.pack_int8(matrix.values), "int8.scale": matrix.scale.squeeze(1)}
+            kind = spec.quantised.partition(".")[0]
+            if self._has_groups:
+                packed = quantised.stored_packed(matrix.values, matrix.scale, matrix.zero, kind)
+                parts = dict(zip((kind, f"{kind}.scale", f"{kind}.zero"), packed, strict=True))
             else:
-                packed = quantised.stored_int4_packed(matrix.values, matrix.scale, matrix.zero)
-                parts = dict(zip(("int4", "int4.scale", "int4.zero"), packed, strict=True))
+                parts = {kind: quantised.pack_int8(matrix.values), f"{kind}.scale": matrix.scale.squeeze(1)}
             self._sources, self._parts = spec.sources, parts
         return self._parts[spec.quantised]
 

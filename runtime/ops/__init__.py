@@ -56,8 +56,11 @@ SCHEMAS: dict[str, str] = {
     # packed_linear on int4 values and bfloat16 scales of groups along the reduction axis, which multiply the sums of
     # their groups. A kernel may take bfloat16 x as multiples of 2^-14 of its group's largest magnitude.
     "int4_linear": ("(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features, bool f32_out) -> Tensor"),
-    # int4_linear with float32 scales and a bfloat16 zero point of each group: weight = (value - zero) * scale. What
-    # checkpoints hold that are quantised already.
+    # Products with values in groups along the reduction axis, each with a float32 scale and a bfloat16 zero point:
+    # weight = (value - zero) * scale. What checkpoints hold that are quantised already.
+    "int8_zero_linear": (
+        "(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor? bias, int out_features, bool f32_out) -> Tensor"
+    ),
     "int4_zero_linear": (
         "(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor? bias, int out_features, bool f32_out) -> Tensor"
     ),

@@ -22,8 +22,8 @@ Dynamic products round x to int8, one scale per row, and are the same sums of in
 Only AMX tiles, which keep one sum for all groups, multiply by bfloat16(value * scale) for int4.
 
 A checkpoint that is quantised already brings values, scales and zero points of its own:
-weight = (value - zero) * scale. int8 has no zero points. Those of int4 are packed like scales, which are float32 then:
-no float16 scale is rounded.
+weight = (value - zero) * scale. int8 with one scale per row and no zero points is as above. Of all else scales and zero
+points of the groups, of int8 too, are packed like int4's scales; scales are float32: no float16 scale is rounded.
 
 Rows are rounded each by itself and groups each by itself: a slice of a quantised weight is the quantised slice.
 """
@@ -140,17 +140,20 @@ def quantise_packed_meta(weight: Tensor, kind: str, group_size: int) -> tuple[Te
     return values, weight.new_empty(blocks, columns // group_size, BLOCK_COLUMNS, dtype=torch.bfloat16)
 
 
-def stored_int4_packed(values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """values [N, C] int8 in -8..7, scale and zero [N, groups] -> packed values, scale float32, zero bfloat16."""
-    return pack_int4(values), pack_scale(scale.float()), pack_scale(zero.to(torch.bfloat16))
+def stored_packed(values: Tensor, scale: Tensor, zero: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """values [N, C] int8 in the range of ``kind``, scale and zero [N, groups] -> packed values, scale float32, zero
+    bfloat16, in which every zero point is exact."""
+    packed = pack_int4(values) if kind == "int4" else pack_int8(values)
+    return packed, pack_scale(scale.float()), pack_scale(zero.to(torch.bfloat16))
 
 
-def stored_int4_meta(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of stored_int4_packed for a [N, C] weight; a group of 0 is the whole row."""
+def stored_meta(weight: Tensor, kind: str, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of stored_packed for a [N, C] weight; a group of 0 is the whole row."""
     rows, columns = weight.shape
     blocks, groups = -(-rows // BLOCK_COLUMNS), columns // (group_size or columns)
+    per_step, dtype = (8, torch.uint8) if kind == "int4" else (4, torch.int8)
     return (
-        weight.new_empty(blocks, columns // 8, BLOCK_COLUMNS, 4, dtype=torch.uint8),
+        weight.new_empty(blocks, columns // per_step, BLOCK_COLUMNS, 4, dtype=dtype),
         weight.new_empty(blocks, groups, BLOCK_COLUMNS, dtype=torch.float32),
         weight.new_empty(blocks, groups, BLOCK_COLUMNS, dtype=torch.bfloat16),
     )

@@ -229,21 +229,37 @@ def int4_linear_meta(
     return packed_linear_meta(x, weight, bias, out_features, f32_out)
 
 
+def int8_zero_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    return _zero_linear(x, quantised.unpack_int8(weight, out_features, x.shape[1]), scale, zero, bias, f32_out)
+
+
+def int8_zero_linear_meta(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
+) -> Tensor:
+    return packed_linear_meta(x, weight, bias, out_features, f32_out)
+
+
 def int4_zero_linear(
     x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
 ) -> Tensor:
-    values = quantised.unpack_int4(weight, out_features)
-    steps, zeros = (quantised.unpack_scale(part, out_features).float() for part in (scale, zero))
-    group_size = values.shape[1] // steps.shape[1]
-    dense = (values.float() - zeros.repeat_interleave(group_size, dim=1)) * steps.repeat_interleave(group_size, dim=1)
-    y = x.float() @ dense.T
-    return _with_bias(y, bias).to(torch.float32 if f32_out else x.dtype)
+    return _zero_linear(x, quantised.unpack_int4(weight, out_features), scale, zero, bias, f32_out)
 
 
 def int4_zero_linear_meta(
     x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, out_features: int, f32_out: bool
 ) -> Tensor:
     return packed_linear_meta(x, weight, bias, out_features, f32_out)
+
+
+def _zero_linear(x: Tensor, values: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, f32_out: bool) -> Tensor:
+    out_features = len(values)
+    steps, zeros = (quantised.unpack_scale(part, out_features).float() for part in (scale, zero))
+    group_size = values.shape[1] // steps.shape[1]
+    dense = (values.float() - zeros.repeat_interleave(group_size, dim=1)) * steps.repeat_interleave(group_size, dim=1)
+    y = x.float() @ dense.T
+    return _with_bias(y, bias).to(torch.float32 if f32_out else x.dtype)
 
 
 def int8_dynamic_linear(

@@ -53,8 +53,8 @@ class WeightSpec:
     shards: tuple[Shard | None, ...] = ()
     """Of each source, the part a rank holds; None, or no entry at all, is the whole source."""
     quantised: str = ""
-    """What of the quantised sources this is: "int8" or "int4" values, "int8.scale", "int4.scale" or "int4.zero"; "" is
-    the plain weight."""
+    """What of the quantised sources this is: "int8" or "int4" values, their ".scale" or ".zero"; "" is the plain
+    weight."""
     group_size: int = 0
     """Elements along the reduction axis that share a scale; 0 is all of them."""
 

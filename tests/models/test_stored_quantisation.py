@@ -21,7 +21,11 @@ from xllm_compile.models.stored_quantisation import read_stored_quantisation
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 # Words are not filled along the outputs of compressed-tensors, nor along its inputs in rows.
-SHAPES = {"compressed int4, groups with zeros": (20, 64), "compressed int4, rows with zeros": (20, 44)}
+SHAPES = {
+    "compressed int4, groups with zeros": (20, 64),
+    "compressed int4, rows with zeros": (20, 44),
+    "compressed int8, rows with zeros": (21, 46),
+}
 
 
 def read(config):
@@ -59,6 +63,8 @@ def test_what_was_written_is_read(name, tmp_path):
         ("compressed int4, groups", "int4", 32),
         ("compressed int4, rows", "int4", 0),
         ("compressed int8, packed", "int8", 0),
+        ("compressed int8, groups", "int8", 32),
+        ("gptq int8", "int8", 32),
         ("compressed int8", "int8", 0),
         ("compressed int8, dynamic", "int8-dynamic", 0),
         ("awq", "int4", 32),
@@ -111,16 +117,19 @@ GROUP = ("config_groups", "group_0")
         (changed("awq", ["zero_point"], False), ["zero_point=False"]),
         (changed("awq", ["bits"], 8), ["bits=8", "supported: 4"]),
         (changed("awq", ["group_size"], 12), ["group_size=12", "multiples of 8"]),
-        (changed("gptq", ["bits"], 3), ["bits=3"]),
+        (changed("gptq", ["bits"], 3), ["bits=3", "supported: 4, 8"]),
         (changed("gptq", ["lm_head"], True), ["lm_head=True"]),
         (changed("gptq", ["dynamic"], {"-:x": {}}), ["dynamic="]),
         (changed("gptq", ["checkpoint_format"], "marlin"), ["checkpoint_format='marlin'", "gptq, gptq_v2"]),
         (compressed_config(8, "float-quantized"), ["format='float-quantized'", "pack-quantized, int-quantized"]),
         (compressed_config(8, type="float"), ["group_0.weights: type='float'", "supported: int"]),
         (compressed_config(3), ["num_bits=3", "supported: 4, 8"]),
-        (compressed_config(8, strategy="group", group_size=32), ["strategy='group'", "supported: channel"]),
+        (
+            compressed_config(8, "int-quantized", strategy="group", group_size=32),
+            ["strategy='group'", "supported: channel"],
+        ),
         (compressed_config(4, strategy="block"), ["strategy='block'", "group, channel"]),
-        (compressed_config(8, symmetric=False), ["symmetric=False"]),
+        (compressed_config(8, "int-quantized", symmetric=False), ["symmetric=False"]),
         (compressed_config(4, strategy="group", group_size=32, actorder="group"), ["actorder='group'", "weight"]),
         (changed("compressed int8", ["kv_cache_scheme"], DYNAMIC), ["kv_cache_scheme="]),
         (

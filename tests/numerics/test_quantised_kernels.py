@@ -13,8 +13,9 @@ from xllm_compile.runtime.ops.quantised import (
     pack_int8,
     pack_scale,
     quantise_packed,
-    stored_int4_packed,
+    stored_packed,
     unpack_int4,
+    unpack_int8,
     unpack_scale,
 )
 
@@ -40,8 +41,8 @@ def weights(operator: str, outputs: int, inputs: int, group_size: int = 32) -> t
 
 
 def tolerance_of(operator: str, x: torch.dtype, out: torch.dtype) -> dict[str, Any]:
-    """AMX tiles multiply with int4 weights that are rounded to bfloat16."""
-    is_rounded = HAS_TILES and operator.startswith("int4") and x == torch.bfloat16
+    """AMX tiles multiply with weights of groups that are rounded to bfloat16."""
+    is_rounded = HAS_TILES and operator.startswith(("int4", "int8_zero")) and x == torch.bfloat16
     return TOLERANCE[torch.bfloat16 if is_rounded else out]
 
 
@@ -130,18 +131,53 @@ def test_int4_errors_are_far_below_those_of_the_largest_input(ops: native.Kernel
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [8, 32, 384])
-def test_int4_with_zero_points(ops: native.Kernels, two_threads: None, dtype: torch.dtype, group_size: int) -> None:
-    """Every code with every zero point, and float16's scales; a row does not depend on the batch."""
-    codes, zeros = torch.arange(-8, 8).repeat(70, 24), torch.randint(-8, 8, (70, 384 // group_size))
-    scales = (torch.rand(70, 384 // group_size) / 50).half()
-    packed = stored_int4_packed(codes.to(torch.int8), scales, zeros)
-    bias = torch.randn(70).to(dtype)
-    for rows in (1, 5, 37):
+@pytest.mark.parametrize(("kind", "half"), [("int4", 8), ("int8", 128)])
+def test_zero_points(
+    ops: native.Kernels, two_threads: None, dtype: torch.dtype, kind: str, half: int, group_size: int
+) -> None:
+    """Every code with zero points of the whole range, and float16's scales; a row does not depend on the batch."""
+    codes = torch.arange(70 * 384).remainder(2 * half).sub(half).view(70, 384)
+    zeros = torch.randint(-half, half, (70, 384 // group_size))
+    scales = (torch.rand(70, 384 // group_size) / 6 / half).half()
+    packed = stored_packed(codes.to(torch.int8), scales, zeros, kind)
+    operator, bias = f"{kind}_zero_linear", torch.randn(70).to(dtype)
+    for rows in (1, 5, 13, 37):
         x = torch.randn(rows, 384).to(dtype)
         for f32_out in (True, False):
-            got, want = both(ops, "int4_zero_linear", x, *packed, bias, 70, f32_out)
-            assert_close(got, want, **tolerance_of("int4_zero_linear", dtype, torch.float32 if f32_out else dtype))
-        assert torch.equal(ops.int4_zero_linear(x[:1], *packed, bias, 70, False), got[:1])
+            got, want = both(ops, operator, x, *packed, bias, 70, f32_out)
+            assert_close(got, want, **tolerance_of(operator, dtype, torch.float32 if f32_out else dtype))
+        assert torch.equal(getattr(ops, operator)(x[:1], *packed, bias, 70, False), got[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_groups_are_the_same_on_any_number_of_threads(ops: native.Kernels, dtype: torch.dtype, kind: str) -> None:
+    half = 8 if kind == "int4" else 128
+    codes, zeros = torch.randint(-half, half, (1200, 256)), torch.randint(-half, half, (1200, 8))
+    packed = stored_packed(codes.to(torch.int8), torch.rand(1200, 8) / half, zeros, kind)
+    x = torch.randn(40, 256).to(dtype)
+    linear = getattr(ops, f"{kind}_zero_linear")
+    whole = linear(x, *packed, None, 1200, True)
+    for threads in (2, 3, 4, 7):
+        ops.set_num_threads(threads)
+        for begin, end in ((0, 40), (0, 1), (3, 9), (9, 40)):
+            assert torch.equal(linear(x[begin:end], *packed, None, 1200, True), whole[begin:end])
+    ops.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_group_of_int8_without_zero_points_is_int8(ops: native.Kernels, dtype: torch.dtype) -> None:
+    weight, scale = weights("int8_linear", 70, 384)
+    values = unpack_int8(weight, 70, 384)
+    packed = stored_packed(values, scale.unsqueeze(1), torch.zeros(70, 1), "int8")
+    for rows in (1, 9, 40):
+        x = torch.randn(rows, 384).to(dtype)
+        want = ops.int8_linear(x, weight, scale, None, 70, True)
+        assert_close(
+            ops.int8_zero_linear(x, *packed, None, 70, True),
+            want,
+            **tolerance_of("int8_zero_linear", dtype, torch.float32),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -277,6 +313,11 @@ def test_errors_name_operator_value_and_limit(ops: native.Kernels) -> None:
             r"int4_zero_linear: zero.shape\[1\] is 1, expected 2",
             "int4_zero_linear",
             (x, int4, scales.float(), scales[:, :1], None, 40, True),
+        ),
+        (
+            r"int8_zero_linear: weight has dtype",
+            "int8_zero_linear",
+            (x, int4, scales.float(), scales, None, 40, True),
         ),
         (
             r"int4_linear: scale.shape\[1\] is 5, expected to cut 64",

@@ -60,7 +60,11 @@ def assert_all_in(parts, line):
         (["--quantize", "int8", "--quantize-group", "32"], ["quantize-group=32 is for int4 and int4-dynamic only"]),
         (["--quantize", "int4", "--quantize-group", "64"], ["quantize-group=64", "supported: 32, 128"]),
         (["--quantize", "int8", "--disable-pass", "quantise"], ["leave out one of the two"]),
-        (["--quantize-head"], ["--quantize-head needs --quantize int8, int4, int8-dynamic or int4-dynamic"]),
+        (
+            ["--quantize-head"],
+            ["--quantize-head needs --quantize int8, int4, int8-dynamic or int4-dynamic"],
+        ),
+        (["--quantize-group", "32"], ["--quantize-group needs --quantize int4 or int4-dynamic"]),
         (["--jobs", "0"], ["jobs=0"]),
         (["--colour"], ["--colour", "--help"]),
     ],

@@ -39,7 +39,7 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_int4_dynamic_linear(AtenTensorHandle x
   return run("int4_dynamic_linear", [&] {
     const View x("x", x_handle), weight("weight", weight_handle), scale("scale", scale_handle);
     Product job = quantised_product(x, weight, bias_handle, out_features, f32_out);
-    const int64_t group_size = check_int4(x, weight, scale, aoti_torch_dtype_bfloat16());
+    const int64_t group_size = check_groups(x, weight, 8, scale, aoti_torch_dtype_bfloat16());
     // Sums of 15 * 127 fit an int32 as well as those of int8.
     check(group_size <= (int64_t(1) << 17), "scale has groups of %lld, at most 131072 are supported",
           (long long)group_size);

@@ -267,10 +267,11 @@ struct Int8Weight {
   }
 };
 
-template <class T, bool kHasZero>
-struct Int4Weight {
+// Codes whose groups have scales of their own.
+template <class T, template <class> class CodesOf, bool kHasZero>
+struct GroupedWeight {
   static constexpr bool kIsStored = false;
-  using Codes = CodeColumns<T, Int4Codes>;
+  using Codes = CodeColumns<T, CodesOf>;
   GroupedColumns<Codes, kHasZero> codes;
   using Scale = typename decltype(codes)::Scale;
   const auto& columns() const { return codes; }
@@ -280,19 +281,19 @@ struct Int4Weight {
   Unpacker<Codes> unpacker(int64_t block, int64_t later, uint32_t* to) const { return {codes, block, later, to}; }
   // (value - zero) * scale, rounded to T: AMX tiles keep the whole reduction axis in one sum.
   const uint32_t* panel(int64_t block, int64_t unit, int64_t units, uint32_t* to) const {
-    constexpr int kUnits = Int4Codes<T>::kUnits;
+    constexpr int64_t kUnits = Codes::kUnits;
     const uint8_t* from = codes.step(block, unit);
     uint32_t* out = to;
     for (int64_t done = unit; done < unit + units; done += kUnits, from += kStepBytes, out += kUnits * kBlockColumns) {
       const int64_t group = done / codes.units;
       for (int64_t column = 0; column < kBlockColumns; column += kLanes) {
-        const Int4Codes<T> step(from + 4 * column);
+        const CodesOf<float> step(from + 4 * column);
         const vf scale = codes.scale(block, group, column);
         vf zero{};
         if constexpr (kHasZero) zero = codes.zero(block, group, column);
         for (int pair = 0; pair < kUnits; ++pair)
           Dot<T>::store(out + pair * kBlockColumns + column,
-                        Dot<T>::pair((step.value(4 * pair) - zero) * scale, (step.value(16 + 4 * pair) - zero) * scale));
+                        Dot<T>::pair((step.operand(2 * pair) - zero) * scale, (step.operand(2 * pair + 1) - zero) * scale));
       }
     }
     return to;

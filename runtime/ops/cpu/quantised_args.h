@@ -36,12 +36,13 @@ inline void check_int8(const View& x, const View& weight, const View& scale, int
   scale.expect_dim(1).expect_dtype(aoti_torch_dtype_float32()).expect_size(0, out_features).expect_last_contiguous();
 }
 
-// Returns how many inputs share a scale.
-inline int64_t check_int4(const View& x, const View& weight, const View& scale, int32_t scale_dtype) {
+// Of codes with `per_step` elements in a step of a column. Returns how many inputs share a scale.
+inline int64_t check_groups(const View& x, const View& weight, int64_t per_step, const View& scale,
+                            int32_t scale_dtype) {
   const int64_t in_features = x.sizes[1];
-  weight.expect_dtype(aoti_torch_dtype_uint8());
+  weight.expect_dtype(per_step == 8 ? aoti_torch_dtype_uint8() : aoti_torch_dtype_int8());
   check(in_features % 8 == 0, "x.shape[1] is %lld, expected a multiple of 8", (long long)in_features);
-  check_steps(weight, in_features / 8);
+  check_steps(weight, in_features / per_step);
   scale.expect_dim(3).expect_dtype(scale_dtype).expect_size(0, weight.sizes[0]).expect_size(2, kBlockColumns);
   expect_contiguous_blocks(scale);
   const int64_t groups = scale.sizes[1];

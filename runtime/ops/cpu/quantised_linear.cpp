@@ -1,4 +1,5 @@
-// int8_linear, int4_linear and int4_zero_linear: products with quantised weights and unrounded activations.
+// int8_linear, int4_linear, int8_zero_linear and int4_zero_linear: products with quantised weights and unrounded
+// activations.
 //
 // Rows, threads and instruction sets are what they are in packed_linear; memory is read in the quantised form.
 #include "linear.h"
@@ -27,12 +28,12 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_int8_linear(AtenTensorHandle x_handle,
 }
 
 // With `zero` or, where it is null, without.
-template <bool kHasZero>
-static void int4_linear(const View& x, const View& weight, const View& scale, const View* zero,
-                        AtenTensorHandle* bias_handle, int64_t out_features, bool f32_out, AtenTensorHandle* ret0) {
+template <template <class> class CodesOf, bool kHasZero>
+static void grouped_linear(const View& x, const View& weight, const View& scale, const View* zero,
+                           AtenTensorHandle* bias_handle, int64_t out_features, bool f32_out, AtenTensorHandle* ret0) {
   Product job = quantised_product(x, weight, bias_handle, out_features, f32_out);
-  const int64_t group_size =
-      check_int4(x, weight, scale, kHasZero ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
+  const int64_t group_size = check_groups(x, weight, CodesOf<float>::kUnits, scale,
+                                          kHasZero ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
   const bf16* zeros = nullptr;
   if constexpr (kHasZero) {
     zero->expect_dim(3).expect_dtype(aoti_torch_dtype_bfloat16()).expect_size(0, weight.sizes[0]);
@@ -46,7 +47,7 @@ static void int4_linear(const View& x, const View& weight, const View& scale, co
   job.out = out.ptr<void>();
   dispatch(x, [&](auto tag) {
     using T = decltype(tag);
-    using Weight = Int4Weight<T, kHasZero>;
+    using Weight = GroupedWeight<T, CodesOf, kHasZero>;
     job.steps = units_of<T>(x.sizes[1]);
     const auto with_codes = [&](auto codes) {
       return GroupedColumns<decltype(codes), kHasZero>{codes, scale.ptr<const typename Weight::Scale>(), zeros,
@@ -69,7 +70,18 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_int4_linear(AtenTensorHandle x_handle,
                                                       int64_t out_features, int32_t f32_out, AtenTensorHandle* ret0) {
   return run("int4_linear", [&] {
     const View x("x", x_handle), weight("weight", weight_handle), scale("scale", scale_handle);
-    int4_linear<false>(x, weight, scale, nullptr, bias_handle, out_features, f32_out, ret0);
+    grouped_linear<Int4Codes, false>(x, weight, scale, nullptr, bias_handle, out_features, f32_out, ret0);
+  });
+}
+
+XLLM_EXPORT AOTITorchError aoti_torch_cpu_int8_zero_linear(AtenTensorHandle x_handle, AtenTensorHandle weight_handle,
+                                                           AtenTensorHandle scale_handle, AtenTensorHandle zero_handle,
+                                                           AtenTensorHandle* bias_handle, int64_t out_features,
+                                                           int32_t f32_out, AtenTensorHandle* ret0) {
+  return run("int8_zero_linear", [&] {
+    const View x("x", x_handle), weight("weight", weight_handle), scale("scale", scale_handle);
+    const View zero("zero", zero_handle);
+    grouped_linear<Int8Codes, true>(x, weight, scale, &zero, bias_handle, out_features, f32_out, ret0);
   });
 }
 
@@ -80,6 +92,6 @@ XLLM_EXPORT AOTITorchError aoti_torch_cpu_int4_zero_linear(AtenTensorHandle x_ha
   return run("int4_zero_linear", [&] {
     const View x("x", x_handle), weight("weight", weight_handle), scale("scale", scale_handle);
     const View zero("zero", zero_handle);
-    int4_linear<true>(x, weight, scale, &zero, bias_handle, out_features, f32_out, ret0);
+    grouped_linear<Int4Codes, true>(x, weight, scale, &zero, bias_handle, out_features, f32_out, ret0);
   });
 }
