@@ -23,10 +23,11 @@ from xllm_compile.benchmarks.step_timing import Sequences, TimedModel
 from xllm_compile.device import calibrated_path
 from xllm_compile.graph_passes.cost_model import CostModel
 from xllm_compile.graph_passes.device_spec import DeviceSpec, cpu_device_spec, write_device_spec
-from xllm_compile.machine import cpu_model, num_cpus
+from xllm_compile.machine import cpu_model
 from xllm_compile.models.config import DecoderConfig
 from xllm_compile.runtime.isa import isa_features
 from xllm_compile.runtime.ops import native
+from xllm_compile.runtime.resources import num_cpus
 
 FITTED = ("linear", "attention", "token_wise")
 # Steps that the time beside the kernels is taken from.

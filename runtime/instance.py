@@ -1,7 +1,8 @@
 """One instance: an artifact opened on this machine, ready to take requests."""
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.policies.order import PolicyName
 from xllm_compile.runtime.policies.state import Limits
 from xllm_compile.runtime.promotion import PromotionConfig
+from xllm_compile.runtime.resources import available_memory_bytes, num_cpus, total_memory_bytes
 from xllm_compile.runtime.slowed_runner import SlowedRunner
 from xllm_compile.runtime.speculative.config import SpeculativeConfig
 from xllm_compile.runtime.speculative.open_speculator import open_speculator, read_draft_manifest
@@ -44,6 +46,8 @@ from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.transfer.endpoint import TransferEndpoint, open_endpoint
 from xllm_compile.runtime.transfer.transfer import TransferConfig
 from xllm_compile.runtime.weights import map_weights, release_weights
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_KV_SHARE = 0.5
 _DEFAULT_NUM_SEQS = 64
@@ -60,7 +64,9 @@ class InstanceConfig:
     max_model_len: int | None = None
     """Longest sequence in tokens; None is the artifact's limit, lowered to what kv_memory_bytes holds."""
     num_colocated: int = 1
-    """Instances that share this machine's free memory, this one included."""
+    """Instances that share this machine's CPUs and free memory, this one included."""
+    num_threads: int | None = None
+    """Threads that compute, in each rank; None is an equal share of the CPUs."""
     kv_memory_bytes: int | None = None
     """Budget of the KV cache; None is half of the free memory, or what max_num_seqs full sequences need."""
     max_waiting: int = 1024
@@ -115,6 +121,7 @@ class InstanceConfig:
             "max_num_seqs",
             "max_num_batched_tokens",
             "max_model_len",
+            "num_threads",
             "kv_memory_bytes",
             "max_waiting",
             "max_waiting_tokens",
@@ -203,6 +210,8 @@ def open_instance(
     kernels = cpu_kernels(root, manifest)
     check_artifact(root, manifest, isa_features(), verify_weights=config.verify_weights)
     native.load_kernels(root / kernels.path)
+    _use_threads(manifest, config)
+    _say_unused(root, manifest, native.cpu_features())
     _check_group(root, manifest, group)
     _check_kv_cache_dtype(root, manifest, config)
     draft = read_draft_manifest(config.speculative, manifest) if config.speculative else None
@@ -304,6 +313,7 @@ def follow(root: Path, group: RankGroup) -> None:
     config = InstanceConfig(**published["config"])
     check_artifact(root, manifest, isa_features(), verify_weights=config.verify_weights)
     native.load_kernels(root / cpu_kernels(root, manifest).path)
+    _use_threads(manifest, config)
     values = published["kv_cache"]
     kv_cache = KVCache(KVCacheConfig(**{**values, "dtype": getattr(torch, values["dtype"])}))
     weights = map_weights(root / manifest.weights[group.config.rank].path)
@@ -320,6 +330,32 @@ def follow(root: Path, group: RankGroup) -> None:
         replay(message.page_ops, kv_cache.xtensor)
         runner.execute(message)
     group.close()
+
+
+def _use_threads(manifest: Manifest, config: InstanceConfig) -> None:
+    """Of this process, for torch and the kernels. Torch's own choice holds where it is less than the share."""
+    num_processes, cpus = manifest.tensor_parallel_size * config.num_colocated, num_cpus()
+    num_threads = config.num_threads or min(torch.get_num_threads(), max(1, cpus // num_processes))
+    if num_threads > cpus:
+        logger.warning(
+            "%d threads on %d CPUs take turns, and steps wait for the last: give num_threads (--threads) of at most %d",
+            num_threads,
+            cpus,
+            max(1, cpus // num_processes),
+        )
+    torch.set_num_threads(num_threads)
+    native.set_num_threads(num_threads)
+
+
+def _say_unused(root: Path, manifest: Manifest, features: Sequence[str]) -> None:
+    """The artifact runs on any CPU that has what the compiling one had, with the kernels of that one."""
+    if unused := [name for name in features if name not in manifest.target_features]:
+        logger.warning(
+            "%s was compiled on a CPU without %s, which this one has and its kernels would use: compile it here to have"
+            " them",
+            root,
+            ", ".join(unused),
+        )
 
 
 def _runner(
@@ -396,12 +432,13 @@ def step_limits(manifest: Manifest, config: InstanceConfig) -> Limits:
 
 
 def check_memory(**asked_bytes: int | None) -> None:
-    """Raise ValueError where more is asked for, in all, than the machine has: it would be killed once that is used."""
+    """Raise ValueError where more is asked for, in all, than this process may have: it would be killed once
+    that is used."""
     given = {name: value for name, value in asked_bytes.items() if value is not None}
-    total = _meminfo_bytes("MemTotal")
+    total = total_memory_bytes()
     if sum(given.values()) > total:
         parts = " and ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(f"{parts} are more than the {total} bytes of memory that this machine has; lower them")
+        raise ValueError(f"{parts} are more than the {total} bytes of memory that there are; lower them")
 
 
 def kv_shape(manifest: Manifest, config: InstanceConfig) -> dict[str, Any]:
@@ -480,15 +517,3 @@ def _depends_on_length(manifest: Manifest) -> bool:
     """Whether the KV of a token depends on the length of its prompt, so that others cannot share it."""
     rope: dict[str, Any] = manifest.model_config["rope"]
     return bool(rope["rope_type"] == "dynamic")
-
-
-def available_memory_bytes() -> int:
-    """What the system could give to this process without swapping."""
-    return _meminfo_bytes("MemAvailable")
-
-
-def _meminfo_bytes(name: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/meminfo has no {name} line")

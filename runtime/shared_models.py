@@ -14,7 +14,6 @@ from xllm_compile.runtime.instance import (
     Instance,
     InstanceConfig,
     SharedMemory,
-    available_memory_bytes,
     check_memory,
     check_model_len,
     kv_shape,
@@ -24,6 +23,7 @@ from xllm_compile.runtime.instance import (
 from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory
 from xllm_compile.runtime.memory.shared_pages import SharedPages
+from xllm_compile.runtime.resources import available_memory_bytes
 
 # Of the free memory, what KV gets where no budget is given.
 _DEFAULT_KV_SHARE = 0.5

@@ -197,7 +197,11 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     metavar="SIZE",
     help="Of all uploads and results.  [default: 16GiB]",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of the engine.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads that compute, of each rank.  [default: its share of the CPUs]",
+)
 @click.option(
     "--colocated",
     type=click.IntRange(1),

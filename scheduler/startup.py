@@ -185,18 +185,12 @@ def opened_instances(
 
 def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
     """The one place that turns options into the configuration of instances."""
-    import torch
-
     from xllm_compile.machine import cache_dir
     from xllm_compile.runtime.instance import InstanceConfig
     from xllm_compile.runtime.promotion import PromotionConfig
 
-    threads = options["threads"]
-    if threads is None and options["colocated"] > 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // options["colocated"])
-    if threads is not None:
-        torch.set_num_threads(threads)
     names = {
+        "threads": "num_threads",
         "max_num_seqs": "max_num_seqs",
         "max_num_batched_tokens": "max_num_batched_tokens",
         "max_model_len": "max_model_len",

@@ -12,13 +12,14 @@ from xllm_compile.build_error import BuildError
 from xllm_compile.build_plan import BuildPlan, Source
 from xllm_compile.capture import locate_operator
 from xllm_compile.graph_store import GraphStore, graph_key, link_or_copy
-from xllm_compile.machine import available_memory_bytes, cache_dir, free_disk_bytes, num_cpus
+from xllm_compile.machine import cache_dir, free_disk_bytes
 from xllm_compile.models.decoder import build_regions, pool_region
 from xllm_compile.models.rope import rope_constants
 from xllm_compile.progress import BuildProgress
 from xllm_compile.runtime import artifact
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.ops.spec import WeightSpec
+from xllm_compile.runtime.resources import available_memory_bytes, num_cpus
 from xllm_compile.targets import UnsupportedOperatorError, lowering_for
 from xllm_compile.weight_builder import build_weights, num_bytes, weights_key
 from xllm_compile.workers import build_kernels, compile_graph, stop_workers, worker_pool

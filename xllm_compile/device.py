@@ -7,8 +7,9 @@ from typing import Any
 import xxhash
 
 from xllm_compile.graph_passes.device_spec import DeviceSpec, cpu_device_spec, device_spec, read_device_spec
-from xllm_compile.machine import cache_dir, cpu_model, num_cpus
+from xllm_compile.machine import cache_dir, cpu_model
 from xllm_compile.runtime.isa import isa_features
+from xllm_compile.runtime.resources import num_cpus
 
 _BUILT_IN = {"npu": "ascend-910b2", "cuda": "h200"}
 

@@ -11,19 +11,6 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "xllm-compile"
 
 
-def available_memory_bytes() -> int:
-    """Memory that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable line")
-
-
-def num_cpus() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def free_disk_bytes(path: Path) -> int:
     """Free space on the file system that holds ``path`` or its nearest existing parent."""
     while not path.exists():

@@ -29,8 +29,8 @@ _NEEDED_BYTES = 1 << 30
 def main(root: Path, tokens: int, store: Path) -> None:
     """Exit code 0: compiled, or found. NO_COMPILER: nothing can be compiled here. 2: this size cannot."""
     _give_way()
-    from xllm_compile.machine import available_memory_bytes
     from xllm_compile.runtime.ops.native import CompilerNotFoundError
+    from xllm_compile.runtime.resources import available_memory_bytes
 
     try:
         if available_memory_bytes() < _NEEDED_BYTES:
