@@ -6,7 +6,6 @@ one ``call_soon_threadsafe``; when that loop has not yet run the last one, they 
 
 import asyncio
 import logging
-import math
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -20,7 +19,7 @@ from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.kv_exchange import NoTransferError
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
 from xllm_compile.runtime.policies.queue_bound import QueueFullError
-from xllm_compile.runtime.reservations import Reservation
+from xllm_compile.runtime.reservations import Reservation, ReservationRequest
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.sequence import Request, num_queued_tokens
@@ -279,22 +278,14 @@ class AsyncEngine:
         """See Engine.hand_over. Raises EngineDeadError, NoTransferError."""
         await self._call(partial(self.engine.hand_over, request_id, target))
 
-    async def reserve(
-        self,
-        reservation_id: str,
-        token_ids: Sequence[int],
-        timeout_s: float,
-        holder: str = "",
-        tpot_slo_s: float = math.inf,
-    ) -> Reservation:
+    async def reserve(self, wanted: ReservationRequest) -> Reservation:
         """See Engine.reserve. Raises what `submit` raises, too. Cancelled, nothing stays reserved."""
         with self._wake:
             self._check_open()
         try:
-            make = partial(self.engine.reserve, reservation_id, token_ids, timeout_s, holder, tpot_slo_s)
-            return await self._call(make)
+            return await self._call(partial(self.engine.reserve, wanted))
         except asyncio.CancelledError:
-            self._post(partial(self.engine.release, reservation_id))
+            self._post(partial(self.engine.release, wanted.reservation_id))
             raise
 
     async def send_prefix(self, digests: Sequence[bytes], target: HandOver) -> int:

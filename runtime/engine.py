@@ -6,7 +6,6 @@ Either way a request's tokens are the same. `async_engine` puts a thread and asy
 """
 
 import itertools
-import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -36,7 +35,7 @@ from xllm_compile.runtime.policies.queue_bound import QueueBound, check_queue
 from xllm_compile.runtime.policies.state import Limits, Schedule
 from xllm_compile.runtime.prefix_sharing import readable_chain, without_followers
 from xllm_compile.runtime.request_factory import RequestFactory
-from xllm_compile.runtime.reservations import Reservation
+from xllm_compile.runtime.reservations import Reservation, ReservationRequest
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampler import SampledToken, SamplingFailure
 from xllm_compile.runtime.sampling_params import SamplingParams
@@ -245,29 +244,21 @@ class Engine:
             sequence.number = next(self._numbers)
             self._queues.add(sequence, self._clock())
 
-    def reserve(
-        self,
-        reservation_id: str,
-        token_ids: Items[int],
-        timeout_s: float,
-        holder: str = "",
-        tpot_slo_s: float = math.inf,
-    ) -> Reservation:
-        """Hold a slot for a sequence that begins with these tokens, whose KV another instance sends.
+    def reserve(self, wanted: ReservationRequest) -> Reservation:
+        """Hold a slot for a sequence whose KV another instance sends.
 
-        The same id again renews it; `release_all` of its holder gives it up. Steps keep its TPOT target, as they will
-        once it is here: it may come while one runs. Raises QueueFullError where there is no
-        room now, ValueError, NoTransferError.
+        Steps keep its TPOT target, as they will once it is here: it may come while one runs. Raises QueueFullError
+        where there is no room now, ValueError, NoTransferError.
         """
         exchange = self._transferring()
-        known = exchange.reservations.renewed(reservation_id, token_ids)
+        known = exchange.reservations.renewed(wanted)
         if known is not None:
             return known
-        self._factory.check_prompt(token_ids, num_new=1)
+        self._factory.check_prompt(wanted.token_ids, num_new=1)
         # The sender does not wait for steps: none may be under way that reads or copies what the reservation gets.
         self._complete(self._ended, num_left=0)
-        self._planner.check_room(len(token_ids))
-        reservation = exchange.reservations.open(reservation_id, token_ids, timeout_s, holder, tpot_slo_s)
+        self._planner.check_room(len(wanted.token_ids))
+        reservation = exchange.reservations.open(wanted)
         self._executor.prepare_memory(self._kv_cache.ops.take(), self._kv_cache.ops.take_restores())
         return reservation
 

@@ -29,6 +29,22 @@ class ReservationError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReservationRequest:
+    """Who asks for a slot, and for what."""
+
+    reservation_id: str
+    """The same again renews it."""
+    token_ids: tuple[int, ...]
+    """That its sequence begins with."""
+    timeout_s: float
+    """Until a request has come for it."""
+    holder: str = ""
+    """Whose `release_all` gives it up."""
+    tpot_slo_s: float = math.inf
+    """Target of its request, which steps keep as soon as it may come."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Reservation:
     """What the sender of the KV has to know. Offsets and bytes are of the receiver's region (runtime/transfer)."""
 
@@ -50,13 +66,9 @@ class _Held:
     """A slot that waits for its request, or for the end of its writer."""
 
     slot: int
-    token_ids: list[int]
+    wanted: ReservationRequest
     answer: Reservation
-    timeout_s: float
     deadline_s: float
-    holder: str
-    tpot_slo_s: float
-    """Of its request; infinity without."""
     is_claimed: bool = False
     revoked: "Future[None] | None" = None
     """Set once nothing more is to be written; done when nothing is."""
@@ -95,12 +107,12 @@ class Reservations:
     @property
     def tightest_tpot_s(self) -> float:
         """TPOT target that steps have to keep since its sequence may come at any moment; infinity without one."""
-        return min((held.tpot_slo_s for held in self._held.values()), default=math.inf)
+        return min((held.wanted.tpot_slo_s for held in self._held.values()), default=math.inf)
 
     def num_growth_blocks(self, horizon: int) -> int:
         """Pages that reserved sequences take beyond those they have while each generates horizon tokens."""
         size, most = self._kv_cache.page_tokens, self._kv_cache.config.max_model_len
-        lengths = (len(held.token_ids) for held in self._held.values())
+        lengths = (len(held.wanted.token_ids) for held in self._held.values())
         return sum(-(-min(length + horizon, most) // size) - -(-length // size) for length in lengths)
 
     def stats(self) -> ReservationStats:
@@ -111,33 +123,23 @@ class Reservations:
             num_expired=self._num_expired,
         )
 
-    def renewed(self, reservation_id: str, token_ids: Items[int]) -> Reservation | None:
+    def renewed(self, wanted: ReservationRequest) -> Reservation | None:
         """The answer that was given before, with its time running anew; None where nothing of the id is held.
 
         Raises ReservationError when the id is that of other tokens, or was claimed.
         """
-        held = self._held.get(reservation_id)
+        held = self._held.get(wanted.reservation_id)
         if held is None:
             return None
-        if held.is_claimed or held.token_ids != list(token_ids):
-            what = "is claimed by a request" if held.is_claimed else f"holds {len(held.token_ids)} other tokens"
-            raise ReservationError(f"reservation_id={reservation_id!r} {what}; choose another")
-        held.deadline_s = self._clock() + held.timeout_s
+        if held.is_claimed or held.wanted.token_ids != wanted.token_ids:
+            what = "is claimed by a request" if held.is_claimed else f"holds {len(held.wanted.token_ids)} other tokens"
+            raise ReservationError(f"reservation_id={wanted.reservation_id!r} {what}; choose another")
+        held.deadline_s = self._clock() + held.wanted.timeout_s
         return held.answer
 
-    def open(
-        self,
-        reservation_id: str,
-        token_ids: Items[int],
-        timeout_s: float,
-        holder: str = "",
-        tpot_slo_s: float = math.inf,
-    ) -> Reservation:
-        """Take a slot with pages for the tokens, of which there must be enough. What is cached of them is shared.
-
-        holder: see release_all. tpot_slo_s: see tightest_tpot_s.
-        """
-        kv_cache = self._kv_cache
+    def open(self, wanted: ReservationRequest) -> Reservation:
+        """Take a slot with pages for the tokens, of which there must be enough. What is cached of them is shared."""
+        kv_cache, token_ids = self._kv_cache, wanted.token_ids
         chain = kv_cache.new_chain()
         chain.update(token_ids)
         # All of them may be cached: what is computed next is the token behind them.
@@ -148,7 +150,7 @@ class Reservations:
         has_room = kv_cache.extend(slot, len(token_ids) - num_cached, is_ahead=True)
         assert has_room, "the engine counts no fewer pages than the cache"
         answer = Reservation(
-            reservation_id=reservation_id,
+            reservation_id=wanted.reservation_id,
             transfers=self._receiver.addresses,
             token=secrets.token_bytes(_TOKEN_BYTES),
             num_cached_tokens=num_cached,
@@ -157,15 +159,8 @@ class Reservations:
             num_tokens=len(token_ids),
         )
         self._receiver.permit(answer.token, list(_open_ranges(answer, kv_cache.config.bytes_per_token, len(token_ids))))
-        self._held[reservation_id] = _Held(
-            slot=slot,
-            token_ids=list(token_ids),
-            answer=answer,
-            timeout_s=timeout_s,
-            deadline_s=self._clock() + timeout_s,
-            holder=holder,
-            tpot_slo_s=tpot_slo_s,
-        )
+        deadline_s = self._clock() + wanted.timeout_s
+        self._held[wanted.reservation_id] = _Held(slot=slot, wanted=wanted, answer=answer, deadline_s=deadline_s)
         return answer
 
     def claim(self, reservation_id: str, token_ids: Items[int]) -> "Future[None] | None":
@@ -177,10 +172,10 @@ class Reservations:
         held = self._held.get(reservation_id)
         if held is None or held.is_claimed:
             return None
-        if held.token_ids != list(token_ids[: len(held.token_ids)]):
+        if held.wanted.token_ids != tuple(token_ids[: len(held.wanted.token_ids)]):
             raise ReservationError(f"reservation_id={reservation_id!r} holds KV of other tokens than the request's")
         held.is_claimed = True
-        held.deadline_s = self._clock() + held.timeout_s
+        held.deadline_s = self._clock() + held.wanted.timeout_s
         return self._revoke(held)
 
     def take(self, reservation_id: str) -> ClaimedSlot | None:
@@ -192,7 +187,7 @@ class Reservations:
         self._kv_cache.settle(held.slot)
         self._num_claimed += 1
         cached = held.answer.num_cached_tokens
-        return ClaimedSlot(slot=held.slot, num_tokens=len(held.token_ids), num_cached_tokens=cached)
+        return ClaimedSlot(slot=held.slot, num_tokens=len(held.wanted.token_ids), num_cached_tokens=cached)
 
     def release(self, reservation_id: str) -> "Future[None] | None":
         """Give it up: done when nobody writes to its pages any more. None where there is none of that id."""
@@ -205,7 +200,7 @@ class Reservations:
     def release_all(self, holder: str) -> None:
         """Give up what is the holder's and no request has claimed: it is gone, and comes for none of it."""
         for reservation_id, held in list(self._held.items()):
-            if held.holder == holder and not held.is_claimed:
+            if held.wanted.holder == holder and not held.is_claimed:
                 logger.info("reservation %s: who took it is gone", reservation_id)
                 self.release(reservation_id)
 
@@ -222,7 +217,7 @@ class Reservations:
         now = self._clock()
         for reservation_id, held in list(self._held.items()):
             if held.deadline_s <= now:
-                logger.warning("reservation %s: nobody came for it within %g s", reservation_id, held.timeout_s)
+                logger.warning("reservation %s: nobody came for it within %g s", reservation_id, held.wanted.timeout_s)
                 self._num_expired += 1
                 self._give_up(reservation_id, held)
         for held in [held for held in self._leaving if _is_quiet(held)]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.memory.prefix_cache import split_digests
-from xllm_compile.runtime.reservations import MAX_TIMEOUT_S
+from xllm_compile.runtime.reservations import MAX_TIMEOUT_S, ReservationRequest
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.instance_messages import info_message, load_message
 from xllm_compile.scheduler.cluster.state import InstanceInfo
@@ -102,9 +102,14 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
             raise errors.invalid(
                 f"tpot_slo_ms={request.tpot_slo_ms:g} must be positive; leave it out for none.", param="tpot_slo_ms"
             )
-        found = await self._engine.reserve(
-            request.reservation_id, request.token_ids, timeout_s, request.watcher, tpot_slo_s
+        wanted = ReservationRequest(
+            reservation_id=request.reservation_id,
+            token_ids=tuple(request.token_ids),
+            timeout_s=timeout_s,
+            holder=request.watcher,
+            tpot_slo_s=tpot_slo_s,
         )
+        found = await self._engine.reserve(wanted)
         return xllm_pb2.Reservation(
             reservation_id=found.reservation_id,
             incarnation=self.info.incarnation,

@@ -1,7 +1,7 @@
 """Engines that move KV between each other, each stepped by the test."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +9,16 @@ from tests.runtime.fakes import HistoryRunner
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.outputs import RequestOutput
-from xllm_compile.runtime.reservations import Reservation
+from xllm_compile.runtime.reservations import Reservation, ReservationRequest
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 
 PROMPT = list(range(60, 85))
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "output_kind": RequestOutputKind.DELTA}
+
+
+def room_for(name: str, token_ids: Sequence[int], timeout_s: float = 60.0, **more: Any) -> ReservationRequest:
+    return ReservationRequest(reservation_id=name, token_ids=tuple(token_ids), timeout_s=timeout_s, **more)
 
 
 @dataclass
@@ -41,6 +45,9 @@ class Side:
     def step(self) -> None:
         for output in self.engine.step():
             self.outputs.setdefault(output.request_id, []).append(output)
+
+    def reserve(self, name: str, token_ids: Sequence[int], timeout_s: float = 10.0, **more: Any) -> Reservation:
+        return self.engine.reserve(room_for(name, token_ids, timeout_s, **more))
 
     def run_until(self, is_done: Callable[[], bool]) -> None:
         """As the engine's thread does it: step while there is work, sleep until other threads have something."""

@@ -23,7 +23,7 @@ def test_tokens_are_those_of_one_engine(make_side: MakeSide, p_pages: int, d_pag
     if cached:
         d.engine.add_request("before", [*PROMPT[:cached], 9], SamplingParams(max_tokens=1, **GREEDY))
         d.run("before")
-    reservation = d.engine.reserve("r", PROMPT, 10.0)
+    reservation = d.reserve("r", PROMPT)
     assert reservation.num_cached_tokens == cached // 4 * 4
     prefill(p, target_of(reservation))
     first, *_, last = p.run("prefill")
@@ -46,7 +46,7 @@ def test_prompts_keep_the_target_of_who_is_awaited(make_side: MakeSide) -> None:
     d = make_side(max_num_batched_tokens=64)
     for token, target_s, num_tokens in ((5, math.inf, [40]), (6, 1e-9, [32, 8])):
         # No step is that short: prompts get the least that they always get.
-        d.engine.reserve("r", PROMPT, 10.0, tpot_slo_s=target_s)
+        d.reserve("r", PROMPT, tpot_slo_s=target_s)
         d.runner.steps.clear()
         d.engine.add_request("other", [token] * 40, SamplingParams(max_tokens=1, **GREEDY))
         d.run("other")
@@ -57,7 +57,7 @@ def test_prompts_keep_the_target_of_who_is_awaited(make_side: MakeSide) -> None:
 
 def test_chunks_are_sent_while_the_rest_is_computed(make_side: MakeSide) -> None:
     p, d = make_side(), make_side()
-    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)))
+    prefill(p, target_of(d.reserve("r", PROMPT)))
     while p.engine.stats().num_steps < 2:
         p.step()
     assert p.engine.stats().hand_overs is not None and "prefill" not in p.outputs
@@ -74,7 +74,7 @@ def test_chunks_are_sent_while_the_rest_is_computed(make_side: MakeSide) -> None
 @pytest.mark.parametrize("make_engine", [True], indirect=True, ids=["async"])
 def test_whoever_was_handed_over_does_not_wait_for_the_steps_of_others(make_side: MakeSide) -> None:
     p, d = make_side(max_num_batched_tokens=32), make_side()
-    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)))
+    prefill(p, target_of(d.reserve("r", PROMPT)))
     p.engine.add_request("other", list(range(100, 140)), SamplingParams(max_tokens=4, **GREEDY))
     while "prefill" not in p.outputs:
         p.step()
@@ -94,7 +94,7 @@ def test_whoever_was_handed_over_does_not_wait_for_the_steps_of_others(make_side
 @pytest.mark.parametrize("arrived", [0, 3, 8, 24, 25, 99])
 def test_what_has_not_arrived_is_computed(make_side: MakeSide, arrived: int) -> None:
     p, d = make_side(), make_side()
-    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)))
+    prefill(p, target_of(d.reserve("r", PROMPT)))
     p.run("prefill")
     expected = p.runner.greedy(PROMPT, 10)
     assert d.decode("r", expected[:1], arrived) == expected[1:]
@@ -104,7 +104,7 @@ def test_what_has_not_arrived_is_computed(make_side: MakeSide, arrived: int) -> 
 
 def test_a_request_that_its_first_token_ends_is_not_handed_over(make_side: MakeSide) -> None:
     p, d = make_side(), make_side()
-    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)), max_tokens=1)
+    prefill(p, target_of(d.reserve("r", PROMPT)), max_tokens=1)
     last = p.run("prefill")[-1]
     assert last.outputs[0].finish_reason == "length" and last.num_kv_tokens is None
     revoked = d.engine.release("r")
@@ -127,7 +127,7 @@ def test_a_sequence_that_decodes_goes_on_elsewhere(make_side: MakeSide, num_more
     p.engine.add_request("long", PROMPT, SamplingParams(max_tokens=12, **GREEDY))
     p.engine.add_request("other", [7, 8, 9], SamplingParams(max_tokens=12, **GREEDY))
     known = steps_to(p, "long", 3)
-    reservation = d.engine.reserve("r", [*PROMPT, *known], 10.0)
+    reservation = d.reserve("r", [*PROMPT, *known])
     steps_to(p, "long", 3 + num_more)
     p.engine.hand_over("long", target_of(reservation))
     p.engine.hand_over("long", target_of(reservation))
@@ -152,7 +152,7 @@ def test_what_waits_goes_on_elsewhere_without_kv(make_side: MakeSide) -> None:
     p.engine.add_request("first", [5, 6], SamplingParams(max_tokens=8, **GREEDY))
     p.engine.add_request("second", PROMPT, SamplingParams(max_tokens=10, **GREEDY))
     p.step()
-    p.engine.hand_over("second", target_of(d.engine.reserve("r", PROMPT, 10.0)))
+    p.engine.hand_over("second", target_of(d.reserve("r", PROMPT)))
     last = p.run("second")[-1]
     assert (last.outputs[0].finish_reason, last.num_kv_tokens) == ("handed_over", 0)
     assert d.decode("r", [], 0) == p.runner.greedy(PROMPT, 10)
@@ -165,7 +165,7 @@ def test_one_that_ends_meanwhile_is_not_handed_over(make_side: MakeSide) -> None
     p, d = make_side(), make_side()
     p.engine.add_request("short", PROMPT, SamplingParams(max_tokens=3, **GREEDY))
     known = steps_to(p, "short", 1)
-    reservation = d.engine.reserve("r", [*PROMPT, *known], 10.0)
+    reservation = d.reserve("r", [*PROMPT, *known])
     steps_to(p, "short", 2)
     p.engine.hand_over("short", target_of(reservation))
     outputs = p.run("short")
@@ -178,7 +178,7 @@ def test_one_that_ends_meanwhile_is_not_handed_over(make_side: MakeSide) -> None
 
 def test_a_receiver_that_is_gone_costs_no_request(make_side: MakeSide) -> None:
     p, d = make_side(), make_side()
-    target = target_of(d.engine.reserve("r", PROMPT, 10.0))
+    target = target_of(d.reserve("r", PROMPT))
     d.engine.close()
     prefill(p, target)
     last = p.run("prefill")[-1]
@@ -200,11 +200,11 @@ def test_an_address_of_nowhere_sends_nothing(make_side: MakeSide) -> None:
 
 def test_a_reservation_times_out_and_its_token_is_void(make_side: MakeSide) -> None:
     p, d = make_side(), make_side()
-    target = target_of(d.engine.reserve("r", PROMPT, 10.0))
+    target = target_of(d.reserve("r", PROMPT))
     d.clock.now_s += 9.0
     d.engine.tend()
     # The same again renews it.
-    assert target_of(d.engine.reserve("r", PROMPT, 10.0)) == target
+    assert target_of(d.reserve("r", PROMPT)) == target
     d.clock.now_s += 9.0
     assert d.engine.tend() == pytest.approx(1.0)
     assert not d.is_empty
@@ -221,9 +221,9 @@ def test_a_reservation_times_out_and_its_token_is_void(make_side: MakeSide) -> N
 
 def test_an_id_is_good_for_one_request(make_side: MakeSide) -> None:
     d = make_side()
-    d.engine.reserve("r", PROMPT, 10.0)
+    d.reserve("r", PROMPT)
     with pytest.raises(ReservationError, match="'r' holds 25 other tokens; choose another"):
-        d.engine.reserve("r", PROMPT[1:], 10.0)
+        d.reserve("r", PROMPT[1:])
     params = SamplingParams(max_tokens=4, **GREEDY)
     resume = Resume(output_token_ids=[], reservation_id="r")
     other = d.engine.make_request("other", [*PROMPT[1:], 3], params, resume=resume)
@@ -233,7 +233,7 @@ def test_an_id_is_good_for_one_request(make_side: MakeSide) -> None:
     claimed = d.engine.claim(one)
     assert claimed is not None and d.engine.claim(two) is None
     with pytest.raises(ReservationError, match="is claimed"):
-        d.engine.reserve("r", PROMPT, 10.0)
+        d.reserve("r", PROMPT)
     claimed.result(timeout=60)
     d.engine.add(one)
     d.engine.add(two)
@@ -244,7 +244,7 @@ def test_an_id_is_good_for_one_request(make_side: MakeSide) -> None:
 
 def test_a_claim_that_nobody_takes_times_out(make_side: MakeSide) -> None:
     d = make_side()
-    d.engine.reserve("r", PROMPT, 10.0)
+    d.reserve("r", PROMPT)
     resume = Resume(output_token_ids=[], reservation_id="r")
     request = d.engine.make_request("one", PROMPT, SamplingParams(max_tokens=4, **GREEDY), resume=resume)
     claimed = d.engine.claim(request)
@@ -260,9 +260,9 @@ def test_a_claim_that_nobody_takes_times_out(make_side: MakeSide) -> None:
 def test_reservations_count_as_sequences(make_side: MakeSide) -> None:
     d = make_side(max_num_seqs=3, num_slots=3, total_tokens=512)
     for index in range(3):
-        d.engine.reserve(str(index), [index + 3, *PROMPT], 10.0)
+        d.reserve(str(index), [index + 3, *PROMPT])
     with pytest.raises(QueueFullError, match="3 sequences have all places of max_num_seqs=3") as caught:
-        d.engine.reserve("more", PROMPT, 10.0)
+        d.reserve("more", PROMPT)
     assert caught.value.retry_after_s > 0
     d.engine.add_request("waits", PROMPT, SamplingParams(max_tokens=4, **GREEDY))
     d.step()
@@ -283,7 +283,7 @@ def test_pages_are_mapped_in_their_own_thread(make_side: MakeSide, monkeypatch: 
         map_page(address, page)
 
     monkeypatch.setattr(memory, "map", map_later)
-    reservation = d.engine.reserve("r", PROMPT, 10.0)
+    reservation = d.reserve("r", PROMPT)
     prefill(p, target_of(reservation))
     first, *_, last = p.run("prefill")
     p.rest()
@@ -301,8 +301,8 @@ def test_pages_are_promised_once(make_side: MakeSide) -> None:
     for _ in range(5):
         d.step()
     with pytest.raises(QueueFullError, match="do not fit into the KV cache beside 1 sequences"):
-        d.engine.reserve("long", [6] * 40, 10.0)
-    d.engine.reserve("short", [6] * 8, 10.0)
+        d.reserve("long", [6] * 40)
+    d.reserve("short", [6] * 8)
     d.engine.add_request("newcomer", [7] * 10, SamplingParams(max_tokens=30, **GREEDY))
     d.run("runs")
     assert d.engine.stats().num_preemptions == 0
@@ -314,7 +314,7 @@ def test_pages_are_promised_once(make_side: MakeSide) -> None:
 def test_aborts_at_any_step_leave_nothing(make_side: MakeSide) -> None:
     p, d = make_side(), make_side()
     for num_steps in range(8):
-        prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)))
+        prefill(p, target_of(d.reserve("r", PROMPT)))
         for _ in range(num_steps):
             p.engine.tend()
             if p.engine.has_work:
@@ -348,7 +348,7 @@ def test_pages_stay_while_they_are_read(make_side: MakeSide, monkeypatch: pytest
     sender = SlowSender()
     monkeypatch.setattr("xllm_compile.runtime.transfer.endpoint.connect", lambda *_: sender)
     p, d = make_side(), make_side()
-    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)))
+    prefill(p, target_of(d.reserve("r", PROMPT)))
     while not sender.began.is_set():
         p.step()
     p.engine.abort("prefill")
@@ -365,7 +365,7 @@ def test_pages_stay_while_they_are_read(make_side: MakeSide, monkeypatch: pytest
 
 def test_preempted_prefills_send_what_they_compute_again(make_side: MakeSide) -> None:
     p, d = make_side(total_tokens=60, page_tokens=1, max_model_len=60), make_side()
-    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)), offline=True)
+    prefill(p, target_of(d.reserve("r", PROMPT)), offline=True)
     p.step()
     p.engine.add_request("online", [5] * 30, SamplingParams(max_tokens=20, **GREEDY))
     p.run("online")
@@ -380,7 +380,7 @@ def test_preempted_prefills_send_what_they_compute_again(make_side: MakeSide) ->
 def test_a_resumed_request_is_handed_over_as_well(make_side: MakeSide) -> None:
     p, d = make_side(), make_side()
     expected = p.runner.greedy(PROMPT, 10)
-    target = target_of(d.engine.reserve("r", PROMPT + expected[:4], 10.0))
+    target = target_of(d.reserve("r", PROMPT + expected[:4]))
     params = SamplingParams(max_tokens=10, **GREEDY)
     request = p.engine.make_request(
         "prefill", PROMPT, params, resume=Resume(output_token_ids=expected[:4]), hand_over=target
@@ -393,9 +393,10 @@ def test_a_resumed_request_is_handed_over_as_well(make_side: MakeSide) -> None:
 
 
 def test_an_engine_without_transfers_says_so(make_side: MakeSide) -> None:
-    engine = make_side(transfer=None).engine
+    side = make_side(transfer=None)
+    engine = side.engine
     with pytest.raises(NoTransferError, match="started without --transfer"):
-        engine.reserve("r", PROMPT, 10.0)
+        side.reserve("r", PROMPT)
     target = HandOver(transfers=(), token=b"", num_cached_tokens=0, page_offsets=(0,), page_bytes=1)
     with pytest.raises(NoTransferError, match="started without --transfer"):
         engine.make_request("p", PROMPT, SamplingParams(**GREEDY), hand_over=target)

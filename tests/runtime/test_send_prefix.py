@@ -30,7 +30,7 @@ def compute(side: Side, prompt: list[int] = PROMPT, max_tokens: int = 10) -> lis
 
 
 def reserve(side: Side) -> Reservation:
-    return side.engine.reserve("r", PROMPT, 60)
+    return side.reserve("r", PROMPT, 60)
 
 
 def send(side: Side, target: HandOver, digests: list[bytes]) -> int:
@@ -162,7 +162,7 @@ def test_without_room_nothing_is_sent(make_side: MakeSide) -> None:
     y, x = make_side(max_num_seqs=1), make_side()
     compute(y)
     target = target_of(reserve(x))
-    y.engine.reserve("other", [1, 2, 3], 60)
+    y.reserve("other", [1, 2, 3], 60)
     with pytest.raises(QueueFullError, match="max_num_seqs=1"):
         y.engine.send_prefix(digests_of(y), target)
     with pytest.raises(ValueError, match="more than its target's"):

@@ -7,6 +7,7 @@ import grpc.aio
 import pytest
 
 from tests.runtime.fakes import HistoryRunner, make_kv_cache
+from tests.runtime.sides import room_for
 from tests.scheduler.service_fixtures import byte_tokenizer
 from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.engine import Engine
@@ -119,7 +120,7 @@ async def test_a_cancelled_reserve_holds_nothing(stub, engine, runner):
     runner.gate.clear()
     running = asyncio.create_task(anext(engine.generate("busy", [5], SamplingParams(max_tokens=5, ignore_eos=True))))
     await until(lambda: engine.stats().num_running)
-    call = asyncio.create_task(engine.reserve("r", PROMPT, 60.0))
+    call = asyncio.create_task(engine.reserve(room_for("r", PROMPT)))
     await asyncio.sleep(0)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -139,7 +140,7 @@ async def test_a_resume_that_leaves_at_once_gives_its_slot_back(stub, engine):
 
 
 async def test_a_reservation_ends_without_steps_or_calls(engine):
-    await engine.reserve("r", PROMPT, 0.05)
+    await engine.reserve(room_for("r", PROMPT, 0.05))
     await until(lambda: engine.stats().reservations.num_expired == 1 and num_held(engine) == 0)
 
 
@@ -149,7 +150,7 @@ async def test_a_failed_step_is_no_callers_mistake(engine, runner):
     runner.fails = True
     with pytest.raises(RuntimeError):
         for index in range(100):
-            await engine.reserve(str(index % 2), PROMPT, 60.0)
+            await engine.reserve(room_for(str(index % 2), PROMPT))
             await engine.release(str(index % 2))
             await asyncio.sleep(0.005)
     assert not engine.is_healthy

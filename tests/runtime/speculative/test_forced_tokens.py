@@ -159,7 +159,7 @@ def test_a_request_that_is_handed_over_goes_on_with_the_same_tokens(make_side: M
     alone.engine.add_request("alone", PROMPT, SamplingParams(output_kind=RequestOutputKind.DELTA, **options))
     expected = tokens_of(alone.run("alone"))
     p, d = (make_side(max_model_len=128, make_speculator=only_forced()) for _ in "pd")
-    prefill(p, target_of(d.engine.reserve("r", PROMPT, 10.0)), **options)
+    prefill(p, target_of(d.reserve("r", PROMPT)), **options)
     first, *_ = p.run("prefill")
     p.rest()
     tokens = tokens_of([first])

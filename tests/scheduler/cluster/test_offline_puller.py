@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.runtime.sides import room_for
 from tests.scheduler.cluster.test_cluster_client import generate, ids_of
 from tests.scheduler.cluster.test_reservations import PROMPT, Pair, TransferringInstance, ends_empty
 from tests.scheduler.policies.instances import PROFILE
@@ -110,7 +111,7 @@ async def test_online_requests_and_prompts_are_not_moved(pools):
 
 async def test_without_room_it_stays(pools, expected):
     for index in range(7):
-        await pools.d.engine.reserve(str(index), [index], 60.0)
+        await pools.d.engine.reserve(room_for(str(index), [index]))
     task = await pools.begin(3)
     await pools.puller.pull()
     assert pools.cluster.stats.num_migrations_refused == 1

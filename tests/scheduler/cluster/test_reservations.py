@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.runtime.fakes import HistoryRunner, make_kv_cache
+from tests.runtime.sides import room_for
 from tests.scheduler.cluster.cluster_fixtures import FakeCluster, FakeInstance, ReportingServicer
 from tests.scheduler.cluster.test_cluster_client import generate, ids_of
 from tests.scheduler.service_fixtures import byte_tokenizer
@@ -201,7 +202,7 @@ async def test_a_reservation_whose_answer_is_late_is_given_up(pair, expected, mo
 
 async def test_a_reservation_that_was_refused_is_not_released(pair, expected):
     for index in range(7):
-        await pair.d.engine.reserve(str(index), [index], 60.0)
+        await pair.d.engine.reserve(room_for(str(index), [index]))
     assert ids_of(await pair.request()) == expected
     assert pair.cluster.stats.num_refused == 1
     for index in range(7):
