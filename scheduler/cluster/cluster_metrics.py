@@ -26,7 +26,7 @@ _OF_INSTANCES: dict[str, tuple[str, Callable[[Instance], float | None]]] = {
 _COUNTERS = {
     "xllm_placements": ("Requests placed on instances, anew ones included", "num_placed"),
     "xllm_placements_split": ("Of these, prefill and decode on two instances", "num_split"),
-    "xllm_hand_overs": ("Requests that went from prefill to decode", "num_handed_over"),
+    "xllm_hand_overs": ("Requests that went from prefill to decode with their KV", "num_handed_over"),
     "xllm_placements_lost": ("Placements ended by the loss of an instance", "num_lost"),
     "xllm_placements_refused": ("Placements that the instance refused", "num_refused"),
     "xllm_kv_fetches": ("Prefixes that an instance was to send to another", "num_fetches"),

@@ -189,7 +189,10 @@ class Completion:
                 if not is_handed_over:
                     return
                 assert self._next is not None, "an instance hands over what it was told to"
-                self._count_hand_over(link is decode)
+                if link is decode:
+                    self._stats.num_migrated += 1
+                elif num_kv_tokens == self._next.reservation.num_tokens:
+                    self._stats.num_handed_over += 1
                 name = "decode"
                 claimed, self._next = self._next, None
                 link = decode = claimed.link
@@ -202,12 +205,6 @@ class Completion:
                 if held is not None:
                     held.release()
             self._next = None
-
-    def _count_hand_over(self, is_migration: bool) -> None:
-        if is_migration:
-            self._stats.num_migrated += 1
-        else:
-            self._stats.num_handed_over += 1
 
     @property
     def offline_at(self) -> str | None:

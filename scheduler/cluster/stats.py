@@ -10,7 +10,7 @@ class ClusterStats:
     num_split: int = 0
     """Of these, prefilled on one instance and decoded on another."""
     num_handed_over: int = 0
-    """Of those the ones that got so far."""
+    """Of those the ones that got so far with all of their KV. How many did not is counted where they were prefilled."""
     num_lost: int = 0
     """Placements that ended because the instance was lost, or ended the request."""
     num_refused: int = 0

@@ -125,6 +125,10 @@ class Pair(FakeCluster):
             while not self.d.servicer.num_releases:
                 await asyncio.sleep(0.005)
 
+    async def _give_up(self, instance: Any) -> None:
+        """What was reserved: nobody may write there any more."""
+        await self.d.engine.release(self.d.servicer.reserved.reservation_id)
+
     async def _never(self, instance: Any) -> None:
         await asyncio.Event().wait()
 
@@ -157,6 +161,16 @@ async def test_what_was_taken_over_is_not_released(pair, expected):
     await ends_empty(pair)
     assert pair.cluster.stats.num_handed_over == 1
     assert (pair.d.reservations.num_claimed, pair.d.servicer.num_releases) == (1, 0)
+
+
+async def test_kv_that_does_not_arrive_is_no_hand_over(pair):
+    pair.hook("p", "start", "give_up")
+    tokens = ids_of(await pair.request())
+    await ends_empty(pair)
+    assert (pair.cluster.stats.num_split, pair.cluster.stats.num_handed_over) == (1, 0)
+    assert ids_of(await pair.request()) == tokens
+    await ends_empty(pair)
+    assert (pair.cluster.stats.num_split, pair.cluster.stats.num_handed_over) == (2, 1)
 
 
 @pytest.mark.parametrize(("options", "target_ms"), [({}, None), ({"tpot_slo_ms": 40.0}, 40.0)])
