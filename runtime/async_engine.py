@@ -429,7 +429,7 @@ class AsyncEngine:
                 self.engine.release_memory()
 
     def wake_up(self) -> None:
-        """Take requests again; what was given back comes as it is needed.
+        """Take requests again; what was given back comes as it is needed. As in vLLM this ends a pause, too.
 
         Where several models share the memory, waits until they have made room. Raises SharedMemoryFullError where they
         cannot, and sleeps on.

@@ -42,6 +42,18 @@ async def test_a_server_asleep_refuses_requests_until_it_wakes_up(client):
     assert (await client.get("/is_sleeping")).json() == {"is_sleeping": False}
 
 
+async def test_waking_up_ends_a_pause_as_it_does_in_vllm(client, runner):
+    assert (await client.post("/pause")).status_code == 200
+    for slept in (False, True):
+        if slept:
+            assert (await client.post("/pause")).status_code == 200
+            assert (await client.post("/sleep")).status_code == 200
+        assert (await client.post("/wake_up")).status_code == 200
+        assert (await client.get("/is_paused")).json() == {"is_paused": False}
+    answer = await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3})
+    assert answer.json()["choices"][0]["text"] == "def"
+
+
 @pytest.mark.parametrize(("query", "choices"), [("level=3", "1, 2"), ("mode=keep", "wait, abort")])
 async def test_sleep_names_what_there_is_to_choose(client, query, choices):
     response = await client.post(f"/sleep?{query}")
