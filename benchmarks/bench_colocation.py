@@ -17,6 +17,7 @@ from xllm_compile.benchmarks.simulation.goodput import Goodput, highest_rate
 from xllm_compile.benchmarks.simulation.hardware import Hardware
 from xllm_compile.benchmarks.simulation.requests import SimRequest, offline, online, read_requests, scaled, tidal
 from xllm_compile.request_trace import TraceRequest, read_rates
+from xllm_compile.runtime.policies.order import Order
 from xllm_compile.scheduler.cluster.state import Pool
 from xllm_compile.scheduler.policies.colocation import ColocationRules
 from xllm_compile.scheduler.policies.routing import RoutingRules
@@ -57,6 +58,8 @@ class Setting:
             # What the device does not get to waits: nobody is turned away.
             routing=RoutingRules(policy="slo", max_wait_s=math.inf, spreads_offline=is_colocated),
             colocation=ColocationRules(tpot_slo_s=self.targets.tpot_slo_s) if is_colocated else None,
+            # By deadline what has no target would wait for all others, and the base is to know of no such thing.
+            order=Order("fcfs"),
         )
         requests = sorted([*arrivals, *beside], key=lambda one: one.arrival_s)
         Cluster(hardware=self.hardware, pools=self.pools, rules=rules, seed=seed).run(requests)
@@ -146,6 +149,7 @@ def run_colocation(
             + [("devices full", f"{steady:.2f}", "", "")],
         )
     raw = settings(model, device, hardware, num_instances) | {
+        "scheduling_policy": "fcfs",
         "pools": f"{half}P{num_instances - half}D",
         "targets": asdict(targets),
         "offline lengths": lengths.stem,

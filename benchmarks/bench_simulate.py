@@ -17,8 +17,11 @@ from xllm_compile.benchmarks.simulation.chart import attainment_chart, page, tim
 from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules, attainment
 from xllm_compile.benchmarks.simulation.goodput import Goodput, highest_rate
 from xllm_compile.benchmarks.simulation.hardware import Hardware, planned_hardware
+from xllm_compile.benchmarks.simulation.instance import DEFAULT_ORDER
 from xllm_compile.benchmarks.simulation.requests import online, read_requests, scaled, tidal
 from xllm_compile.request_trace import TraceRequest
+from xllm_compile.runtime.policies.order import Order
+from xllm_compile.runtime.policies.order import PolicyName as OrderName
 from xllm_compile.scheduler.cluster.state import Pool
 from xllm_compile.scheduler.policies.roles import RoleRules
 from xllm_compile.scheduler.policies.routing import PolicyName, RoutingRules
@@ -49,13 +52,18 @@ class Case:
     policy: PolicyName
     pools: tuple[Pool, ...]
     is_dynamic: bool = False
+    order: Order = DEFAULT_ORDER
 
     def cluster(self, hardware: Hardware, targets: Targets, seed: int) -> Cluster:
         role_rules = RoleRules(ttft_slo_s=targets.ttft_slo_s, tpot_slo_s=targets.tpot_slo_s)
         return Cluster(
             hardware=hardware,
             pools=self.pools,
-            rules=ClusterRules(routing=RoutingRules(policy=self.policy), roles=role_rules if self.is_dynamic else None),
+            rules=ClusterRules(
+                routing=RoutingRules(policy=self.policy),
+                roles=role_rules if self.is_dynamic else None,
+                order=self.order,
+            ),
             seed=seed,
         )
 
@@ -89,13 +97,15 @@ def run_dynamic_roles(
     seeds: int,
     bars: Sequence[float],
     max_requests: int | None,
+    scheduling_policy: OrderName,
 ) -> None:
     """The rate at which 90 % of requests meet both targets, of every case on every trace; writes NAME.json and .html.
 
     bars: of each trace, what the last case must reach over minimal load on as many prefills as decodes.
     """
     hardware = hardware_of(model, device)
-    cases = role_cases(num_instances)
+    order = Order(scheduling_policy)
+    cases = {what: replace(case, order=order) for what, case in role_cases(num_instances).items()}
     ours, base = list(cases)[-1], list(cases)[1]
     figures: dict[str, Any] = {}
     found_bars: list[Bar] = []
@@ -130,6 +140,7 @@ def run_dynamic_roles(
             ],
         )
     raw = settings(model, device, hardware, num_instances) | {
+        "scheduling_policy": scheduling_policy,
         "targets": asdict(targets),
         "seeds": seeds,
         "max_requests": max_requests,
@@ -219,6 +230,7 @@ def settings(model: str, device: str, hardware: Hardware, num_instances: int) ->
         "report_s": rules.report_s,
         "roles_s": rules.roles_s,
         "truth_factor": rules.truth_factor,
+        "scheduling_policy": rules.order.policy,
     }
 
 

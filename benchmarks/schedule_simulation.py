@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from xllm_compile.runtime.local_scheduler import SchedulingRules, schedule
 from xllm_compile.runtime.policies.chunk import StepLoad, load_of
+from xllm_compile.runtime.policies.order import STARVATION_S
 from xllm_compile.runtime.policies.state import Capacity, Limits, Schedule
 from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
 from xllm_compile.runtime.step_predictor import StepPredictor, StepPrior
@@ -93,7 +94,7 @@ class SimulatedEngine:
     num_kv_tokens: int
     prior: StepPrior
     truth: StepTruth
-    starvation_s: float = 60.0
+    starvation_s: float = STARVATION_S
     seed: int = 0
     now: float = 0.0
     num_steps: int = 0
@@ -123,6 +124,10 @@ class SimulatedEngine:
         used = sum(sequence.num_kv_blocks for sequence in self.running)
         # Numbers follow arrival, so the oldest is the first of its kind in queue or batch.
         oldest = min((*waiting, *self.running), key=lambda sequence: sequence.number)
+        token_s = predictor.token_s(self.limits.max_num_batched_tokens)
+        is_elder = self.now - oldest.arrival_s > self.starvation_s and self.rules.order.is_elders_step(
+            oldest, self.num_steps, self.now, token_s
+        )
         return schedule(
             waiting,
             self.running,
@@ -131,8 +136,8 @@ class SimulatedEngine:
             predictor,
             rules=self.rules,
             now=self.now,
-            token_s=predictor.token_s(self.limits.max_num_batched_tokens),
-            elder=oldest if self.now - oldest.arrival_s > self.starvation_s else None,
+            token_s=token_s,
+            elder=oldest if is_elder else None,
         )
 
     def _apply(self, plan: Schedule[SimulatedSequence], waiting: WaitingQueue[SimulatedSequence]) -> None:

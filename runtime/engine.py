@@ -30,7 +30,6 @@ from xllm_compile.runtime.output_processor import (
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
 from xllm_compile.runtime.policies.chunk import StepLoad, load_of
 from xllm_compile.runtime.policies.offline import OfflineRules
-from xllm_compile.runtime.policies.order import Order
 from xllm_compile.runtime.policies.queue_bound import QueueBound, check_queue
 from xllm_compile.runtime.policies.state import Limits, Schedule
 from xllm_compile.runtime.prefix_sharing import readable_chain, without_followers
@@ -94,7 +93,7 @@ class Engine:
         )
         tpot_slo_ms = self.config.tpot_slo_ms
         rules = SchedulingRules(
-            order=Order(self.config.scheduling_policy),
+            order=self.config.order,
             admission_horizon=self.config.admission_horizon,
             offline=OfflineRules.within(None if tpot_slo_ms is None else tpot_slo_ms / 1e3),
         )
@@ -440,6 +439,7 @@ class Engine:
             num_running=len(running),
             num_waiting=len(waiting),
             num_waiting_tokens=waiting.num_tokens + sum(each.num_uncomputed_tokens for each in prefilling),
+            num_late_waiting_tokens=self._planner.num_late_tokens(self._clock()),
             num_decoding=len(decoding),
             num_context_tokens=sum(each.num_computed_tokens for each in decoding),
             num_offline_running=sum(each.is_offline for each in running),
@@ -507,7 +507,8 @@ class Engine:
         if oldest is None or self._clock() - oldest.metrics.arrival_s <= self.config.starvation_s:
             return None
         queued = (SequenceStatus.WAITING, SequenceStatus.RUNNING)
-        return next((sequence for sequence in oldest.sequences if sequence.status in queued), None)
+        elder = next((sequence for sequence in oldest.sequences if sequence.status in queued), None)
+        return elder if elder is not None and self._planner.is_elders_step(elder, self._clock()) else None
 
     def _launch(self, plan: Schedule[Sequence]) -> None:
         """Hand the step to the device. From here on its sequences count as computed, with a token to come."""

@@ -32,7 +32,7 @@ from xllm_compile.runtime.memory.remote_tier import RemoteTier
 from xllm_compile.runtime.memory.shared_pages import PageShare
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
-from xllm_compile.runtime.policies.order import PolicyName
+from xllm_compile.runtime.policies.order import PolicyChoice
 from xllm_compile.runtime.policies.state import Limits
 from xllm_compile.runtime.promotion import PromotionConfig
 from xllm_compile.runtime.resources import available_memory_bytes, num_cpus, total_memory_bytes
@@ -90,9 +90,9 @@ class InstanceConfig:
     """mooncake://HOST:PORT of a store that instances share, for the same; None has none."""
     kv_store_bytes: int = 1 << 30
     """Memory that this instance lends to it."""
-    scheduling_policy: PolicyName = "fcfs"
+    scheduling_policy: PolicyChoice = "auto"
     ttft_slo_ms: float | None = None
-    """Wanted time to the first token of requests that name none; likewise between tokens."""
+    """Wanted time to the first token of online requests that name none; likewise between tokens."""
     tpot_slo_ms: float | None = None
     async_scheduling: bool = True
     """Plan a step and report the last one while the device runs the one between."""

@@ -195,6 +195,8 @@ class EngineStats:
     num_waiting: int = 0
     num_waiting_tokens: int = 0
     """Prompt tokens of those, and what is left of prompts that are being computed."""
+    num_late_waiting_tokens: int = 0
+    """Of these, those of online prompts that wait behind all that can be in time."""
     num_decoding: int = 0
     """Sequences of num_running behind their first token,"""
     num_context_tokens: int = 0

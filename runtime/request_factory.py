@@ -77,8 +77,9 @@ class RequestFactory:
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
             hand_over=hand_over,
         )
-        ttft_slo_ms = params.ttft_slo_ms or self._config.ttft_slo_ms
-        tpot_slo_ms = params.tpot_slo_ms or self._config.tpot_slo_ms
+        # What is best effort has the targets that it names itself.
+        defaults = (None, None) if params.offline else (self._config.ttft_slo_ms, self._config.tpot_slo_ms)
+        ttft_slo_ms, tpot_slo_ms = params.ttft_slo_ms or defaults[0], params.tpot_slo_ms or defaults[1]
         request.metrics.ttft_slo_s = None if ttft_slo_ms is None else ttft_slo_ms / 1e3
         request.metrics.tpot_slo_s = None if tpot_slo_ms is None else tpot_slo_ms / 1e3
         if resume is not None:

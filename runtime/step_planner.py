@@ -28,7 +28,7 @@ _MEAN_DECAY = 0.95
 
 
 class StepPlanner:
-    """Belongs to the engine's thread, but for `service_time`."""
+    """Belongs to the engine's thread, but for `service_time` and `num_late_tokens`."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class StepPlanner:
             self._predictor,
             rules=self._rules,
             now=now,
-            token_s=self._predictor.token_s(self._limits.max_num_batched_tokens),
+            token_s=self._token_s(),
             elder=elder,
             awaited_s=math.inf if self._exchange is None else self._exchange.reservations.tightest_tpot_s,
         )
@@ -122,18 +122,37 @@ class StepPlanner:
         growth = (len(running) + num_new) * (self._rules.admission_horizon + page_tokens)
         return -(-(num_tokens + growth) // page_tokens)
 
+    def is_elders_step(self, elder: Sequence, now: float) -> bool:
+        """See Order.is_elders_step, of the next step."""
+        return self._rules.order.is_elders_step(elder, self._in_flight.num_completed, now, self._token_s())
+
+    def num_late_tokens(self, now: float) -> int:
+        """Prompt tokens of online sequences that let others go first, since they are late. May be called from any
+        thread."""
+        order, token_s = self._rules.order, self._token_s()
+        prefilling = [one for one in self._queues.running if not one.is_behind_prompt]
+        return sum(
+            one.num_uncomputed_tokens
+            for one in (*self._queues.waiting, *prefilling)
+            if not one.is_offline and order.is_late(one, now, token_s)
+        )
+
     def service_time(self) -> ServiceTime:
         """What waiting work takes, as predicted now. May be called from any thread."""
         num_seqs = self._limits.max_num_seqs
         decode = StepLoad(num_tokens=num_seqs, num_seqs=num_seqs, num_keys=self._kv_cache.used_tokens)
         return ServiceTime(
-            token_s=self._predictor.token_s(self._limits.max_num_batched_tokens),
+            token_s=self._token_s(),
             sequence_s=self._mean_output_tokens * self._predictor.seconds(decode) / num_seqs,
         )
 
     def note_output(self, num_tokens: int) -> None:
         """An output ended at that length; others will be like it."""
         self._mean_output_tokens = _MEAN_DECAY * self._mean_output_tokens + (1 - _MEAN_DECAY) * num_tokens
+
+    def _token_s(self) -> float:
+        """To prefill one token, as predicted now."""
+        return self._predictor.token_s(self._limits.max_num_batched_tokens)
 
     def _capacity(self) -> Capacity:
         exchange, num_ended = self._exchange, self._in_flight.num_ended_slots

@@ -22,6 +22,7 @@ def instance_load(
         num_running=stats.num_running,
         num_waiting=stats.num_waiting,
         num_waiting_tokens=stats.num_waiting_tokens,
+        num_late_waiting_tokens=stats.num_late_waiting_tokens,
         num_decoding=stats.num_decoding,
         num_context_tokens=stats.num_context_tokens,
         num_offline=stats.num_offline_running + stats.num_offline_waiting,

@@ -177,12 +177,17 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
 )
 @click.option(
     "--scheduling-policy",
-    type=click.Choice(["fcfs", "priority", "deadline"]),
-    default="fcfs",
-    help="Who goes first: by arrival, by the requests' priority, or by when their first token is due.",
+    type=click.Choice(["auto", "fcfs", "priority", "deadline"]),
+    default="auto",
+    help="Who goes first: by arrival, by the requests' priority, or by when their first token is due, those that are "
+    "late already last; auto: deadline with --ttft-slo-ms, else fcfs.",
 )
-@click.option("--ttft-slo-ms", type=click.FloatRange(0, min_open=True), help="Target for requests that name none.")
-@click.option("--tpot-slo-ms", type=click.FloatRange(0, min_open=True), help="Target for requests that name none.")
+@click.option(
+    "--ttft-slo-ms", type=click.FloatRange(0, min_open=True), help="Target for online requests that name none."
+)
+@click.option(
+    "--tpot-slo-ms", type=click.FloatRange(0, min_open=True), help="Target for online requests that name none."
+)
 @click.option("--max-streams", type=click.IntRange(1), default=1024, help="Requests open at once; more get 429.")
 @click.option("--max-connections", type=click.IntRange(1), default=16384, help="HTTP connections; more get 429.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")

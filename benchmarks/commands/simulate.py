@@ -29,6 +29,12 @@ def simulate() -> None:
 @targets_options
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Each begins elsewhere in the trace.")
 @click.option("--requests", "max_requests", type=click.IntRange(100), help="The first of each trace only.")
+@click.option(
+    "--scheduling-policy",
+    type=click.Choice(["fcfs", "deadline"]),
+    default="deadline",
+    help="Of instances, as xllm-serve has it: deadline is what they do with TTFT targets.",
+)
 @results_option
 def simulate_roles_command(
     traces: tuple[Path, ...], bars: tuple[float, ...], ttft_slo: float, tpot_slo: float, results: Path, **options: Any

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from xllm_compile.benchmarks.simulation.hardware import Hardware
-from xllm_compile.benchmarks.simulation.instance import SimInstance
+from xllm_compile.benchmarks.simulation.instance import DEFAULT_ORDER, SimInstance
 from xllm_compile.benchmarks.simulation.requests import SimRequest
 from xllm_compile.runtime.policies.offline import OfflineRules
+from xllm_compile.runtime.policies.order import Order
 from xllm_compile.scheduler.cluster.state import (
     Instance,
     InstanceInfo,
@@ -39,6 +40,8 @@ class ClusterRules:
     """None leaves everybody in its pool."""
     colocation: ColocationRules | None = None
     """None routes and hands over offline requests like any others."""
+    order: Order = DEFAULT_ORDER
+    """In which instances compute prompts."""
     report_s: float = 0.25
     """Loads are as old as this."""
     roles_s: float = 0.5
@@ -76,7 +79,7 @@ class Cluster:
         self.pool_of: dict[str, Pool] = {}
         for index, pool in enumerate(self.pools):
             name = f"i{index:04}"
-            self.instances[name] = SimInstance(name, self.hardware, truth, f"{self.seed}-{name}")
+            self.instances[name] = SimInstance(name, self.hardware, truth, f"{self.seed}-{name}", self.rules.order)
             self.infos[name] = InstanceInfo(
                 name=name,
                 incarnation="1",
@@ -210,7 +213,10 @@ class Cluster:
     def _observe(self, request: SimRequest) -> None:
         if request.first_token_s is not None and not request.is_offline:
             self._correction.observe(
-                self.infos[request.prefill], request.predicted_ttft_s, request.first_token_s - request.arrival_s
+                self.infos[request.prefill],
+                request.predicted_ttft_s,
+                request.first_token_s - request.arrival_s,
+                ttft_slo_s=request.ttft_slo_s,
             )
 
     def _decide_roles(self) -> None:

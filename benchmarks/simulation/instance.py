@@ -1,6 +1,6 @@
 """A simulated instance: prompts in chunks, decodes many steps at a time, KV that is never over-committed.
 
-It plans as `runtime/local_scheduler.py` does, in closed form: decodes first, then prompts in order of arrival, cut so
+It plans as `runtime/local_scheduler.py` does, in closed form: decodes first, then prompts in the policy's order, cut so
 that the step keeps the TPOT target of what decodes, by the same functions; online before offline. Only where all is
 decoding are steps taken together: until the first sequence ends, or something arrives. A test holds it against the
 real scheduler, and `xllm-bench simulate validate` against instances that serve.
@@ -12,7 +12,7 @@ after the next, or in the next where otherwise there would be none.
 import math
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -22,8 +22,12 @@ from xllm_compile.benchmarks.simulation.requests import SimRequest
 from xllm_compile.runtime.policies.admission import HORIZON
 from xllm_compile.runtime.policies.chunk import StepBudget, StepLoad, largest_chunk, step_budget
 from xllm_compile.runtime.policies.offline import OfflineRules, num_in_time
+from xllm_compile.runtime.policies.order import STARVATION_S, Order
+from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
 from xllm_compile.scheduler.cluster.state import InstanceLoad, StepProfile
 
+# With --ttft-slo-ms, as instances have it unless told otherwise.
+DEFAULT_ORDER = Order("deadline")
 # Steps of one load differ by about this much.
 _NOISE = 0.03
 _LEAST_CHUNK_TOKENS = 32
@@ -83,10 +87,13 @@ class Ended:
 class SimInstance:
     """Times are seconds of the simulation. The caller calls `finish` at `end_s`, and `plan` behind whatever it adds."""
 
-    def __init__(self, name: str, hardware: Hardware, truth: StepProfile, seed: str) -> None:
-        self.name, self.hardware, self.truth = name, hardware, truth
-        self.waiting: deque[SimRequest] = deque()
-        self.waiting_offline: deque[SimRequest] = deque()
+    def __init__(
+        self, name: str, hardware: Hardware, truth: StepProfile, seed: str, order: Order = DEFAULT_ORDER
+    ) -> None:
+        self.name, self.hardware, self.truth, self.order = name, hardware, truth, order
+        self.waiting: WaitingQueue[SimRequest] = WaitingQueue(order.queue_key)
+        """Prompts that are not through, those included that are being computed."""
+        self.waiting_offline: WaitingQueue[SimRequest] = WaitingQueue(order.queue_key)
         self.arriving: deque[SimRequest] = deque()
         """Prefilled elsewhere, and waiting for a place."""
         self.reserving: deque[SimRequest] = deque()
@@ -109,6 +116,11 @@ class SimInstance:
         self._run: _Run | None = None
         self._known_s = math.inf
         """The next steps are planned with what had arrived until then."""
+        self._newest_s = -math.inf
+        """When something last arrived."""
+        most = hardware.max_num_batched_tokens
+        self._token_s = truth.step_s(StepLoad().plus(0, most)) / most
+        """To prefill one token."""
         self._granted: list[SimRequest] = []
         self._model = _Model(truth)
         self._rng = random.Random(seed)
@@ -127,13 +139,13 @@ class SimInstance:
 
     def enqueue(self, request: SimRequest, now: float) -> None:
         """To prefill it here."""
-        request.queued_s = now
-        (self.waiting_offline if request.is_offline else self.waiting).append(request)
-        self.num_waiting_tokens += request.num_left
+        request.queued_s = self._newest_s = now
+        self._queue_of(request).add(request)
+        self.num_waiting_tokens += request.num_uncomputed_tokens
 
     def reserve(self, request: SimRequest, now: float) -> None:
         """Ask for a place where it can be decoded once it was prefilled elsewhere; `granted` says when there is one."""
-        request.queued_s = now
+        request.queued_s = self._newest_s = now
         self.reserving.append(request)
 
     def granted(self) -> list[SimRequest]:
@@ -143,7 +155,7 @@ class SimInstance:
 
     def hand_in(self, request: SimRequest, now: float) -> None:
         """To decode what was prefilled elsewhere."""
-        request.queued_s = now
+        request.queued_s = self._newest_s = now
         self.awaited.pop(request.number, None)
         (self.arriving_offline if request.is_offline else self.arriving).append(request)
 
@@ -213,8 +225,8 @@ class SimInstance:
         for request, count in run.chunks:
             request.num_computed += count
             self.num_waiting_tokens -= count
-            if request.num_left == 0:
-                (self.waiting_offline if request.is_offline else self.waiting).popleft()
+            if request.num_uncomputed_tokens == 0:
+                self._queue_of(request).remove(request)
                 self._first_token(request, now, ended)
         return ended
 
@@ -224,18 +236,20 @@ class SimInstance:
         num_offline = len(self.offline) + len(beside)
         num_offline_tokens = self.offline.num_context_tokens + sum(one.num_tokens for one in beside)
         # A step's tokens count as computed from its launch on.
-        num_launched = sum(count for _, count in self._run.chunks) if self._run is not None else 0
-        num_started = sum(not request.num_left for request in self.prefilling.values())
+        launched = {} if self._run is None else {request.number: count for request, count in self._run.chunks}
+        late = [one for one in self.waiting if self.order.is_late(one, now, self._token_s)]
+        num_started = sum(not request.num_uncomputed_tokens for request in self.prefilling.values())
         return InstanceLoad(
             num_running=self.num_decoding + len(self.paused) + len(self.prefilling) - num_started,
             num_waiting=num_waiting,
-            num_waiting_tokens=self.num_waiting_tokens - num_launched,
+            num_waiting_tokens=self.num_waiting_tokens - sum(launched.values()),
+            num_late_waiting_tokens=sum(one.num_uncomputed_tokens - launched.get(one.number, 0) for one in late),
             num_decoding=len(self.online) + len(self.arriving) + num_offline,
             num_context_tokens=self.online.num_context_tokens
             + sum(request.num_tokens for request in self.arriving)
             + num_offline_tokens,
             num_offline=num_offline + len(self.waiting_offline),
-            num_offline_waiting_tokens=sum(request.num_left for request in self.waiting_offline),
+            num_offline_waiting_tokens=sum(request.num_uncomputed_tokens for request in self.waiting_offline),
             num_offline_decoding=num_offline,
             num_offline_context_tokens=num_offline_tokens,
             kv_tokens_used=self.kv_used,
@@ -250,7 +264,7 @@ class SimInstance:
         assert self.kv_used == held + self.online.num_context_tokens + self.offline.num_context_tokens, self.name
         assert 0 <= self.kv_used <= self.hardware.kv_tokens, (self.name, self.kv_used)
         assert self.num_decoding + len(self.paused) <= self.hardware.max_num_seqs, self.name
-        waiting = sum(request.num_left for request in (*self.waiting, *self.waiting_offline))
+        waiting = sum(request.num_uncomputed_tokens for request in (*self.waiting, *self.waiting_offline))
         assert self.num_waiting_tokens == waiting, (self.name, self.num_waiting_tokens, waiting)
 
     def _first_token(self, request: SimRequest, now: float, ended: Ended) -> None:
@@ -287,14 +301,14 @@ class SimInstance:
         budget = self._budget(now)
         prompts_s = budget.with_prompts_s(self.truth.step_s(decode_load(self.online)))
         if self.offline_rules is None:
-            return self._chunks(chain(self.waiting, self.waiting_offline), self._decode_load(), prompts_s)
-        chunks, load = self._chunks(self.waiting, decode_load(self.online), prompts_s)
+            return self._chunks(self._in_turn(now, False, True), self._decode_load(), prompts_s)
+        chunks, load = self._chunks(self._in_turn(now, False), decode_load(self.online), prompts_s)
         has_online = bool(chunks) or budget.seconds < math.inf
         budget_s = self.offline_rules.budget_s(budget.seconds, self.truth.step_s(load) if chunks else None)
         load = self._balance_offline(load, budget_s)
         budget_s = min(budget_s, self.offline_rules.step_s)
         more, load = self._chunks(
-            self.waiting_offline, load, budget_s, least_tokens=0 if has_online else _LEAST_CHUNK_TOKENS
+            self._in_turn(now, True), load, budget_s, least_tokens=0 if has_online else _LEAST_CHUNK_TOKENS
         )
         return chunks + more, load
 
@@ -342,7 +356,7 @@ class SimInstance:
 
     def _drop_offline(self) -> bool:
         """Give up the KV of the offline sequence that came last; it is computed again."""
-        started = [one for one in self.prefilling.values() if one.is_offline and one.num_left]
+        started = [one for one in self.prefilling.values() if one.is_offline and one.num_uncomputed_tokens]
         if started:
             # It waits already, in its queue.
             self.release(started[-1])
@@ -366,10 +380,8 @@ class SimInstance:
         request.num_preemptions += 1
         request.prefill = request.decode = self.name
         request.queued_s = -math.inf
-        queue = self.waiting_offline if request.is_offline else self.waiting
-        # What is being prefilled stays first.
-        queue.insert(1 if queue and queue[0].number in self.prefilling else 0, request)
-        self.num_waiting_tokens += request.num_left
+        self._queue_of(request).add(request)
+        self.num_waiting_tokens += request.num_uncomputed_tokens
 
     def _decode_load(self) -> StepLoad:
         online, offline = decode_load(self.online), decode_load(self.offline)
@@ -378,7 +390,7 @@ class SimInstance:
 
     def _chunks(
         self,
-        queue: Iterable[SimRequest],
+        prompts: Iterator[SimRequest],
         load: StepLoad,
         budget_s: float,
         *,
@@ -387,12 +399,8 @@ class SimInstance:
         """Prompts of the next step, and its load with them."""
         chunks: list[tuple[SimRequest, int]] = []
         tokens_left = self.hardware.max_num_batched_tokens - load.num_tokens
-        for request in queue:
-            if not self._is_known(request):
-                continue
-            if tokens_left <= 0 or (request.num_computed == 0 and not self._admit(request)):
-                break
-            most = min(request.num_left, tokens_left)
+        while tokens_left > 0 and (request := next(prompts, None)) is not None:
+            most = min(request.num_uncomputed_tokens, tokens_left)
             count = most
             if budget_s < math.inf:
                 least = 0 if chunks else min(most, least_tokens)
@@ -402,14 +410,47 @@ class SimInstance:
             chunks.append((request, count))
             load = load.plus(request.num_computed, count)
             tokens_left -= count
-            if count < request.num_left:
+            if count < request.num_uncomputed_tokens:
                 break
         return chunks, load
 
+    def _in_turn(self, now: float, *kinds: bool) -> Iterator[SimRequest]:
+        """Prompts in their order, each admitted as it is asked for; kinds: is_offline of those that are wanted.
+
+        Nobody passes the first that does not fit, but for those that are being computed.
+        """
+        queues = (self.waiting_offline if is_offline else self.waiting for is_offline in kinds)
+        ordered = self.order.ordered(chain.from_iterable(queues), now, self._token_s)
+        elder = self._elder(now)
+        if elder is not None and elder.is_offline in kinds:
+            ordered = chain([elder], (one for one in ordered if one is not elder))
+        asked = set()
+        for request in ordered:
+            if request.number not in self.prefilling:
+                if not self._is_known(request):
+                    continue
+                if not self._admit(request):
+                    break
+            asked.add(request.number)
+            yield request
+        for request in list(self.prefilling.values()):
+            if request.is_offline in kinds and request.num_uncomputed_tokens and request.number not in asked:
+                yield request
+
+    def _elder(self, now: float) -> SimRequest | None:
+        """The oldest of the online prompts, where it goes before everything: runtime/policies/order.py."""
+        elder = min(self.waiting, key=lambda one: one.number, default=None)
+        if elder is None or now - elder.arrival_s <= STARVATION_S:
+            return None
+        if any(one.number < elder.number for one in self.online.members()):
+            return None
+        return elder if self.order.is_elders_step(elder, self.version, now, self._token_s) else None
+
+    def _queue_of(self, request: SimRequest) -> WaitingQueue[SimRequest]:
+        return self.waiting_offline if request.is_offline else self.waiting
+
     def _admit(self, request: SimRequest) -> bool:
         """Hold KV for the whole prompt."""
-        if request.number in self.prefilling:
-            return True
         if request.decode == self.name:
             if not self._has_room(request):
                 return False
@@ -435,8 +476,7 @@ class SimInstance:
 
     def _decode_steps(self) -> int:
         """Steps until something changes: an end, or no room for the next token."""
-        queues = (self.waiting, self.waiting_offline, self.arriving, self.arriving_offline, self.reserving)
-        if any(queue and not self._is_known(queue[-1]) for queue in queues):
+        if self._newest_s > self._known_s:
             return 1
         room = (self.hardware.kv_tokens - self.kv_used) // self.num_decoding
         if self.paused:

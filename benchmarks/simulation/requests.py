@@ -21,6 +21,9 @@ class SimRequest:
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     is_offline: bool = False
+    priority: int = 0
+    is_begun: bool = False
+    """Whether another instance had it: it goes first where it goes on."""
     max_output_tokens: int = 2048
     """As its client says, and so the gateway."""
     queued_s: float = 0.0
@@ -42,9 +45,16 @@ class SimRequest:
         return self.num_prompt_tokens + self.num_generated
 
     @property
-    def num_left(self) -> int:
+    def num_uncomputed_tokens(self) -> int:
         """Tokens to prefill."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def first_deadline_s(self) -> float:
+        """When its first token is due by the clock of its instance, as runtime/policies/state.py has it."""
+        if self.num_generated:
+            return float("-inf")
+        return float("inf") if self.ttft_slo_s is None else self.queued_s + self.ttft_slo_s
 
     @property
     def next_due_s(self) -> float:

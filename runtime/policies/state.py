@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 
-class Schedulable(Protocol):
-    """What scheduling needs to know of a sequence. Times are seconds of the engine's clock."""
+class Queued(Protocol):
+    """What says who goes first (policies/order.py). Times are seconds of the engine's clock."""
 
     @property
     def number(self) -> int:
@@ -30,6 +30,14 @@ class Schedulable(Protocol):
         for what began elsewhere: it has waited."""
 
     @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens to compute until the next one can be sampled; 0 where the last one is on its way."""
+
+
+class Schedulable(Queued, Protocol):
+    """What scheduling needs to know of a sequence."""
+
+    @property
     def next_due_s(self) -> float:
         """When the next token is due by its TPOT target; infinity without one, or before the first token."""
 
@@ -40,10 +48,6 @@ class Schedulable(Protocol):
     @property
     def num_computed_tokens(self) -> int:
         """Tokens it holds in the KV cache or, while it waits, would find there."""
-
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens to compute until the next one can be sampled; 0 where the last one is on its way."""
 
     @property
     def num_growth_tokens(self) -> int:
@@ -62,6 +66,7 @@ class Schedulable(Protocol):
         """KV blocks of num_computed_tokens that it has yet to take: while it waits, those that nobody holds."""
 
 
+Q = TypeVar("Q", bound=Queued)
 S = TypeVar("S", bound=Schedulable)
 
 

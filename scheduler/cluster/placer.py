@@ -45,6 +45,7 @@ _FETCH = FetchRules()
 class _Expected:
     info: InstanceInfo
     ttft_s: float
+    ttft_slo_s: float | None
     placed_s: float
 
 
@@ -116,7 +117,9 @@ class Placer:
             if not request.is_offline:
                 # Offline ones wait for online ones, which says nothing of the next online one.
                 info = next(instance.info for instance in asked if instance.name == chosen.prefill)
-                self._expected[key] = _Expected(info=info, ttft_s=chosen.ttft_s, placed_s=now)
+                self._expected[key] = _Expected(
+                    info=info, ttft_s=chosen.ttft_s, ttft_slo_s=request.ttft_slo_s, placed_s=now
+                )
         return chosen
 
     def wait_s(self, fetch: Fetch) -> float:
@@ -158,7 +161,7 @@ class Placer:
         self._placements.first_token(key, now)
         expected = self._expected.pop(key, None)
         if expected is not None and expected.ttft_s > 0:
-            self._ttft.observe(expected.info, expected.ttft_s, now - expected.placed_s)
+            self._ttft.observe(expected.info, expected.ttft_s, now - expected.placed_s, ttft_slo_s=expected.ttft_slo_s)
 
     def finished(self, key: str) -> None:
         """In whatever way."""

@@ -143,6 +143,8 @@ class InstanceLoad:
     num_waiting: int = 0
     num_waiting_tokens: int = 0
     """Prompt tokens that wait, and those left of prompts that are being computed."""
+    num_late_waiting_tokens: int = 0
+    """Of these, those of online prompts that wait behind all that can be in time (runtime/policies/order.py)."""
     num_decoding: int = 0
     """Sequences of num_running behind their first token."""
     num_context_tokens: int = 0

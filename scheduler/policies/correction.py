@@ -21,8 +21,16 @@ class Correction:
     _sums: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
     """Seconds that were predicted, and that it took."""
 
-    def observe(self, info: InstanceInfo, predicted_s: float, actual_s: float) -> None:
-        """predicted_s: uncorrected (Placement.ttft_s)."""
+    def observe(
+        self, info: InstanceInfo, predicted_s: float, actual_s: float, *, ttft_slo_s: float | None = None
+    ) -> None:
+        """predicted_s: uncorrected (Placement.ttft_s).
+
+        What misses its target waits for others that can keep theirs. Beyond the target both times say that it is late,
+        and no more: how long it waits then is a matter of who else is late, and of who comes later.
+        """
+        if ttft_slo_s is not None:
+            predicted_s, actual_s = min(predicted_s, ttft_slo_s), min(actual_s, ttft_slo_s)
         predicted, actual = self._sums.get((info.name, info.incarnation), (0.0, 0.0))
         self._sums[info.name, info.incarnation] = (
             _FORGETTING * predicted + predicted_s,

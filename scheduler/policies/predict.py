@@ -1,7 +1,8 @@
 """Seconds until a request's first token on an instance, and between its tokens.
 
-The work ahead is played in whole steps: prompts fill what its decodes leave of a step, first come first served, and
-where a TPOT target is to be kept no more than keeps it, which is how instances plan (`runtime/local_scheduler.py`).
+The work ahead is played in whole steps: prompts fill what its decodes leave of a step, and where a TPOT target is to be
+kept no more than keeps it, which is how instances plan (`runtime/local_scheduler.py`). All that waits is ahead, but
+prompts that are late where late ones let others go first: they are behind whoever can be in time.
 """
 
 from xllm_compile.runtime.policies.chunk import StepLoad
@@ -62,8 +63,18 @@ def ttft_s(instance: Instance, request: RequestShape, cached: CachedTokens | Non
     """From arrival there to the first token, without the instance's correction."""
     load = instance.load
     ahead = load.num_waiting_tokens - (0 if request.is_offline else load.num_offline_waiting_tokens)
+    if load.num_late_waiting_tokens and request.ttft_slo_s is not None and not request.is_offline:
+        in_time_s = _ttft_s(instance, request, cached, ahead - load.num_late_waiting_tokens)
+        if in_time_s * instance.ttft_ratio <= request.ttft_slo_s:
+            return in_time_s
+    return _ttft_s(instance, request, cached, ahead)
+
+
+def _ttft_s(instance: Instance, request: RequestShape, cached: CachedTokens | None, ahead: int) -> float:
+    """Behind so many prompt tokens."""
+    load = instance.load
     # Of equal lengths, since only their sum is known.
-    pairs_ahead = ahead * ahead // (2 * max(1, load.num_waiting))
+    pairs_ahead = ahead * load.num_waiting_tokens // (2 * max(1, load.num_waiting))
     spared = tokens_spared(cached, request.num_prompt_tokens) if cached is not None else 0
     own = request.num_prompt_tokens - spared
     pairs = own * spared + own * own // 2

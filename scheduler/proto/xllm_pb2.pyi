@@ -193,7 +193,7 @@ class WatchLoadRequest(_message.Message):
     def __init__(self, period_ms: _Optional[int] = ..., watcher: _Optional[str] = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_decoding", "num_context_tokens", "num_offline", "kv_tokens_used", "ttft_s", "tpot_s", "is_draining", "profile", "incarnation", "num_offline_waiting_tokens", "num_offline_decoding", "num_offline_context_tokens", "counters")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_decoding", "num_context_tokens", "num_offline", "kv_tokens_used", "ttft_s", "tpot_s", "is_draining", "profile", "incarnation", "num_offline_waiting_tokens", "num_offline_decoding", "num_offline_context_tokens", "counters", "num_late_waiting_tokens")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class InstanceLoad(_message.Message):
     NUM_OFFLINE_DECODING_FIELD_NUMBER: _ClassVar[int]
     NUM_OFFLINE_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LATE_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
@@ -226,7 +227,8 @@ class InstanceLoad(_message.Message):
     num_offline_decoding: int
     num_offline_context_tokens: int
     counters: InstanceCounters
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_decoding: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_offline: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., is_draining: _Optional[bool] = ..., profile: _Optional[_Union[StepProfile, _Mapping]] = ..., incarnation: _Optional[str] = ..., num_offline_waiting_tokens: _Optional[int] = ..., num_offline_decoding: _Optional[int] = ..., num_offline_context_tokens: _Optional[int] = ..., counters: _Optional[_Union[InstanceCounters, _Mapping]] = ...) -> None: ...
+    num_late_waiting_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_decoding: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_offline: _Optional[int] = ..., kv_tokens_used: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., is_draining: _Optional[bool] = ..., profile: _Optional[_Union[StepProfile, _Mapping]] = ..., incarnation: _Optional[str] = ..., num_offline_waiting_tokens: _Optional[int] = ..., num_offline_decoding: _Optional[int] = ..., num_offline_context_tokens: _Optional[int] = ..., counters: _Optional[_Union[InstanceCounters, _Mapping]] = ..., num_late_waiting_tokens: _Optional[int] = ...) -> None: ...
 
 class InstanceCounters(_message.Message):
     __slots__ = ("num_prompt_tokens", "num_generated_tokens", "prefix_queried_tokens", "prefix_hit_tokens", "num_exact_steps", "num_padded_steps", "num_dynamic_steps", "num_eager_steps", "num_preemptions", "num_hand_overs", "num_failed_hand_overs", "num_sent_bytes")

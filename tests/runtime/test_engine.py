@@ -453,9 +453,38 @@ def test_the_server_has_targets_for_requests_that_name_none(make_engine: EngineF
     engine.add_request("a", PROMPT, SamplingParams(max_tokens=2, tpot_slo_ms=50, **GREEDY))
     metrics = run(engine)["a"].metrics
     assert (metrics.ttft_slo_s, metrics.tpot_slo_s) == (0.3, 0.05)
+    engine.add_request("b", PROMPT, SamplingParams(max_tokens=2, tpot_slo_ms=50, offline=True, **GREEDY))
+    metrics = run(engine)["b"].metrics
+    assert (metrics.ttft_slo_s, metrics.tpot_slo_s) == (None, 0.05)
     for fields in ({"scheduling_policy": "lifo"}, {"ttft_slo_ms": 0.0}, {"starvation_s": -1.0}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             EngineConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "first"),
+    [
+        (EngineConfig(), "late"),
+        (EngineConfig(ttft_slo_ms=1e6), "in time"),
+        (EngineConfig(ttft_slo_ms=1e6, scheduling_policy="fcfs"), "late"),
+        (EngineConfig(scheduling_policy="deadline"), "in time"),
+    ],
+)
+def test_with_a_target_of_the_server_late_requests_let_others_go_first(
+    make_sync_engine: EngineFactory, config: EngineConfig, first: str
+) -> None:
+    engine, _ = make_sync_engine(config=config, max_num_seqs=1)
+    for name, ttft_slo_ms in (("late", 1e-6), ("in time", 1e6)):
+        engine.add_request(name, PROMPT, SamplingParams(max_tokens=2, ttft_slo_ms=ttft_slo_ms, **GREEDY))
+    engine.add_request("offline", PROMPT, SamplingParams(max_tokens=2, ttft_slo_ms=1e-6, offline=True, **GREEDY))
+    stats = engine.stats()
+    assert stats.num_waiting_tokens == 3 * len(PROMPT)
+    assert stats.num_late_waiting_tokens == (len(PROMPT) if first == "in time" else 0)
+    ended: list[str] = []
+    while engine.has_work:
+        ended += [output.request_id for output in engine.step() if output.finished]
+    assert ended[0] == first and len(ended) == 3
+    assert engine.stats().num_late_waiting_tokens == 0
 
 
 TOKENIZER = Tokenizer(train_byte_level(), eos_token_ids=[2])

@@ -4,6 +4,8 @@ from hypothesis import strategies as st
 
 from tests.benchmarks.simulation.fixtures import hardware, requests
 from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules, attainment
+from xllm_compile.runtime.policies.order import POLICIES as ORDERS
+from xllm_compile.runtime.policies.order import Order
 from xllm_compile.scheduler.cluster.state import Pool
 from xllm_compile.scheduler.policies.colocation import ColocationRules
 from xllm_compile.scheduler.policies.roles import RoleRules
@@ -14,11 +16,15 @@ COLOCATION = ColocationRules(tpot_slo_s=0.05)
 ROLES = RoleRules(ttft_slo_s=1.0, tpot_slo_s=0.05)
 
 
-def served(arrivals, pools=(P, D), policy="slo", roles=None, seed=0, device=None, colocation=None, **rules):
+def served(
+    arrivals, pools=(P, D), policy="slo", roles=None, seed=0, device=None, colocation=None, order="deadline", **rules
+):
     cluster = Cluster(
         hardware=device or hardware(),
         pools=pools,
-        rules=ClusterRules(routing=RoutingRules(policy=policy, **rules), roles=roles, colocation=colocation),
+        rules=ClusterRules(
+            routing=RoutingRules(policy=policy, **rules), roles=roles, colocation=colocation, order=Order(order)
+        ),
         seed=seed,
         checks=True,
     )
@@ -41,9 +47,10 @@ def facts(arrivals):
     max_num_seqs=st.sampled_from([2, 64]),
     offline_share=st.sampled_from([0.0, 0.4]),
     is_colocated=st.booleans(),
+    order=st.sampled_from(ORDERS),
 )
 def test_nothing_is_lost_nor_served_twice_and_all_is_repeatable(
-    pools, policy, is_dynamic, seed, rate, kv_tokens, max_num_seqs, offline_share, is_colocated
+    pools, policy, is_dynamic, seed, rate, kv_tokens, max_num_seqs, offline_share, is_colocated, order
 ):
     """checks: after every event the KV of every instance is what its sequences hold, and no more than there is."""
     device = hardware(kv_tokens=kv_tokens, max_num_seqs=max_num_seqs)
@@ -52,7 +59,7 @@ def test_nothing_is_lost_nor_served_twice_and_all_is_repeatable(
     for _ in range(2):
         arrivals = requests(60, rate, seed=seed, offline_share=offline_share)
         cluster = served(
-            arrivals, pools, policy, ROLES if is_dynamic else None, seed, device, colocation, max_wait_s=10.0
+            arrivals, pools, policy, ROLES if is_dynamic else None, seed, device, colocation, order, max_wait_s=10.0
         )
         runs.append(facts(arrivals))
         for one in arrivals:
@@ -130,6 +137,31 @@ def test_on_bursts_roles_and_slo_keep_more_targets_than_fixed_pools():
     assert attainment(free) > attainment(fixed) + 0.1
 
 
+def test_under_overload_deadlines_keep_most_in_time_and_predictions_know_it():
+    found = {}
+    for order in ("fcfs", "deadline"):
+        found[order] = requests(600, 16.0)
+        for one in found[order]:
+            one.num_output_tokens = min(one.num_output_tokens, 20)
+        served(found[order], [M, M], "slo", order=order)
+    assert attainment(found["fcfs"]) < 0.6 and attainment(found["deadline"]) > 0.8
+    expected = [one for one in found["deadline"] if one.predicted_ttft_s <= 1.0]
+    assert len(expected) > 0.7 * 600, "in-time requests are seen to pass the late ones"
+    assert sum((one.ttft_s or 0.0) <= 1.0 for one in expected) > 0.95 * len(expected)
+
+
+def test_late_requests_end_under_lasting_overload():
+    """For two minutes twice as much comes as can be computed: late ones have their turns once they are a minute old."""
+    arrivals = requests(3600, 30.0)
+    for one in arrivals:
+        one.num_output_tokens = min(one.num_output_tokens, 20)
+    last_s = arrivals[-1].arrival_s
+    served(arrivals, [M, M], "load", max_wait_s=1e9)
+    late = [one for one in arrivals if (one.ttft_s or 0.0) > 60.0 and (one.first_token_s or last_s) < last_s]
+    assert late, "some had their first token while in-time ones still came"
+    assert attainment([one for one in arrivals if one.arrival_s > 70.0]) > 0.2, "and left the others time"
+
+
 def test_offline_work_uses_what_is_left_and_online_work_does_not_notice():
     def mixed():
         arrivals = requests(500, 11.0, offline_share=0.5)
@@ -140,9 +172,9 @@ def test_offline_work_uses_what_is_left_and_online_work_does_not_notice():
     plain, gives_way, alone = mixed(), mixed(), mixed()
     for one in plain:
         one.is_offline = False
-    served(plain, [P, D], "slo")
-    cluster = served(gives_way, [P, D], "slo", colocation=COLOCATION)
-    served([one for one in alone if one.ttft_slo_s], [P, D], "slo")
+    served(plain, [P, D], "slo", order="fcfs")
+    cluster = served(gives_way, [P, D], "slo", colocation=COLOCATION, order="fcfs")
+    served([one for one in alone if one.ttft_slo_s], [P, D], "slo", order="fcfs")
     assert attainment(gives_way) > attainment(plain) + 0.1
     assert attainment(gives_way) > attainment([one for one in alone if one.ttft_slo_s]) - 0.03
     moved = [one for one in gives_way if one.is_offline and one.decode != one.prefill]

@@ -13,6 +13,7 @@ from xllm_compile.benchmarks.simulation.requests import SimRequest
 from xllm_compile.benchmarks.timing import percentile
 from xllm_compile.runtime.local_scheduler import SchedulingRules
 from xllm_compile.runtime.policies.offline import OfflineRules
+from xllm_compile.runtime.policies.order import Order, PolicyName
 from xllm_compile.runtime.policies.state import Limits
 from xllm_compile.runtime.step_predictor import StepPrior
 from xllm_compile.scheduler.cluster.state import Pool
@@ -20,9 +21,11 @@ from xllm_compile.scheduler.policies.colocation import ColocationRules
 from xllm_compile.scheduler.policies.routing import RoutingRules
 
 
-def served_by_the_real_scheduler(arrivals: list[SimRequest], device: Hardware) -> list[SimulatedSequence]:
+def served_by_the_real_scheduler(
+    arrivals: list[SimRequest], device: Hardware, policy: PolicyName = "fcfs"
+) -> list[SimulatedSequence]:
     engine = SimulatedEngine(
-        rules=SchedulingRules(offline=OfflineRules.within(0.05)),
+        rules=SchedulingRules(order=Order(policy), offline=OfflineRules.within(0.05)),
         limits=Limits(max_num_seqs=device.max_num_seqs, max_num_batched_tokens=device.max_num_batched_tokens),
         num_kv_tokens=device.kv_tokens,
         prior=StepPrior(
@@ -58,11 +61,12 @@ def is_close(found: list[float], expected: list[float]) -> bool:
     return all(percentile(found, q) == pytest.approx(percentile(expected, q), rel=0.1) for q in (50, 90))
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "deadline"])
 @pytest.mark.parametrize(("rate", "tpot_slo_s"), [(2.0, 0.05), (5.0, 0.05), (7.0, 0.05), (5.0, 0.2)])
-def test_it_serves_as_the_real_scheduler_does(rate, tpot_slo_s):
+def test_it_serves_as_the_real_scheduler_does(policy, rate, tpot_slo_s):
     device, arrivals = hardware(is_async=False), requests(400, rate, tpot_slo_s=tpot_slo_s)
-    real = served_by_the_real_scheduler(arrivals, device)
-    rules = ClusterRules(routing=RoutingRules(policy="load"), truth_factor=1.0)
+    real = served_by_the_real_scheduler(arrivals, device, policy)
+    rules = ClusterRules(routing=RoutingRules(policy="load"), truth_factor=1.0, order=Order(policy))
     Cluster(hardware=device, pools=[Pool.MIX], rules=rules).run(arrivals)
     assert is_close([one.ttft_s or 0.0 for one in arrivals], [one.ttft_s for one in real])
     assert is_close([one.tpot_s for one in arrivals], [one.tpot_s or 0.0 for one in real])

@@ -3,8 +3,14 @@ import math
 import pytest
 
 from tests.runtime.policies.items import Item
-from xllm_compile.runtime.policies.order import Order, PolicyName
+from xllm_compile.runtime.policies.order import POLICY_CHOICES, Order, PolicyChoice, PolicyName
 from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
+
+
+@pytest.mark.parametrize("choice", POLICY_CHOICES)
+def test_auto_is_deadline_where_all_have_a_target(choice: PolicyChoice) -> None:
+    found = {has: Order.chosen(choice, has_ttft_target=has).policy for has in (False, True)}
+    assert found == ({False: "fcfs", True: "deadline"} if choice == "auto" else {False: choice, True: choice})
 
 
 def order_of(policy: PolicyName, items: list[Item], now: float = 0.0, token_s: float = 0.0) -> list[str]:
@@ -52,6 +58,9 @@ def test_deadline_serves_first_what_is_due_first_and_last_what_is_late_anyway() 
     ]
     found = order_of("deadline", items, now=10.0, token_s=0.1)
     assert found == ["urgent", "was running", "soon", "later", "none", "late", "too long"]
+    late = [item.name for item in items if Order("deadline").is_late(item, 10.0, 0.1)]
+    assert late == ["none", "late", "too long"]
+    assert not any(Order("fcfs").is_late(item, 10.0, 0.1) for item in items)
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority", "deadline"])
@@ -60,6 +69,17 @@ def test_arrival_and_deadlines_do_not_make_a_tier(policy: PolicyName) -> None:
     assert order.tier(Item("a", 1, first_deadline_s=1.0)) == order.tier(Item("b", 2))
     assert order.tier(Item("a", 1)) < order.tier(Item("b", 1, is_offline=True, priority=-9))
     assert (order.tier(Item("a", 1)) < order.tier(Item("b", 1, priority=1))) == (policy != "fcfs")
+
+
+def test_an_elder_that_is_late_goes_first_in_some_steps_only() -> None:
+    order = Order("deadline")
+    late, offline = Item("late", 10, first_deadline_s=5.0), Item("offline", 10, is_offline=True)
+    in_time, out = Item("in time", 10, first_deadline_s=99.0), Item("out", 10, first_deadline_s=-math.inf)
+    steps = [step for step in range(32) if order.is_elders_step(late, step, 10.0, 0.1)]
+    assert steps == [0, 8, 16, 24]
+    for elder in (offline, in_time, out):
+        assert all(order.is_elders_step(elder, step, 10.0, 0.1) for step in range(8))
+    assert Order("fcfs").is_elders_step(late, 1, 10.0, 0.1)
 
 
 def test_the_queue_counts_what_it_holds() -> None:

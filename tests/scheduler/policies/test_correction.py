@@ -26,6 +26,17 @@ def test_one_short_surprise_says_little_and_nothing_says_all():
     assert correction.ratio(a) == 0.25
 
 
+def test_how_late_a_request_is_says_nothing_of_the_instance():
+    late, in_time, a = Correction(), Correction(), info("a")
+    late.observe(a, 0.5, 60.0, ttft_slo_s=1.0)
+    in_time.observe(a, 0.5, 1.0, ttft_slo_s=1.0)
+    assert late.ratio(a) == in_time.ratio(a) > 1
+    # It was not to be in time, and was not.
+    late.observe(a, 2.0, 60.0, ttft_slo_s=1.0)
+    in_time.observe(a, 2.0, 2.0, ttft_slo_s=1.0)
+    assert late.ratio(a) == in_time.ratio(a)
+
+
 def test_a_restarted_instance_starts_anew():
     correction, a = Correction(), info("a")
     correction.observe(a, 1.0, 3.0)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from tests.scheduler.policies.instances import PROFILE, decoding, instance, request
@@ -16,6 +18,18 @@ def test_prompts_ahead_come_first():
     busy = instance("a", num_waiting=3, num_waiting_tokens=3000)
     ahead_s = predict.ttft_s(busy, request(1000)) - predict.ttft_s(instance("a"), request(1000))
     assert ahead_s == pytest.approx(3 * PROFILE.step_s(StepLoad(1000)))
+
+
+def test_late_prompts_are_ahead_only_of_who_cannot_be_in_time_either():
+    idle, behind = instance("a"), instance("a", num_waiting=4, num_waiting_tokens=40_000)
+    late = instance("a", num_waiting=4, num_waiting_tokens=40_000, num_late_waiting_tokens=40_000)
+    whole_s, own_s = predict.ttft_s(behind, request(1000)), predict.ttft_s(idle, request(1000))
+    in_time, lost = request(1000, ttft_slo_s=2 * own_s), request(1000, ttft_slo_s=own_s / 2)
+    assert predict.ttft_s(late, in_time) == pytest.approx(own_s)
+    # Nobody lets these go first: too late itself, without a target, best effort, and on an instance that is slower.
+    assert predict.ttft_s(late, lost) == predict.ttft_s(late, request(1000)) == pytest.approx(whole_s)
+    assert predict.ttft_s(late, request(1000, ttft_slo_s=9e9, is_offline=True)) == pytest.approx(whole_s)
+    assert predict.ttft_s(replace(late, ttft_ratio=3.0), in_time) == pytest.approx(whole_s)
 
 
 def test_attention_makes_one_long_prompt_take_longer_than_its_parts():
