@@ -48,6 +48,8 @@ class _Live:
     """Blocks whose content can be found, or was found."""
     num_pages: int = 0
     """Positions that hold its tokens: the pages behind them are left over or mapped ahead."""
+    same_pages: range = range(0)
+    """Lengths between which no page comes or goes, is counted or has to be mapped ahead."""
 
 
 class KVCache:
@@ -252,18 +254,24 @@ class KVCache:
         """
         live = self._live[slot]
         length = live.length + num_tokens
+        if length in live.same_pages:
+            # Most tokens of most steps: all that is counted below costs a step more than its smallest kernels.
+            live.length = length
+            self._used_tokens += num_tokens
+            return True
         if length > self.config.max_model_len:
             raise ValueError(
                 f"slot {slot} would hold {length} tokens, max_model_len={self.config.max_model_len}; "
                 "finish the sequence before it outgrows its slot"
             )
-        if self._counted(length) - self._counted(live.length) > self.num_free_pages:
+        num_more = self._counted(length) - self._counted(live.length)
+        if num_more > self.num_free_pages:
             return False
         needed, num_before = self.config.pages_for(length), live.num_pages
         for position in range(num_before, needed):
             self._pages.hold(slot, position, is_ahead=is_ahead)
         live.num_pages = max(needed, num_before)
-        self._num_counted += self._counted(length) - self._counted(live.length)
+        self._num_counted += num_more
         live.length = length
         self._used_tokens += num_tokens
         # The page for the next token but one is mapped now, so that no step waits for it.
@@ -271,6 +279,7 @@ class KVCache:
             self._pages.map_ahead(slot, live.num_pages)
         if needed > num_before:
             self._pages.prepare()
+        live.same_pages = self._same_pages(live)
         return True
 
     def settle(self, slot: int) -> None:
@@ -282,6 +291,10 @@ class KVCache:
         """Take back the last num_tokens that the slot was extended by. Pages without tokens stay mapped for now."""
         live = self._live[slot]
         length = live.length - num_tokens
+        if length in live.same_pages:
+            live.length = length
+            self._used_tokens -= num_tokens
+            return
         needed = self.config.pages_for(length)
         for position in range(needed, live.num_pages):
             self._pool.let_go(self._pages.page(slot, position))
@@ -289,6 +302,7 @@ class KVCache:
         self._num_counted += self._counted(length) - self._counted(live.length)
         self._used_tokens -= num_tokens
         live.length = length
+        live.same_pages = self._same_pages(live)
 
     def commit(self, slot: int, chain: BlockChain | None, num_computed: int) -> None:
         """Let others find the blocks that lie in the slot's first num_computed tokens.
@@ -401,6 +415,17 @@ class KVCache:
 
     def _counted(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_tokens)
+
+    def _same_pages(self, live: _Live) -> range:
+        """See there."""
+        config, counted = self.config, self._counted(live.length)
+        if config.pages_for(live.length) != live.num_pages:
+            return range(0)
+        size, token_bytes = config.page_size, config.bytes_per_token
+        first = max((live.num_pages - 1) * size // token_bytes, (counted - 1) * config.page_tokens) + 1
+        # Two tokens before its end the next page is mapped.
+        last = min(live.num_pages * size // token_bytes - 2, counted * config.page_tokens, config.max_model_len)
+        return range(first, last + 1)
 
     def _copy_boundary(self, slot: int, live: _Live, source: int) -> None:
         num_bytes = live.length * self.config.bytes_per_token - live.num_pages * self.config.page_size

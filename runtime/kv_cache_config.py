@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -63,14 +64,12 @@ class KVCacheConfig:
 
     @property
     def token_shape(self) -> tuple[int, int, int, int]:
-        return (self.num_layers, 2, self.num_kv_heads, row_width(self.head_dim, is_int8=self.dtype == torch.int8))
+        return _token_shape(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
 
     @property
     def bytes_per_token(self) -> int:
         """From one token to the next: what a token holds, and padding where that would alias in the CPU's caches."""
-        content = math.prod(self.token_shape) * self.dtype.itemsize
-        is_aliased = content % _ALIASING_BYTES == 0 and content >= _SMALLEST_SPREAD_TOKEN_BYTES
-        return content + _SPREAD_BYTES * is_aliased
+        return _bytes_per_token(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
 
     @property
     def page_size(self) -> int:
@@ -108,3 +107,15 @@ class KVCacheConfig:
         while self.kv_memory_bytes // size + 2 * self.num_slots > max_mappings() and size < _LARGEST_PAGE_BYTES:
             size *= 2
         return size
+
+
+def _token_shape(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    return (num_layers, 2, num_kv_heads, row_width(head_dim, is_int8=dtype == torch.int8))
+
+
+@cache
+def _bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    # Asked for several times for every token of every step.
+    content = math.prod(_token_shape(num_layers, num_kv_heads, head_dim, dtype)) * dtype.itemsize
+    is_aliased = content % _ALIASING_BYTES == 0 and content >= _SMALLEST_SPREAD_TOKEN_BYTES
+    return content + _SPREAD_BYTES * is_aliased

@@ -91,6 +91,29 @@ def test_config_counts_memory_in_whole_pages() -> None:
     assert dataclasses.replace(CONFIG, kv_memory_bytes=10**9).total_tokens == 600
 
 
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, CONFIG.max_model_len), min_size=1, max_size=30))
+def test_a_slot_that_grows_and_shrinks_holds_what_its_length_needs(lengths: list[int]) -> None:
+    cache = KVCache(CONFIG)
+    slot, length = cache.allocate(), 0
+    for wanted in lengths:
+        if wanted >= length:
+            assert cache.extend(slot, wanted - length)
+        else:
+            cache.shrink(slot, length - wanted)
+        length = wanted
+        num_pages = math.ceil(length * CONFIG.bytes_per_token / CONFIG.page_size)
+        assert cache.length(slot) == cache.used_tokens == length
+        assert len(cache.page_offsets(slot)) == num_pages
+        assert cache.num_free_pages == CONFIG.num_pages - math.ceil(length / CONFIG.page_tokens)
+        # With the page that comes next, from two tokens before it on.
+        num_mapped = math.ceil(min(length + 2, CONFIG.max_model_len) * CONFIG.bytes_per_token / CONFIG.page_size)
+        assert length == 0 or cache.xtensor.page(slot, num_mapped - 1) is not None
+    with pytest.raises(ValueError, match="max_model_len=100"):
+        cache.extend(slot, CONFIG.max_model_len + 1 - length)
+    cache.close()
+
+
 @pytest.mark.parametrize(
     ("num_layers", "kv_memory_bytes", "expected"),
     [
