@@ -605,7 +605,7 @@ class Engine:
                 self._stats.num_forced_tokens += num_accepted
             else:
                 metrics.num_accepted_tokens += num_accepted
-            if sequence.slot is not None:
+            if sequence.slot is not None and num_granted > num_accepted:
                 self._kv_cache.shrink(sequence.slot, num_granted - num_accepted)
 
     def _report(self, sequence: Sequence, changed: dict[str, Request]) -> None:

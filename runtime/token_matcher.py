@@ -176,8 +176,10 @@ class TokenMatcher:
         return self._forced
 
     def _may_go_on(self) -> bool:
-        self._consume_accepted()
-        self._take_back()
+        if self._accepted:
+            self._consume_accepted()
+        if self._tried is not None:
+            self._take_back()
         return not self._is_ended and self._error is None
 
     def accept(self, token_id: int) -> None:

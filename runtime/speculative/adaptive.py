@@ -7,6 +7,7 @@ Source of the model: Leviathan et al., arXiv:2211.17192, section 3.3; by positio
 
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from functools import cache
 
 # Chance of acceptance before anything is known, and the weight of a prior in observations. Text that is sampled at more
 # than the model's own temperature is hardly ever guessed.
@@ -26,6 +27,8 @@ _NEXT_PROBE_AFTER = 8
 PROBE_LENGTH = 2
 # Steps after which what one without drafts takes is measured again.
 _STALE_AFTER = 128
+# Steps in a row that use a quarter of the room for forced tokens before it is halved, and the least.
+_ROOM_PATIENCE, _LEAST_ROOM = 8, 4
 # Observations of a size before it is believed to take longer than predicted.
 _FIRST = 4
 
@@ -121,6 +124,25 @@ class Looks:
         self._num_left = 1
 
 
+class Room:
+    """Places that a sequence is kept for forced tokens in a step that is planned before they are known.
+
+    To keep many for few is work for the host in every step; where more are forced, that goes on for some steps.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.size = self._most = most
+        self._num_small = 0
+
+    def used(self, longest: int) -> None:
+        """So many were taken, by the sequence that took most of them."""
+        if longest >= self.size:
+            self.size = min(2 * self.size, self._most)
+        self._num_small = self._num_small + 1 if 4 * longest <= self.size else 0
+        if self._num_small == _ROOM_PATIENCE:
+            self.size, self._num_small = max(self.size // 2, _LEAST_ROOM), 0
+
+
 class StepSeconds:
     """Seconds of a step by its rows, or of a draft by its length: as measured, or as ``predict`` says in proportion to
     what was measured.
@@ -143,7 +165,8 @@ class StepSeconds:
         """graph_rows: of the graph that runs so many. ratio: what measured times are believed to be of predicted ones;
         None, as the first are."""
         self._predict = predict
-        self._graph_rows = graph_rows
+        # Asked for several sizes in every step.
+        self._graph_rows = cache(graph_rows)
         self._measured: dict[int, float] = {}
         self._believed: dict[int, float] = {}
         self._sizes: list[int] = []

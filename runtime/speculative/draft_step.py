@@ -19,17 +19,20 @@ def with_drafts(step: Step, sequences: Sequence[Speculation], drafts: Sequence[D
     positions: list[int] = []
     seq_start, context_len = [0], []
     logits_at: list[int] = []
-    num_rows = 0
     for sequence, draft in zip(sequences, drafts, strict=True):
         text, drafted = sequence.token_ids, draft.token_ids
-        end = len(text) + len(drafted)
+        end = len(text)
         token_ids.append(text[-1])
-        token_ids += drafted
-        positions += range(len(text) - 1, end)
-        num_rows += 1 + len(drafted)
-        seq_start.append(num_rows)
-        logits_at += range(num_rows - draft.num_logits, num_rows)
-        context_len.append(end)
+        positions.append(end - 1)
+        if drafted:
+            token_ids += drafted
+            positions += range(end, end + len(drafted))
+            if draft.has_logits:
+                logits_at += range(len(token_ids) - len(drafted) - 1, len(token_ids) - 1)
+        logits_at.append(len(token_ids) - 1)
+        seq_start.append(len(token_ids))
+        context_len.append(end + len(drafted))
+    num_rows = len(token_ids)
     count = len(sequences)
     num_more = num_rows - count
     # One array for all that is new: the device stands still meanwhile.

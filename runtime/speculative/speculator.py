@@ -22,6 +22,7 @@ from xllm_compile.runtime.speculative.adaptive import (
     Acceptance,
     Looks,
     Probes,
+    Room,
     StepSeconds,
     draft_lengths,
     num_forced_worth,
@@ -60,6 +61,7 @@ class Speculator:
         self._draft_seconds = StepSeconds(lambda longest: 0.1 * (1 + longest) * step_seconds(1), ratio=1.0)
         self._num_idle = 0
         self._turn = 0
+        self._forced_room = Room(MAX_FORCED_TOKENS)
         self._shared: dict[tuple[int, int], tuple[Acceptance, Probes]] = {}
         """By kind and heat: what is accepted of greedy texts says little of others."""
         self._ended: deque[Speculation] = deque()
@@ -90,7 +92,7 @@ class Speculator:
         # A cheap draft is made when the newest tokens are known: only then is it clear whether they suggest any. So it
         # is with what they force.
         if sequence.params.structured is not None:
-            return max(self.max_length, MAX_FORCED_TOKENS)
+            return max(self.max_length, self._forced_room.size)
         if self.is_costly:
             return sequence.num_wanted
         # Without a look before then there will be none.
@@ -120,11 +122,8 @@ class Speculator:
             return batch.step, [NO_DRAFT] * len(batch.sampled)
         drafts = self._draft(batch) if any(batch.num_granted) else [NO_DRAFT] * len(sequences)
         step = batch.step
-        is_planned = all(
-            not draft.token_ids and position == len(sequence.token_ids) - 1
-            for draft, position, sequence in zip(drafts, step.positions.tolist(), sequences, strict=False)
-        )
-        if not is_planned:
+        last_positions = [len(sequence.token_ids) - 1 for sequence in sequences]
+        if any(draft.token_ids for draft in drafts) or step.positions[: len(sequences)].tolist() != last_positions:
             step = with_drafts(step, sequences, drafts)
         return step, drafts + [NO_DRAFT] * (len(batch.sampled) - len(drafts))
 
@@ -188,6 +187,7 @@ class Speculator:
         lengths = [min(len(each.forced), most) for each, most in zip(batch.drafting, batch.num_granted, strict=True)]
         drafts = [NO_DRAFT] * len(lengths)
         if not any(lengths):
+            self._forced_room.used(0)
             return drafts
         num_left = num_forced_worth(
             sum(lengths),
@@ -204,6 +204,7 @@ class Speculator:
                 has_logits = sequence.params.logprobs is not None
                 drafts[index] = Draft(sequence.forced[:length], is_forced=True, has_logits=has_logits)
                 num_left -= length
+        self._forced_room.used(max(len(draft.token_ids) for draft in drafts))
         return drafts
 
     def _guess(self, proposer: Proposer, sequences: Sequence[Speculation], lengths: Sequence[int]) -> list[Draft]:

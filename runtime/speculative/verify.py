@@ -51,6 +51,8 @@ def verify(logits: Tensor, states: Sequence[SamplingState], drafts: Sequence[Dra
 
     Records the tokens in the states, which is what makes them count for the next row.
     """
+    if not any(draft.token_ids for draft in drafts):
+        return _sample(logits, states)
     judged = [draft if draft.has_logits else NO_DRAFT for draft in drafts]
     verified = _verify(logits, states, judged) if any(draft.token_ids for draft in judged) else _sample(logits, states)
     return [

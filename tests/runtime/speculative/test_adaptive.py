@@ -11,6 +11,7 @@ from xllm_compile.runtime.speculative.adaptive import (
     Acceptance,
     Looks,
     Probes,
+    Room,
     StepSeconds,
     draft_lengths,
     num_forced_worth,
@@ -198,3 +199,20 @@ def test_a_small_step_is_not_taken_to_be_slower_than_a_larger_one() -> None:
     seconds.observe(1, 1.0)
     assert seconds(1) == pytest.approx(1.0, rel=0.1) and seconds(3) < 2.1
     assert draft_lengths([[0.1, 0.05]], num_others=0, step_seconds=seconds, draft_seconds=lambda k: 0.3 * k) == [0]
+
+
+def test_room_for_forced_tokens_follows_what_is_used_of_it() -> None:
+    room = Room(16)
+    for _ in range(100):
+        room.used(1)
+    assert room.size == 4
+    # One step in eight that uses more than a quarter keeps it.
+    for at in range(100):
+        room.used(2 if at % 8 == 0 else 0)
+    assert room.size == 4
+    for size in (8, 16, 16):
+        room.used(room.size)
+        assert room.size == size
+    for at in range(100):
+        room.used(5 if at % 8 == 0 else 0)
+    assert room.size == 16
