@@ -132,6 +132,8 @@ def test_instances_describe_themselves():
     profile = StepProfile(num_tokens=(1, 8), seconds=(0.5, 1.0), sequence_s=0.1, key_s=0.2, pair_s=0.3)
     for load in (
         InstanceLoad(),
-        InstanceLoad(num_running=3, ttft_s=0.5, tpot_s=0.1, is_draining=True, profile=profile),
+        InstanceLoad(
+            num_running=3, ttft_s=0.5, tpot_s=0.1, num_late_waiting_tokens=9, is_draining=True, profile=profile
+        ),
     ):
         assert load_of(load_message(load, incarnation="1")) == load
