@@ -82,13 +82,26 @@ class Bench:
         self.call_s = calls.median / 1000
         """Cost of the Python call, taken off every time: compiled graphs call the functions themselves."""
 
-    def against_memory(self, name: str, run: Callable[[], int], buffer: "Tensor", work: float, bar: str = "") -> None:
+    def against_memory(
+        self,
+        name: str,
+        run: Callable[[], int],
+        buffer: "Tensor",
+        work: float,
+        bar: str = "",
+        peer: Callable[[], Any] | None = None,
+    ) -> None:
         size = buffer.numel() * buffer.element_size()
         rates: list[float] = []
-        runs = {"ours": run, "read": lambda: rates.append(self._read(buffer.data_ptr(), size))}
-        seconds = measure_in_turns(runs, repeats=self.rounds)["ours"]
+        runs: dict[str, Callable[[], Any]] = {
+            "ours": run,
+            "read": lambda: rates.append(self._read(buffer.data_ptr(), size)),
+        }
+        if peer is not None:
+            runs["peer"] = peer
+        seconds = measure_in_turns(runs, repeats=self.rounds)
         # The warm-up round has a rate too.
-        self._add(name, work, "GB/s", seconds, rates[1:], run(), None, bar)
+        self._add(name, work, "GB/s", seconds["ours"], rates[1:], run(), seconds.get("peer"), bar)
 
     def against_peak(
         self,
@@ -129,9 +142,10 @@ class Bench:
 
 
 def cold_linears(bench: Bench) -> None:
+    """The peer is oneDNN on weights in its own layout, which it chooses by the number of rows."""
     import torch
 
-    for rows in (1, 2, 4, 8, 16):
+    for rows in (1, 2, 4, 8, 16, 32):
         for name, (inputs, outputs) in {**SHAPES, "head": HEAD}.items():
             count = max(1, COLD_BYTES // (inputs * outputs * 2))
             weights = torch.empty(count, outputs // 32, inputs // 2, 32, 2, dtype=torch.bfloat16)
@@ -143,8 +157,15 @@ def cold_linears(bench: Bench) -> None:
                     bench.kernels.packed_linear(x, weight, None, outputs, False)
                 return len(weights)
 
+            dense = torch.randn(outputs, inputs).bfloat16()
+            library = [torch.ops.mkldnn._reorder_linear_weight(dense, rows) for _ in range(count)]
+
+            def peer(library: "list[Tensor]" = library, x: "Tensor" = x) -> None:
+                for weight in library:
+                    torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
             bar = ">= 0.85" if rows == 1 else ""
-            bench.against_memory(f"linear {name}, {rows} rows, cold", run, weights, weights.numel() * 2, bar)
+            bench.against_memory(f"linear {name}, {rows} rows, cold", run, weights, weights.numel() * 2, bar, peer)
 
 
 def hot_linears(bench: Bench) -> None:

@@ -192,6 +192,15 @@ def quantisation_command(work_dir: Path, results: Path, every: int) -> None:
     run_quantisation(work_dir, results, command_line(), every=every)
 
 
+@click.command("logits")
+@model_options
+def logits_command(shape: str, work_dir: Path, seed: int, results: Path) -> None:
+    """Error of the logits at every precision, against float32 -> logits_SHAPE.json."""
+    from xllm_compile.benchmarks.bench_logits import run_logits
+
+    run_logits(shape_of(shape), work_dir, results, command_line(), seed=seed)
+
+
 @click.command("soak")
 @model_options
 @click.option("--steps", "num_steps", type=click.IntRange(1), default=10000, help="Steps that count.")
@@ -214,5 +223,6 @@ COMMANDS: tuple[click.Command, ...] = (
     async_command,
     structured_command,
     quantisation_command,
+    logits_command,
     soak_command,
 )
