@@ -5,12 +5,13 @@ guesses well (they are named here); text that does not is what the model writes 
 continuations of a cross-section of held-out files are measured beside them, without a bar. All requests are greedy or
 seeded, so every method must give the very same tokens, which is checked.
 
-Each round opens its engines anew: nothing is learnt from outputs of an earlier round.
+Each round opens its engines anew: nothing is learnt from outputs of an earlier round. All methods continue a prompt
+side by side, some tokens of each in turn: the machine's speed wanders within the second that a text takes.
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
 from xllm_compile.benchmarks.parity import DEMO_MODEL
 from xllm_compile.benchmarks.record import Bar, make_record
-from xllm_compile.benchmarks.timing import measure_in_turns, summarise
+from xllm_compile.benchmarks.timing import summarise
 from xllm_compile.models.demo.corpus import standard_library_files
 from xllm_compile.runtime.instance import InstanceConfig, open_instance
-from xllm_compile.runtime.llm import LLMBase
-from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.runtime.outputs import RequestOutput
+from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.speculative.config import SpeculativeConfig
 from xllm_compile.runtime.tokenizer import Tokenizer
 
@@ -37,6 +38,8 @@ _PAYS_PROMPTS = (
     ("test/test_gdb/test_cfunction.py", 600),
 )
 _PROMPT_TOKENS = 200
+# What a method generates before it is the next one's turn: some 20 ms.
+_TURN_TOKENS = 32
 # A graph for every size of a verifying step.
 _BUCKETS = ",".join(map(str, (*range(1, 10), 512)))
 _LEAST_SPEEDUP, _LEAST_ELSEWHERE = 1.45, 0.97
@@ -105,7 +108,13 @@ def _cases(output_tokens: int, every: int) -> list[Case]:
     sample = [tokenizer.encode(file.text)[:_PROMPT_TOKENS] for file in list(files.values())[::every]]
 
     def params(temperature: float) -> SamplingParams:
-        return SamplingParams(temperature=temperature, seed=1, max_tokens=output_tokens, ignore_eos=True)
+        return SamplingParams(
+            temperature=temperature,
+            seed=1,
+            max_tokens=output_tokens,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
 
     return [
         Case(name=PAYS, prompts=pays, params=params(0.0)),
@@ -115,45 +124,93 @@ def _cases(output_tokens: int, every: int) -> list[Case]:
     ]
 
 
+class _Player:
+    """One method on a fresh engine, which stands still but in its turns."""
+
+    def __init__(self, artifacts: Mapping[str, Path], method: str) -> None:
+        config = None
+        if method != PLAIN:
+            config = SpeculativeConfig(
+                method=method, draft_model=artifacts["demo-draft"] if method == "draft" else None
+            )
+        self._engine = open_instance(artifacts["demo-code"], InstanceConfig(max_num_seqs=1, speculative=config)).engine
+        # Code and weights come in from disk with the first steps.
+        self._engine.add_request("warm-up", [5, 6, 7], SamplingParams(temperature=2.0, max_tokens=16, ignore_eos=True))
+        while self._engine.has_work:
+            self._engine.step()
+        self._tokens: list[list[int]] = []
+        self._seconds, self._num_timed_tokens = 0.0, 0
+        self._num_draft_tokens = self._num_accepted_tokens = 0
+
+    @property
+    def is_playing(self) -> bool:
+        """Whether the prompt's continuation is still to be had."""
+        return self._engine.has_work
+
+    def begin(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Prefill the next prompt, up to its first token."""
+        self._tokens.append([])
+        self._engine.add_request(str(len(self._tokens)), prompt, params)
+        while not self._tokens[-1]:
+            self._take(self._engine.step())
+        self._take(self._engine.settle())
+
+    def play(self) -> None:
+        """Generate some tokens more, and take the time."""
+        num_before = len(self._tokens[-1])
+        began = time.perf_counter()
+        while self.is_playing and len(self._tokens[-1]) < num_before + _TURN_TOKENS:
+            self._take(self._engine.step())
+        self._take(self._engine.settle())
+        self._seconds += time.perf_counter() - began
+        self._num_timed_tokens += len(self._tokens[-1]) - num_before
+
+    def end(self) -> Run:
+        """What all prompts took."""
+        self._engine.close()
+        return Run(
+            seconds_per_token=self._seconds / self._num_timed_tokens,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
+            tokens=self._tokens,
+        )
+
+    def _take(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            self._tokens[-1] += output.outputs[0].token_ids
+            if output.finished:
+                self._num_draft_tokens += output.metrics.num_draft_tokens
+                self._num_accepted_tokens += output.metrics.num_accepted_tokens
+
+
 def _measure(case: Case, artifacts: Mapping[str, Path], rounds: int) -> dict[str, list[Run]]:
     runs: dict[str, list[Run]] = {method: [] for method in (PLAIN, *METHODS)}
-
-    def run(method: str) -> None:
-        runs[method].append(_run(case, artifacts, method))
-
-    measure_in_turns({method: partial(run, method) for method in runs}, warmup=1, repeats=rounds)
+    # The first round is the warm-up.
+    for _ in range(1 + rounds):
+        for method, run in _round(case, artifacts).items():
+            runs[method].append(run)
     expected = runs[PLAIN][0].tokens
     for method, found in runs.items():
         if any(run.tokens != expected for run in found):
             raise RuntimeError(
                 f"{case.name}: {method} gives other tokens than plain decoding; speculation is not lossless"
             )
-    # The first run of each is the warm-up.
     return {method: found[1:] for method, found in runs.items()}
 
 
-def _run(case: Case, artifacts: Mapping[str, Path], method: str) -> Run:
-    config = None
-    if method != PLAIN:
-        config = SpeculativeConfig(method=method, draft_model=artifacts["demo-draft"] if method == "draft" else None)
-    instance = open_instance(artifacts["demo-code"], InstanceConfig(max_num_seqs=1, speculative=config))
-    llm = LLMBase(instance.engine)
-    # Code and weights come in from disk with the first steps.
-    llm.generate([[5, 6, 7]], SamplingParams(temperature=2.0, max_tokens=16, ignore_eos=True), use_tqdm=False)
-    seconds, num_tokens = 0.0, 0
-    outputs = [llm.generate([list(prompt)], case.params, use_tqdm=False)[0] for prompt in case.prompts]
-    instance.engine.close()
-    for output in outputs:
-        first, last = output.metrics.first_token_s, output.metrics.last_token_s
-        assert first is not None and last is not None
-        seconds += last - first
-        num_tokens += len(output.outputs[0].token_ids) - 1
-    return Run(
-        seconds_per_token=seconds / num_tokens,
-        num_draft_tokens=sum(output.metrics.num_draft_tokens for output in outputs),
-        num_accepted_tokens=sum(output.metrics.num_accepted_tokens for output in outputs),
-        tokens=[output.outputs[0].token_ids for output in outputs],
-    )
+def _round(case: Case, artifacts: Mapping[str, Path]) -> dict[str, Run]:
+    """All methods on all prompts of the case, side by side."""
+    players = {method: _Player(artifacts, method) for method in (PLAIN, *METHODS)}
+    for prompt in case.prompts:
+        for player in players.values():
+            player.begin(prompt, case.params)
+        # Who goes first takes turns, too.
+        playing = list(players.values())
+        while playing:
+            for player in playing:
+                player.play()
+            playing = [player for player in (*playing[1:], playing[0]) if player.is_playing]
+    return {method: player.end() for method, player in players.items()}
 
 
 def _speedups(by_method: Mapping[str, Sequence[Run]], method: str) -> list[float]:
