@@ -1,8 +1,8 @@
 """What dynamic roles are worth live: the rate that a service sustains with them, with fixed pools, and in turns.
 
-Every case is four slowed-down instances of demo-code behind a gateway, asked over HTTP, on the same arrivals. Rates are
-tried around what the simulator foretells. Two stretches of the trace are played at each rate, which tell how far a rate
-can be trusted.
+Every case is four slowed-down instances of demo-code behind a gateway, asked over HTTP. The same two stretches of the
+trace are played in all of them, at rates around what the simulator foretells for them; how they differ tells how far a
+rate can be trusted.
 """
 
 import math
@@ -17,6 +17,7 @@ from xllm_compile.benchmarks.bench_validate import (
     ENOUGH,
     ROLES,
     LiveSetting,
+    Served,
     figures_of_live,
     measure,
     sampled_profile,
@@ -31,7 +32,8 @@ from xllm_compile.benchmarks.load import ForeignLoad
 from xllm_compile.benchmarks.rate_search import bracket, crossing
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.simulation.chart import attainment_chart, page, timeline_chart
-from xllm_compile.benchmarks.simulation.cluster import ClusterRules
+from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules
+from xllm_compile.benchmarks.simulation.goodput import highest_rate
 from xllm_compile.benchmarks.simulation.hardware import Hardware
 from xllm_compile.benchmarks.simulation.requests import SimRequest, read_requests
 from xllm_compile.request_trace import TraceRequest
@@ -112,15 +114,18 @@ def run_live_roles(
     name: str,
     setting: LiveSetting,
     seconds: float,
+    least_requests: int,
     max_tries: int,
 ) -> None:
-    """seconds: of each stretch of arrivals; max_tries: rates of each case and trace. Writes NAME.json and NAME.html."""
+    """seconds: about those of a stretch of arrivals; it has least_requests at the least. max_tries: rates of each case
+    and trace. Writes NAME.json and NAME.html."""
     say("compiling demo-code")
     artifact = artifact_of_demo(work_dir)
     workloads = {path.stem: shrunk(read_requests(path), setting.shrink, artifact) for path in traces}
     say("the steps of one instance")
     profile, samples = sampled_profile(artifact, setting)
     hardware: Hardware | None = None
+    stretches: dict[str, list[Sequence[TraceRequest]]] = {}
     found: dict[str, dict[str, Search]] = {stem: {} for stem in workloads}
     timelines: dict[str, _Timelines] = {}
     with ForeignLoad() as foreign:
@@ -134,8 +139,12 @@ def run_live_roles(
                     say("the ways of an idle service")
                     measured = measure(cluster, artifact, profile, samples, setting)
                     hardware = measured.hardware
-                for stem, trace in workloads.items():
-                    player = _Player(cluster, trace, case, hardware, setting, seconds)
+                    for stem, trace in workloads.items():
+                        rate = sustained(trace, seconds, hardware, setting, least_requests=least_requests)
+                        count = max(least_requests, round(rate * seconds))
+                        stretches[stem] = [trace[at * count : (at + 1) * count] for at in range(_STRETCHES)]
+                for stem in workloads:
+                    player = _Player(cluster, stretches[stem], case, hardware, setting)
                     found[stem][case_name] = player.search(f"{stem}, {case_name}", max_tries)
                     if case.is_dynamic:
                         timelines[stem] = player.timelines(found[stem][case_name].rate)
@@ -151,7 +160,7 @@ def run_live_roles(
     raw = {
         "setting": asdict(setting),
         "instance_options": setting.instance_options(),
-        "seconds": seconds,
+        "num_requests": {stem: [len(stretch) for stretch in both] for stem, both in stretches.items()},
         "measured": measured.to_json(),
         "traces": {stem: {case: one.to_json() for case, one in searches.items()} for stem, searches in found.items()},
         "timelines": {stem: asdict(lines) for stem, lines in timelines.items()},
@@ -167,21 +176,26 @@ class _Player:
     def __init__(
         self,
         cluster: LiveCluster,
-        trace: Sequence[TraceRequest],
+        stretches: Sequence[Sequence[TraceRequest]],
         case: LiveCase,
         hardware: Hardware,
         setting: LiveSetting,
-        seconds: float,
     ) -> None:
-        self._cluster, self._case, self._hardware, self._setting = cluster, case, hardware, setting
-        self._expected = sustained(trace, _STRETCHES * seconds, hardware, setting, case.rules(setting))
-        # The same requests at every rate: only their pace changes.
-        count = max(2, round(self._expected * seconds))
-        self._stretches = [trace[at * count : (at + 1) * count] for at in range(_STRETCHES)]
+        self._cluster, self._stretches, self._case = cluster, stretches, case
+        self._hardware, self._setting = hardware, setting
         self._replays: dict[float, Replay] = {}
 
+    def simulated(self) -> float:
+        """The rate that the simulator foretells for these stretches."""
+
+        def measure(rate: float, _: int) -> float:
+            runs = [self._simulate(self._arrivals(stretch, rate)) for stretch in self._stretches]
+            return statistics.mean(served.attainment for served, _ in runs)
+
+        return highest_rate(measure, lambda share: share >= ENOUGH, (0,), start=2.0, precision=0.05).median
+
     def search(self, what: str, max_tries: int) -> Search:
-        search = Search(expected=self._expected)
+        search = Search(expected=self.simulated())
 
         def measure(rate: float) -> float:
             for stretch, points in zip(self._stretches, search.stretches, strict=True):
@@ -190,16 +204,14 @@ class _Player:
             say(f"{what}: {share:.1%} met at {rate:.2f} requests/s")
             return share
 
-        bracket(measure, ENOUGH, start=self._expected, max_tries=max_tries)
+        bracket(measure, ENOUGH, start=search.expected, max_tries=max_tries)
         return search
 
     def timelines(self, rate: float) -> _Timelines:
         """Who did what live on the last stretch, at the rate that was tried next to this one, and in simulation."""
         tried = min(self._replays, key=lambda other: abs(math.log(other / rate)))
         replay = self._replays[tried]
-        _, simulated = simulate(
-            self._arrivals(self._stretches[-1], tried), self._hardware, self._setting, self._case.rules(self._setting)
-        )
+        _, simulated = self._simulate(self._arrivals(self._stretches[-1], tried))
         return _Timelines(
             live=replay.timeline,
             simulated=simulated.timeline,
@@ -212,6 +224,9 @@ class _Player:
         arrivals = self._arrivals(stretch, rate)
         replay = self._cluster.replay(arrivals, seed=self._setting.seed)
         return figures_of_live(arrivals, replay).attainment, replay
+
+    def _simulate(self, arrivals: Sequence[SimRequest]) -> tuple[Served, Cluster]:
+        return simulate(arrivals, self._hardware, self._setting, self._case.rules(self._setting))
 
     def _arrivals(self, stretch: Sequence[TraceRequest], rate: float) -> list[SimRequest]:
         return window(stretch, rate, len(stretch) / rate, self._setting)

@@ -148,7 +148,10 @@ def simulate_validate_command(traces: tuple[Path, ...], **options: Any) -> None:
 @simulate.command("live-roles")
 @click.argument("traces", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--name", default="live_roles", help="Name of the record.")
-@click.option("--seconds", type=click.FloatRange(1), default=9.0, help="Of each of two stretches, per rate.")
+@click.option("--seconds", type=click.FloatRange(1), default=9.0, help="About those of each of two stretches.")
+@click.option(
+    "--requests", "least_requests", type=click.IntRange(2), default=60, help="Of each stretch, however long they take."
+)
 @click.option("--tries", "max_tries", type=click.IntRange(1), default=3, help="Rates of each case on each trace.")
 @live_options
 def simulate_live_roles_command(traces: tuple[Path, ...], **options: Any) -> None:
