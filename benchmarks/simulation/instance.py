@@ -99,7 +99,7 @@ class SimInstance:
         self.reserving: deque[SimRequest] = deque()
         """Will be, and have asked for one: they are answered when the device is at rest, between two steps."""
         self.awaited: dict[int, SimRequest] = {}
-        """Have a place, and may come at any moment."""
+        """Have a place, and may come at any moment, or have come since the next step was planned."""
         self.arriving_offline: deque[SimRequest] = deque()
         self.online, self.offline = DecodeBatch(), DecodeBatch()
         self.paused: list[SimRequest] = []
@@ -156,7 +156,6 @@ class SimInstance:
     def hand_in(self, request: SimRequest, now: float) -> None:
         """To decode what was prefilled elsewhere."""
         request.queued_s = self._newest_s = now
-        self.awaited.pop(request.number, None)
         (self.arriving_offline if request.is_offline else self.arriving).append(request)
 
     def keep(self, request: SimRequest) -> None:
@@ -323,6 +322,7 @@ class SimInstance:
         for queue, batch in ((self.arriving, self.online), (self.arriving_offline, self.offline)):
             while queue and self._is_known(queue[0]) and self._has_room(queue[0]):
                 request = queue.popleft()
+                self.awaited.pop(request.number, None)
                 self.kv_used += request.num_tokens
                 batch.add(request)
 

@@ -13,6 +13,11 @@ _LEAST_SHARE = 0.65
 # came from another instance begins some steps behind; where such come all the time and decodes take most of the target
 # by themselves, there is little to make up for it with, and no prompt would ever get more than its least chunk.
 _PROMPTS_SHARE = 0.5
+# A sequence whose KV comes from another instance waits for the step under way and for the one planned beside it, and
+# has its token from a third. Where answers have few tokens those three are its TPOT, so while it is awaited each is to
+# take a third of its target, or prompts this share of what decodes leave, where that is more.
+_STEPS_TO_JOIN = 3
+_PROMPTS_SHARE_AWAITED = 0.25
 
 
 class StepLoad(NamedTuple):
@@ -72,28 +77,32 @@ class StepBudget(NamedTuple):
     """Keeps the tightest TPOT target, and makes up for delay."""
     target_s: float = math.inf
     """The tightest itself."""
+    awaited_s: float = math.inf
+    """The tightest of sequences that may come to decode here at any moment."""
 
     def with_prompts_s(self, alone_s: float) -> float:
         """With online prompts beside them, where the step takes so long without."""
-        if self.target_s == math.inf:
-            return math.inf
-        return max(self.seconds, self.target_s - (1 - _PROMPTS_SHARE) * max(0.0, self.target_s - alone_s))
+        return min(
+            max(self.seconds, _shared_s(self.target_s, alone_s, _PROMPTS_SHARE)),
+            max(self.awaited_s / _STEPS_TO_JOIN, _shared_s(self.awaited_s, alone_s, _PROMPTS_SHARE_AWAITED)),
+        )
+
+
+def _shared_s(target_s: float, alone_s: float, share: float) -> float:
+    """A step where prompts have this share of what decodes alone leave of the target."""
+    return target_s if alone_s >= target_s else alone_s + share * (target_s - alone_s)
 
 
 def step_budget(decodes: Iterable[Paced], now: float, awaited_s: float = math.inf) -> StepBudget:
-    """awaited_s: the tightest TPOT target of sequences that may come to decode here at any moment.
-
-    They would wait for the end of a step that was planned as if nobody decoded: with an answer of few tokens that is
-    more than its TPOT target leaves.
-    """
-    seconds = tightest_s = awaited_s
+    """awaited_s: as StepBudget has it."""
+    seconds = tightest_s = math.inf
     for sequence in decodes:
         target_s = sequence.tpot_slo_s
         if target_s is not None:
             slack_s = sequence.next_due_s - now
             seconds = min(seconds, target_s, max(slack_s, _LEAST_SHARE * target_s))
             tightest_s = min(tightest_s, target_s)
-    return StepBudget(seconds, tightest_s)
+    return StepBudget(min(seconds, awaited_s), tightest_s, awaited_s)
 
 
 def largest_chunk(load: StepLoad, num_computed: int, most: int, budget_s: float, model: StepSeconds) -> int:

@@ -28,12 +28,19 @@ def test_without_targets_steps_have_no_limit() -> None:
     assert (budget.seconds, budget.with_prompts_s(0.03)) == (math.inf, math.inf)
 
 
-def test_who_may_come_at_any_moment_finds_steps_within_its_target() -> None:
-    assert step_budget([], 10.0, 0.05).with_prompts_s(0.0) == 0.05
-    # It is not behind: only those that decode ask for less than their target.
-    behind = Item("a", 5, 4, tpot_slo_s=0.2, next_due_s=9.0)
-    assert step_budget([behind], 10.0, 0.05).seconds == 0.05
-    assert step_budget([behind], 10.0, 0.5).seconds == pytest.approx(0.13)
+@pytest.mark.parametrize(
+    ("alone_s", "budget_s"),
+    # It has its token from the third step; where decodes take more than a third, prompts get a quarter of what is left.
+    [(0.0, 0.02), (0.004, 0.02), (0.02, 0.03), (0.04, 0.045), (0.07, 0.06)],
+)
+def test_who_may_come_at_any_moment_has_its_next_token_within_its_target(alone_s: float, budget_s: float) -> None:
+    assert step_budget([], 10.0, 0.06).with_prompts_s(alone_s) == pytest.approx(budget_s)
+    relaxed = Item("a", 5, 4, tpot_slo_s=0.5, next_due_s=10.5)
+    assert step_budget([relaxed], 10.0, 0.06).with_prompts_s(alone_s) == pytest.approx(budget_s)
+    # Without prompts it joins the next step, whatever that takes.
+    assert step_budget([relaxed], 10.0, 0.06).seconds == 0.06
+    behind = Item("b", 5, 4, tpot_slo_s=0.02, next_due_s=9.0)
+    assert step_budget([behind], 10.0, 0.06).with_prompts_s(0.0) == pytest.approx(0.013)
 
 
 @pytest.mark.parametrize(
