@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 
@@ -26,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Compiled graphs are kept between runs in the checkout and nowhere else: a fresh clone starts cold.
     os.environ["XDG_CACHE_HOME"] = str(CACHE)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # How long an example takes is up to what else the machine does.
+    settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

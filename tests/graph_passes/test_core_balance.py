@@ -41,7 +41,7 @@ in_rounds = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(st.one_of(evenly, in_rounds), min_size=1, max_size=3), st.sampled_from([0.0, 0.05, 0.5, math.inf]))
 def test_no_allocation_is_better(branches, slack):
     found = balance_cores(branches, CUBE, VECTOR, slack=slack)
@@ -67,7 +67,6 @@ def test_operators_of_the_paper():
     assert found.cores == ((8, 0), (16, 0), (0, 40)) and found.seconds == (1.0, 1.0, 1.0)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.1, 20.0), min_size=2, max_size=CUBE))
 def test_one_kind_of_cores_gains_nothing_where_work_divides_evenly(core_s):
     """Two branches on shares of a CPU's threads, say: taking turns with all of them keeps all of them busy."""

@@ -69,7 +69,7 @@ def everything(model, max_tokens, length_penalty, n):
 
 
 @given(seed=st.integers(0, 1000), length_penalty=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]), n=st.integers(1, 3))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_wide_enough_it_finds_the_best_there_are(seed, length_penalty, n):
     # Three tokens that go on, twice: nine beams hold everything.
     model = toy_model(seed)
@@ -83,7 +83,7 @@ def test_wide_enough_it_finds_the_best_there_are(seed, length_penalty, n):
     width=st.integers(1, 4),
     max_tokens=st.integers(1, 8),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_stopping_early_changes_nothing(seed, length_penalty, width, max_tokens):
     options = {"beam_width": width, "max_tokens": max_tokens, "n": width, "length_penalty": length_penalty}
     assert search(toy_model(seed), **options) == search(toy_model(seed), stop_early=False, **options)

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers
 
@@ -85,14 +85,12 @@ def test_any_byte_level_tokens_give_what_decoding_them_at_once_gives(ids: list[i
     assert "".join(pushed(BYTE_LEVEL, ids, skip_special_tokens=skips)) == expected
 
 
-@settings(deadline=None)
 @given(st.text(st.sampled_from("abcdefgh \u4f60\u597d\u00e9\U0001f600\n"), max_size=30))
 def test_byte_fallback_text_comes_back_token_by_token(text: str) -> None:
     ids = SENTENCEPIECE.encode(text, add_special_tokens=False)
     assert "".join(pushed(SENTENCEPIECE, ids)) == text
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, SENTENCEPIECE.vocab_size - 1), max_size=40))
 def test_any_byte_fallback_tokens_are_survived_without_hoarding(ids: list[int]) -> None:
     parts = pushed(SENTENCEPIECE, ids)

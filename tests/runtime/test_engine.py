@@ -490,7 +490,7 @@ def test_with_a_target_of_the_server_late_requests_let_others_go_first(
 TOKENIZER = Tokenizer(train_byte_level(), eos_token_ids=[2])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 25), st.integers(1, 25), st.integers(0, 10)), min_size=1, max_size=8),
     total_tokens=st.integers(32, 120),

@@ -455,10 +455,10 @@ class SlotMachine(RuleBasedStateMachine):
 
 
 TestSlotMachine = SlotMachine.TestCase
-TestSlotMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSlotMachine.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 @given(st.integers(1, 5000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_scheduling_never_counts_fewer_pages_than_are_touched(num_tokens: int) -> None:
     assert CONFIG.pages_for(num_tokens) <= -(-num_tokens // CONFIG.page_tokens)

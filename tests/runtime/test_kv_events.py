@@ -100,7 +100,7 @@ class Follower:
         assert self.found == {tier: set(found.get(tier, ())) for tier in TIERS}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     actions=st.lists(
         st.one_of(

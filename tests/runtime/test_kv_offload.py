@@ -112,7 +112,7 @@ def test_a_torn_file_costs_its_computation_and_nothing_else(make_engine: EngineF
 TOKENIZER = Tokenizer(train_byte_level(), eos_token_ids=[2])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     asked=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50), st.integers(1, 12)), min_size=1, max_size=14),
     host_blocks=st.integers(1, 40),

@@ -123,7 +123,7 @@ def run_after_abort(engine: Engine, prompt: list[int]) -> RequestOutput:
 TOKENIZER = Tokenizer(train_byte_level(), eos_token_ids=[2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shapes=st.lists(
         st.tuples(st.integers(0, 2), st.integers(1, 60), st.integers(0, 2), st.integers(1, 20), st.integers(0, 12)),

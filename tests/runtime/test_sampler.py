@@ -97,7 +97,7 @@ def test_samples_follow_the_distribution(params: dict) -> None:
     assert statistic < freedom + 5 * math.sqrt(2 * freedom)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     vocab_size=st.sampled_from([1, 3, 50, 257, 700, 5000]),
     scale=st.sampled_from([0.0, 0.01, 1.0, 8.0]),

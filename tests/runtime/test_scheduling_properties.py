@@ -200,7 +200,7 @@ WORLDS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(shapes=st.lists(SHAPES, min_size=1, max_size=14), world=WORLDS)
 def test_everything_ends_once_and_no_limit_is_passed(shapes: list[Shape], world: World) -> None:
     arrivals = sorted(enumerate(shapes), key=lambda entry: entry[1].at)
@@ -233,7 +233,7 @@ def test_everything_ends_once_and_no_limit_is_passed(shapes: list[Shape], world:
         assert (job in world.finished) == fits
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shapes=st.lists(SHAPES, min_size=1, max_size=10), world=WORLDS)
 def test_with_the_whole_output_as_horizon_nobody_is_preempted_for_memory(shapes: list[Shape], world: World) -> None:
     rules = SchedulingRules(order=Order("fcfs"), admission_horizon=1000, min_prefill_tokens=2)
@@ -276,7 +276,7 @@ def test_under_endless_online_load_an_offline_request_still_ends_in_bounded_time
         assert len(never.finished) > len(world.finished)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8))
 def test_without_pressure_first_tokens_come_in_order_of_arrival(prompts: list[int]) -> None:
     world = World(Limits(max_num_seqs=8, max_num_batched_tokens=16), 1000, 1, SchedulingRules(), 60.0)

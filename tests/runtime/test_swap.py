@@ -139,7 +139,7 @@ def test_an_embedding_is_never_swapped(make_sync_engine: EngineFactory, choose: 
     assert np.array_equal(final["embedded"].embedding, expected)  # type: ignore[arg-type]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), is_async=st.booleans())
 def test_any_load_with_any_choices(
     data: st.DataObject, is_async: bool, tmp_path_factory: pytest.TempPathFactory

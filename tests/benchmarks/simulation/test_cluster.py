@@ -36,7 +36,7 @@ def facts(arrivals):
     return [(one.prefill, one.decode, one.first_token_s, one.finished_s, one.is_refused) for one in arrivals]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     pools=st.lists(st.sampled_from([P, D, M]), min_size=1, max_size=5),
     policy=st.sampled_from(POLICIES),

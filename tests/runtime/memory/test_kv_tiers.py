@@ -91,7 +91,7 @@ def test_closing_leaves_everything_to_the_next_start(tmp_path: Path) -> None:
     again.close()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cut=st.integers(0, 123), changed=st.integers(0, 123), is_cut=st.booleans())
 def test_a_torn_or_altered_file_is_a_miss_and_never_wrong(
     tmp_path_factory: pytest.TempPathFactory, cut: int, changed: int, is_cut: bool

@@ -29,7 +29,7 @@ def read(text: list[int]) -> Matches:
     return matches
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 9), max_size=60))
 def test_the_longest_match_is_the_one_that_a_search_finds(text: list[int]) -> None:
     pairs = [text[at : at + 2] for at in range(len(text) - 1)]
@@ -39,7 +39,7 @@ def test_the_longest_match_is_the_one_that_a_search_finds(text: list[int]) -> No
     assert min(matches.length, MAX_DEPTH) == longest_match(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(Tokens, st.integers(1, 12))
 def test_a_draft_follows_text_that_is_there(text: list[int], limit: int) -> None:
     matches = read(text)
@@ -81,7 +81,7 @@ def test_a_store_keeps_what_was_of_use_and_leaves_nothing_of_what_it_dropped() -
     assert store.index.places((3, 4))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.integers(0, 4), max_size=20), max_size=12))
 def test_a_store_is_bounded(texts: list[list[int]]) -> None:
     store = TextStore(max_tokens=40)
@@ -118,7 +118,7 @@ def test_finished_outputs_serve_other_requests_and_prompts_do_not() -> None:
     assert alone.observe(second) is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(Tokens, st.lists(st.integers(1, 6), min_size=1))
 def test_several_tokens_at_once_match_like_one_after_the_other(text: list[int], sizes: list[int]) -> None:
     prompt, rest = text[:5], text[5:]

@@ -48,7 +48,7 @@ def plain(history: list[int], params: SamplingParams, count: int, stop_ids: tupl
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     history=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4),
     drafts=st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=4), min_size=8, max_size=8),

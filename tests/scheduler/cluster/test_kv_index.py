@@ -1,7 +1,7 @@
 from typing import Any
 
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm_compile.runtime.kv_events import KVTier
@@ -136,7 +136,6 @@ ACTIONS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(ACTIONS, st.integers(0, 7))
 def test_it_says_what_reading_each_instance_would_say(actions: list[tuple[Any, ...]], length: int) -> None:
     index = KVIndex()

@@ -164,7 +164,7 @@ loads = st.tuples(st.integers(0, 40_000), st.integers(0, 80), st.sampled_from([N
 
 
 @given(rounds=st.lists(st.lists(loads, min_size=6, max_size=6), min_size=1, max_size=12), count=st.integers(2, 6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_whatever_the_loads_both_pools_have_somebody_and_changes_go_through_the_middle(rounds, count):
     legal = {
         P: {P, PD},

@@ -299,7 +299,7 @@ fleets = st.lists(
     target=st.sampled_from([None, 0.05, 5.0]),
     turn=st.integers(0, 100),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_the_fleet_the_choice_is_allowed_and_repeatable(fleet, policy, length, offline, target, turn):
     shape = request(length, is_offline=offline, ttft_slo_s=target, tpot_slo_s=target)
     found = route(shape, fleet, rules=rules(policy), turn=turn)

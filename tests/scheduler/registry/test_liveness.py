@@ -191,7 +191,7 @@ def newest_seen(changes, events):
     return {c.info.name: c.info.incarnation for at, c in changes if at <= revision and isinstance(c, Registered)}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(histories())
 def test_no_old_incarnation_comes_back(history):
     changes, events = history
@@ -242,7 +242,7 @@ def _speaks_for(event, name, incarnation, seen):
     return False
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(histories())
 def test_after_a_listing_the_registered_are_those_of_the_registry(history):
     changes, events = history
