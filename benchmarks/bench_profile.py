@@ -95,7 +95,8 @@ def _profile(
 ) -> list[ProfiledStep]:
     # After the profiler: opening the instance loads the kernels.
     from xllm_compile.runtime.engine import Engine
-    from xllm_compile.runtime.instance import InstanceConfig, open_instance
+    from xllm_compile.runtime.instance import open_instance
+    from xllm_compile.runtime.instance_config import InstanceConfig
     from xllm_compile.runtime.sampling_params import SamplingParams
 
     room = prompt_tokens + output_tokens + 1

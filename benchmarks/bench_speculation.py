@@ -22,7 +22,8 @@ from xllm_compile.benchmarks.parity import DEMO_MODEL
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.timing import summarise
 from xllm_compile.models.demo.corpus import standard_library_files
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.speculative.config import SpeculativeConfig

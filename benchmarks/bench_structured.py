@@ -18,7 +18,8 @@ from xllm_compile.benchmarks.random_schemas import random_schema
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.timing import Summary, measure_in_turns, summarise
 from xllm_compile.runtime.engine import Engine
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.structured_output import StructuredOutput
 

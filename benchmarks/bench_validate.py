@@ -23,7 +23,7 @@ from xllm_compile.benchmarks.simulation.step_samples import StepSample, fit_erro
 from xllm_compile.benchmarks.timing import percentile
 from xllm_compile.request_trace import TraceRequest
 from xllm_compile.runtime.artifact import read_manifest
-from xllm_compile.runtime.instance import InstanceConfig
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.scheduler.cluster.state import Pool, StepProfile
 from xllm_compile.scheduler.policies.routing import RoutingRules
 

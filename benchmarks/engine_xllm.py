@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from xllm_compile.benchmarks.engine_process import SteppedAdapter, TokenIds, serve_engine
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 
 # Room for the longest prompt measured and what is generated after it.

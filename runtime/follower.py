@@ -11,9 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from xllm_compile.runtime.artifact import read_manifest
-from xllm_compile.runtime.instance import Instance, InstanceConfig, follow, open_instance
-from xllm_compile.runtime.tensor_parallel import RankConfig, RankGroup
+from xllm_compile.runtime.instance import Instance, check_group, load_artifact_kernels, open_instance, open_runner
+from xllm_compile.runtime.instance_config import InstanceConfig
+from xllm_compile.runtime.kv_cache import KVCache
+from xllm_compile.runtime.kv_cache_config import KVCacheConfig
+from xllm_compile.runtime.memory.page_ops import replay
+from xllm_compile.runtime.tensor_parallel import RankConfig, RankGroup, ReleaseMemory
+from xllm_compile.runtime.weights import map_weights, release_weights
 
 _PR_SET_PDEATHSIG = 1
 _STOP_TIMEOUT_S = 5.0
@@ -55,6 +62,35 @@ def _opened(root: Path, config: InstanceConfig | None, group: RankGroup | None =
 def _start(root: Path, rank: int, size: int, address: str) -> "subprocess.Popen[bytes]":
     arguments = [str(root), str(rank), str(size), address, str(os.getpid())]
     return subprocess.Popen([sys.executable, "-m", "xllm_compile.runtime.follower", *arguments])
+
+
+def follow(root: Path, group: RankGroup) -> None:
+    """Run the steps of rank 0 on this rank's part of the artifact, until rank 0 closes the group.
+
+    Raises what open_instance raises, RuntimeError when rank 0 is gone.
+    """
+    manifest = read_manifest(root)
+    check_group(root, manifest, group)
+    published = group.published()
+    config = InstanceConfig(**published["config"])
+    load_artifact_kernels(root, manifest, config)
+    values = published["kv_cache"]
+    kv_cache = KVCache(KVCacheConfig(**{**values, "dtype": getattr(torch, values["dtype"])}))
+    weights_file = root / manifest.weights[group.config.rank].path
+    weights = map_weights(weights_file)
+    runner = open_runner(root, manifest, weights, kv_cache, config)
+    group.connect()
+    if config.warm_up:
+        runner.warm_up()
+    while (message := group.receive()) is not None:
+        if isinstance(message, ReleaseMemory):
+            # Where pages are mapped does not matter: rank 0 unmaps them with the next step.
+            kv_cache.give_back()
+            release_weights(weights, weights_file, from_cache=message.from_cache)
+            continue
+        replay(message.page_ops, kv_cache.xtensor)
+        runner.execute(message)
+    group.close()
 
 
 def main() -> None:

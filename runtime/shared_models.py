@@ -10,23 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from xllm_compile.runtime.artifact import Manifest, read_manifest
-from xllm_compile.runtime.instance import (
-    Instance,
-    InstanceConfig,
-    SharedMemory,
+from xllm_compile.runtime.instance import Instance, SharedMemory, open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
+from xllm_compile.runtime.instance_memory import (
+    DEFAULT_KV_SHARE,
     check_memory,
     check_model_len,
+    full_kv_bytes,
     kv_shape,
-    open_instance,
-    step_limits,
 )
 from xllm_compile.runtime.kv_cache_config import KVCacheConfig
 from xllm_compile.runtime.memory.cpu_memory import HUGE_PAGE_BYTES, CpuMemory
 from xllm_compile.runtime.memory.shared_pages import SharedPages
 from xllm_compile.runtime.resources import available_memory_bytes
-
-# Of the free memory, what KV gets where no budget is given.
-_DEFAULT_KV_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,15 +125,11 @@ def _check_config(config: InstanceConfig) -> None:
 
 
 def _default_bytes(manifests: Mapping[str, Manifest], config: InstanceConfig, weights_bytes: int) -> int:
-    wanted = 0
-    for manifest in manifests.values():
-        limit = config.max_model_len or manifest.model.max_model_len
-        num_seqs = step_limits(manifest, config).max_num_seqs
-        wanted += num_seqs * (limit * manifest.model.kv_bytes_per_token * 9 // 8 + HUGE_PAGE_BYTES)
+    wanted = sum(full_kv_bytes(manifest, config) for manifest in manifests.values())
     free = available_memory_bytes()
     if weights_bytes > free:
-        return int(free * _DEFAULT_KV_SHARE)
-    return weights_bytes + min(wanted, int((free - weights_bytes) * _DEFAULT_KV_SHARE))
+        return int(free * DEFAULT_KV_SHARE)
+    return weights_bytes + min(wanted, int((free - weights_bytes) * DEFAULT_KV_SHARE))
 
 
 def _kv_config(

@@ -24,7 +24,8 @@ from xllm_compile.scheduler.tls import TlsConfig
 from xllm_compile.scheduler.tracing import NO_TRACING, Tracing, open_tracing
 
 if TYPE_CHECKING:
-    from xllm_compile.runtime.instance import Instance, InstanceConfig
+    from xllm_compile.runtime.instance import Instance
+    from xllm_compile.runtime.instance_config import InstanceConfig
     from xllm_compile.runtime.speculative.config import SpeculativeConfig
     from xllm_compile.runtime.tokenizer import Tokenizer
     from xllm_compile.scheduler.batches.batches import Batches
@@ -186,7 +187,7 @@ def opened_instances(
 def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
     """The one place that turns options into the configuration of instances."""
     from xllm_compile.machine import cache_dir
-    from xllm_compile.runtime.instance import InstanceConfig
+    from xllm_compile.runtime.instance_config import InstanceConfig
     from xllm_compile.runtime.promotion import PromotionConfig
 
     names = {

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from xllm_compile.model_cache import artifact_of
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.llm import LLMBase
 from xllm_compile.runtime.speculative.config import SpeculativeConfig
 
@@ -15,7 +16,7 @@ class LLM(LLMBase):
     model: an artifact, or a Hugging Face model directory, which is compiled into the user's cache on first use
     (with a progress bar on a terminal). dtype: auto, bfloat16 or float32; kv_cache_dtype: auto or int8; an artifact
     has its own.
-    max_model_len, max_num_seqs and kv_memory_bytes bound the instance as in runtime.instance.InstanceConfig;
+    max_model_len, max_num_seqs and kv_memory_bytes bound the instance as in runtime.instance_config.InstanceConfig;
     prefix_cache keeps the KV of what was computed for prompts that start alike.
     speculative (suffix, ngram or draft, with draft_model) guesses tokens as runtime.speculative.config has it.
     Raises ValueError, OSError and the build's errors, each naming the next step.

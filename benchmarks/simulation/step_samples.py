@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from xllm_compile.runtime.engine import Engine
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.policies.chunk import StepLoad
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler.cluster.state import StepProfile

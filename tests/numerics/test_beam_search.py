@@ -5,7 +5,8 @@ import torch
 
 from xllm_compile.benchmarks.parity import load_reference, random_prompts
 from xllm_compile.runtime.beam_search import BeamSearchParams
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.llm import LLMBase
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("kernels")]

@@ -6,7 +6,8 @@ import torch
 
 from tests.helpers import FAMILIES, eager_model
 from xllm_compile.benchmarks.parity import load_reference, random_prompts
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.llm import LLMBase
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.pooling import PoolingParams

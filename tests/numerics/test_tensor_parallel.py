@@ -23,7 +23,8 @@ from xllm_compile.runtime.artifact import read_manifest, write_manifest
 from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.follower import opened_instance
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.llm import LLMBase
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.step import Step

@@ -17,7 +17,8 @@ from xllm_compile.runtime.artifact import (
     read_manifest,
     write_manifest,
 )
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.isa import isa_features
 
 

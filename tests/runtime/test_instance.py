@@ -10,7 +10,8 @@ import torch
 
 from xllm_compile.runtime import instance
 from xllm_compile.runtime.artifact import read_manifest
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.ops import native
 from xllm_compile.runtime.policies.state import Limits
 from xllm_compile.runtime.shared_models import open_models

@@ -11,7 +11,7 @@ from tests.runtime.fakes import EngineFactory, train_byte_level
 from tests.runtime.test_engine import run
 from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.engine import Engine
-from xllm_compile.runtime.instance import InstanceConfig
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.memory.kv_tiers import DiskTier, KVTiers
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams

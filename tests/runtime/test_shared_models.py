@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from xllm_compile.runtime import shared_models
-from xllm_compile.runtime.instance import InstanceConfig
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.shared_models import plan_models
 from xllm_compile.runtime.speculative.config import SpeculativeConfig
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xllm_compile.benchmarks.step_timing import step_of
-from xllm_compile.runtime.instance import InstanceConfig
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.policies.chunk import StepLoad
 from xllm_compile.runtime.slowed_runner import SlowedRunner, load_of_step
 from xllm_compile.runtime.step import ModelRunner, Step

@@ -13,7 +13,7 @@ from tests.runtime.fakes import EngineFactory, train_byte_level
 from tests.runtime.test_engine import EAGER, run
 from xllm_compile.runtime import step_planner
 from xllm_compile.runtime.engine import Engine
-from xllm_compile.runtime.instance import InstanceConfig
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.memory.cpu_memory import CpuMemory
 from xllm_compile.runtime.memory.swap_space import SwapSpace
 from xllm_compile.runtime.pooling import PoolingParams

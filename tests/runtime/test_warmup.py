@@ -9,7 +9,8 @@ from tests.helpers import greedy
 from tests.runtime.graphs import TIMES, compiled_runner, step_of
 from xllm_compile.benchmarks.parity import random_prompts
 from xllm_compile.runtime.graph_cache import GraphCache
-from xllm_compile.runtime.instance import InstanceConfig, open_instance
+from xllm_compile.runtime.instance import open_instance
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.ops.spec import TensorSpec
 from xllm_compile.runtime.program import RegionProgram
 from xllm_compile.runtime.speculative.config import SpeculativeConfig

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from xllm_compile.benchmarks.simulation.step_samples import StepSample, fit_errors, fit_profile, sample_steps
-from xllm_compile.runtime.instance import InstanceConfig
+from xllm_compile.runtime.instance_config import InstanceConfig
 from xllm_compile.runtime.policies.chunk import StepLoad
 from xllm_compile.runtime.slowed_runner import load_of_step
 from xllm_compile.scheduler.cluster.state import StepProfile
