@@ -11,7 +11,8 @@ from typing import TypeVar, get_args
 from starlette.requests import Request
 from starlette.responses import Response
 
-from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
+from xllm_compile.runtime.async_engine import SleepLevel, SleepMode
+from xllm_compile.runtime.engine_thread import PauseMode
 from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.engine_client import EngineClient
 from xllm_compile.scheduler.service import Service

@@ -1,9 +1,10 @@
-"""What the service needs of an engine and a tokenizer, and how the engine's errors read to a client."""
+"""What the service needs of an engine and a tokenizer."""
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
+from xllm_compile.runtime.async_engine import SleepLevel, SleepMode
+from xllm_compile.runtime.engine_thread import PauseMode
 from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.outputs import EngineStats, RequestOutput
 from xllm_compile.runtime.resume import Resume

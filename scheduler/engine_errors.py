@@ -1,6 +1,6 @@
 """How the engine's errors read to a client."""
 
-from xllm_compile.runtime.async_engine import EngineAsleepError, EngineDeadError, EngineDrainingError
+from xllm_compile.runtime.engine_thread import EngineAsleepError, EngineDeadError, EngineDrainingError
 from xllm_compile.runtime.kv_exchange import NoTransferError
 from xllm_compile.runtime.memory.shared_pages import SharedMemoryFullError
 from xllm_compile.runtime.policies.queue_bound import QueueFullError

@@ -7,7 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from xllm_compile.runtime.async_engine import PauseMode, SleepLevel, SleepMode
+from xllm_compile.runtime.async_engine import SleepLevel, SleepMode
+from xllm_compile.runtime.engine_thread import PauseMode
 from xllm_compile.runtime.hand_over import HandOver
 from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.runtime.outputs import CompletionOutput, EngineStats, RequestOutput, hold

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.runtime.fakes import EngineFactory, HistoryRunner
-from xllm_compile.runtime.async_engine import AsyncEngine, EngineAsleepError, EngineDeadError, EngineDrainingError
+from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.engine_config import EngineConfig
+from xllm_compile.runtime.engine_thread import EngineAsleepError, EngineDeadError, EngineDrainingError
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.policies.queue_bound import QueueFullError
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
@@ -181,7 +182,7 @@ async def test_drain_aborts_what_is_left_at_its_bound(start: Start) -> None:
     runner.gate.clear()
     streams = [await engine.submit(str(index), PROMPT, LONG) for index in range(3)]
     drained = asyncio.create_task(engine.drain(timeout_s=0))
-    while not drained.done() and len(engine._inbox) < 3:
+    while not drained.done() and len(engine._thread._inbox) < 3:
         await asyncio.sleep(0)
     runner.gate.set()
     assert not await drained
@@ -222,7 +223,7 @@ async def test_shutdown_fails_what_runs_and_ends_the_thread(start: Start) -> Non
         async for output in stream:
             assert not output.finished
     assert not engine.is_healthy
-    assert not any(thread is engine._thread for thread in threading.enumerate())
+    assert not any(thread is engine._thread._thread for thread in threading.enumerate())
     with pytest.raises(EngineDeadError, match="shut down"):
         await engine.submit("late", PROMPT, LONG)
 

@@ -9,7 +9,8 @@ import pytest
 from torch import Tensor
 
 from tests.runtime.fakes import EngineFactory, HistoryRunner
-from xllm_compile.runtime.async_engine import AsyncEngine, EngineAsleepError
+from xllm_compile.runtime.async_engine import AsyncEngine
+from xllm_compile.runtime.engine_thread import EngineAsleepError
 from xllm_compile.runtime.memory.cpu_memory import CpuMemory
 from xllm_compile.runtime.memory.shared_pages import PageShare, SharedMemoryFullError, SharedPages
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
