@@ -10,7 +10,6 @@ from typing import Any
 
 from xllm_compile.runtime.artifact import TOKENIZER, read_manifest
 from xllm_compile.runtime.tokenizer import Tokenizer
-from xllm_compile.scheduler.batches.folder import BatchFolder
 from xllm_compile.scheduler.cluster.cluster_api import ClusterApi
 from xllm_compile.scheduler.cluster.cluster_client import ClusterClient, SloDefaults
 from xllm_compile.scheduler.cluster.cluster_metrics import ClusterCollector
@@ -27,7 +26,9 @@ from xllm_compile.scheduler.policies.fetch import FetchRules
 from xllm_compile.scheduler.policies.roles import RoleRules
 from xllm_compile.scheduler.policies.routing import RoutingRules
 from xllm_compile.scheduler.server import run_server
+from xllm_compile.scheduler.service import Service
 from xllm_compile.scheduler.startup import (
+    ServerParts,
     announce,
     dashboard_config,
     make_service,
@@ -37,68 +38,64 @@ from xllm_compile.scheduler.startup import (
 )
 from xllm_compile.scheduler.tasks import cancel_all
 from xllm_compile.scheduler.tls import TlsConfig
-from xllm_compile.scheduler.tracing import Tracing
 
 
-def serve_gateway(
-    artifact: Path,
-    names: tuple[str, ...],
-    options: Mapping[str, Any],
-    http_socket: socket.socket,
-    max_connections: int,
-    tracing: Tracing,
-    batch_folder: BatchFolder | None,
-) -> int:
+def serve_gateway(artifact: Path, names: tuple[str, ...], parts: ServerParts) -> int:
     """The exit code. Of the artifact only the manifest and the tokenizer are read. Raises ValueError on bad options."""
+    options, tls = parts.options, TlsConfig.from_options(parts.options)
     manifest = read_manifest(artifact)
     tokenizer = Tokenizer.from_directory(artifact / TOKENIZER)
-    tls = TlsConfig.from_options(options)
-    rules, registry = _role_rules(options), _registry(options, tls)
-    colocation = _colocation_rules(options)
-    slo = SloDefaults(ttft_ms=options["ttft_slo_ms"], tpot_ms=options["tpot_slo_ms"])
-    host = options["host"]
+    roles, registry, colocation = _role_rules(options), _registry(options, tls), _colocation_rules(options)
 
     async def run() -> bool:
-        name = f"{socket.gethostname()}-{os.getpid()}"
         async with Gateway(
-            registry, name=name, api_keys=options["api_keys"], tls=tls, roles=rules, weights_key=manifest.tokens_key
+            registry,
+            name=f"{socket.gethostname()}-{os.getpid()}",
+            api_keys=options["api_keys"],
+            tls=tls,
+            roles=roles,
+            weights_key=manifest.tokens_key,
         ) as gateway:
-            fetch = FetchRules() if options["kv_fetch"] else None
-            routing = RoutingRules(policy=options["routing"], spreads_offline=colocation is not None)
-            placer = Placer(routing, fetch=fetch)
+            placer = _placer(options, colocation)
+            slo = SloDefaults(ttft_ms=options["ttft_slo_ms"], tpot_ms=options["tpot_slo_ms"])
             client = ClusterClient(gateway.cluster, placer=placer, slo=slo)
             service = make_service(
-                options,
+                parts,
                 engine=client,
                 tokenizer=tokenizer,
                 model_names=names,
                 max_model_len=options["max_model_len"] or manifest.model.max_model_len,
                 unhealthy=no_instance,
                 longest_now=gateway.cluster.max_model_len,
-                tracing=tracing,
             )
             service.metrics.register(ClusterCollector(gateway.cluster))
-            registry_port = gateway.registry_port
-
-            def on_ready(http_port: int, grpc_port: int) -> None:
-                announce(host, http_port, grpc_port, registry_port)
-
-            config = server_config(options, max_connections)
-            read = partial(read_cluster, service, gateway.cluster)
-            dashboard = Dashboard(read, dashboard_config(options, names[0], is_gateway=True))
-            routes = [*ClusterApi(gateway.cluster).routes(), *dashboard.routes()]
             jobs = []
             if colocation is not None:
                 puller = OfflinePuller(gateway.cluster, client, placer, colocation)
                 jobs.append(asyncio.create_task(puller.run()))
             try:
-                with opened_batches(batch_folder, service) as batches:
-                    serving = run_server(config, http_socket, service, on_ready, routes=routes, batches=batches)
-                    return await dashboard.beside(serving)
+                return await _run_servers(gateway, service, parts)
             finally:
                 await cancel_all(jobs)
 
     return 0 if asyncio.run(run()) else 1
+
+
+async def _run_servers(gateway: Gateway, service: Service, parts: ServerParts) -> bool:
+    """See run_server."""
+    config = server_config(parts)
+    on_ready = partial(announce, config.host, registry_port=gateway.registry_port)
+    read = partial(read_cluster, service, gateway.cluster)
+    dashboard = Dashboard(read, dashboard_config(parts.options, service.model_name, is_gateway=True))
+    routes = [*ClusterApi(gateway.cluster).routes(), *dashboard.routes()]
+    with opened_batches(parts.batch_folder, service) as batches:
+        serving = run_server(config, parts.http_socket, service, on_ready, routes=routes, batches=batches)
+        return await dashboard.beside(serving)
+
+
+def _placer(options: Mapping[str, Any], colocation: ColocationRules | None) -> Placer:
+    routing = RoutingRules(policy=options["routing"], spreads_offline=colocation is not None)
+    return Placer(routing, fetch=FetchRules() if options["kv_fetch"] else None)
 
 
 def _registry(options: Mapping[str, Any], tls: TlsConfig) -> RegistryAddress | ServedRegistry:

@@ -4,14 +4,12 @@ import asyncio
 import gc
 import logging
 import os
-import resource
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 from xllm_compile import __version__
 from xllm_compile.scheduler.artifact_source import find_artifact
 from xllm_compile.scheduler.exposure import Port, check_ports
-from xllm_compile.scheduler.member import Member, check_registry, is_member, transfer_options
+from xllm_compile.scheduler.instance_options import opened_instances, served_names
+from xllm_compile.scheduler.member import Member, check_registry, is_member
+from xllm_compile.scheduler.process import bind_socket, process_age_s, raise_open_files
 from xllm_compile.scheduler.tls import TlsConfig
-from xllm_compile.scheduler.tracing import NO_TRACING, Tracing, open_tracing
+from xllm_compile.scheduler.tracing import Tracing, open_tracing
 
 if TYPE_CHECKING:
+    from xllm_compile.runtime.async_engine import AsyncEngine
     from xllm_compile.runtime.instance import Instance
-    from xllm_compile.runtime.instance_config import InstanceConfig
-    from xllm_compile.runtime.speculative.config import SpeculativeConfig
     from xllm_compile.runtime.tokenizer import Tokenizer
     from xllm_compile.scheduler.batches.batches import Batches
     from xllm_compile.scheduler.batches.folder import BatchFolder
@@ -45,6 +44,17 @@ SWITCH_INTERVAL_S = 0.0005
 _RESERVED_FILES = 512
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerParts:
+    """What a server has before its model: what is wrong here, as a port that is taken, costs no model load."""
+
+    options: Mapping[str, Any]
+    http_socket: socket.socket
+    max_connections: int
+    tracing: Tracing
+    batch_folder: "BatchFolder | None"
+
+
 def serve(options: Mapping[str, Any]) -> int:
     """The exit code, after the drain. Raises ValueError or OSError on the user's mistakes."""
     tls = TlsConfig.from_options(options)
@@ -53,44 +63,56 @@ def serve(options: Mapping[str, Any]) -> int:
     # The event loop shares the interpreter with the engine thread and has short bursts of work. By default it waits
     # up to 5 ms for its turn after every system call, which also delays the next step's input.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    max_connections = min(options["max_connections"], raise_open_files() - _RESERVED_FILES)
     artifacts = [find_artifact(path, options) for path in options["artifacts"]]
+    names = served_names(artifacts, options["served_model_name"])
+    if options["role"] is not None and len(artifacts) > 1:
+        raise ValueError(
+            f"--role {options['role']} serves one model, and {len(artifacts)} artifacts are given; give one"
+        )
     # What imports make stays: passes of the collector over it would be a tenth of the start. run_server resumes it.
     gc.disable()
     try:
-        return _serve(artifacts, options, max_connections)
+        with opened_parts(options) as parts:
+            if options["role"] == "gateway":
+                from xllm_compile.scheduler.gateway_startup import serve_gateway
+
+                return serve_gateway(artifacts[0], names[0], parts)
+            return _serve_artifacts(artifacts, names, parts)
     finally:
         gc.enable()
 
 
-def _serve(artifacts: Sequence[Path], options: Mapping[str, Any], max_connections: int) -> int:
-    names = served_names(artifacts, options["served_model_name"])
-    if options["role"] is not None and len(artifacts) > 1:
-        raise ValueError(
-            f"--role {options['role']} is of one model, and {len(artifacts)} artifacts are given; give one"
+@contextmanager
+def opened_parts(options: Mapping[str, Any]) -> Iterator[ServerParts]:
+    """Raises ValueError or OSError on the user's mistakes: a port that is taken, a folder that another server uses."""
+    max_connections = min(options["max_connections"], raise_open_files() - _RESERVED_FILES)
+    with (
+        bind_socket(options["host"], options["port"]) as http_socket,
+        opened_tracing(options) as tracing,
+        opened_batch_folder(options) as batch_folder,
+    ):
+        yield ServerParts(
+            options=options,
+            http_socket=http_socket,
+            max_connections=max_connections,
+            tracing=tracing,
+            batch_folder=batch_folder,
         )
-    # Before the long part: a port that is taken should not cost a model load.
-    http_socket = bind_socket(options["host"], options["port"])
-    if options["role"] == "gateway":
-        with http_socket, opened_tracing(options) as tracing, opened_batch_folder(options) as batch_folder:
-            from xllm_compile.scheduler.gateway_startup import serve_gateway
 
-            return serve_gateway(artifacts[0], names[0], options, http_socket, max_connections, tracing, batch_folder)
-    # So is a folder that another server uses.
-    with http_socket, opened_tracing(options) as tracing, opened_batch_folder(options) as batch_folder:
-        # Two threads that both import take turns. What opens the artifact comes first, so that the servers' imports run
-        # beside its first steps, which leave the interpreter to others.
-        import xllm_compile.runtime.follower  # noqa: F401
 
-        imports = threading.Thread(target=_import_servers, name="xllm-imports", daemon=True)
-        imports.start()
-        with opened_instances(artifacts, names, options) as instances:
-            imports.join()
-            for instance in instances:
-                num_tokens = instance.engine.stats().kv_tokens_total
-                logger.info("%s: KV cache %s, %d tokens", instance.model_name, instance.kv_layout, num_tokens)
-            by_names = dict(zip(names, instances, strict=True))
-            return _run(by_names, options, http_socket, max_connections, tracing, batch_folder)
+def _serve_artifacts(artifacts: Sequence[Path], names: Sequence[tuple[str, ...]], parts: ServerParts) -> int:
+    # Two threads that both import take turns. What opens the artifact comes first, so that the servers' imports run
+    # beside its first steps, which leave the interpreter to others.
+    import xllm_compile.runtime.follower  # noqa: F401
+
+    imports = threading.Thread(target=_import_servers, name="xllm-imports", daemon=True)
+    imports.start()
+    with opened_instances(artifacts, names, parts.options) as instances:
+        imports.join()
+        for instance in instances:
+            num_tokens = instance.engine.stats().kv_tokens_total
+            logger.info("%s: KV cache %s, %d tokens", instance.model_name, instance.kv_layout, num_tokens)
+        return _serve_instances(dict(zip(names, instances, strict=True)), parts)
 
 
 def open_ports(options: Mapping[str, Any], tls: TlsConfig) -> Iterator[Port]:
@@ -133,173 +155,67 @@ def registry_host(options: Mapping[str, Any]) -> str:
     return str(options["registry_host"] or options["host"])
 
 
-def served_names(artifacts: Sequence[Path], given: Sequence[str]) -> list[tuple[str, ...]]:
-    """The names of each artifact in the API. Raises ValueError where two would have one name."""
-    from xllm_compile.runtime.artifact import read_manifest
-
-    if len(artifacts) == 1 and given:
-        return [tuple(given)]
-    if given and len(given) != len(artifacts):
-        raise ValueError(
-            f"--served-model-name is given {len(given)} times for {len(artifacts)} artifacts; give it once for each,"
-            " in their order"
-        )
-    names = list(given) or [read_manifest(root).model.name for root in artifacts]
-    for name, root in zip(names, artifacts, strict=True):
-        if names.count(name) > 1:
-            raise ValueError(
-                f"{root} and another artifact would both be served as {name!r}; give --served-model-name once for each"
-            )
-    return [(name,) for name in names]
-
-
-@contextmanager
-def opened_instances(
-    artifacts: Sequence[Path], names: Sequence[tuple[str, ...]], options: Mapping[str, Any]
-) -> Iterator[list["Instance"]]:
-    """Leaving it ends other ranks. Raises ValueError for a budget that does not hold what was asked for."""
-    from xllm_compile.runtime.artifact import read_manifest
-    from xllm_compile.runtime.follower import opened_instance
-    from xllm_compile.runtime.shared_models import open_models
-
-    config, memory = instance_config(options), options["memory"]
-    if len(artifacts) > 1:
-        by_name = dict(zip([first for first, *_ in names], artifacts, strict=True))
-        instances = list(open_models(by_name, config, memory, may_sleep=options["wake_on_request"]).values())
-        try:
-            yield instances
-        finally:
-            for each in instances:
-                each.engine.close()
-        return
-    if memory is not None:
-        weights = read_manifest(artifacts[0]).weights[0].num_bytes
-        if memory <= weights or config.kv_memory_bytes is not None:
-            raise ValueError(
-                f"--memory {memory} is for the {weights} bytes of weights and for KV; give more than the weights, and"
-                " not --kv-memory as well"
-            )
-        config = replace(config, kv_memory_bytes=memory - weights)
-    with opened_instance(artifacts[0], config) as instance:
-        yield [instance]
-
-
-def instance_config(options: Mapping[str, Any]) -> "InstanceConfig":
-    """The one place that turns options into the configuration of instances."""
-    from xllm_compile.machine import cache_dir
-    from xllm_compile.runtime.instance_config import InstanceConfig
-    from xllm_compile.runtime.promotion import PromotionConfig
-
-    names = {
-        "threads": "num_threads",
-        "max_num_seqs": "max_num_seqs",
-        "max_num_batched_tokens": "max_num_batched_tokens",
-        "max_model_len": "max_model_len",
-        "kv_memory": "kv_memory_bytes",
-        "kv_host_memory": "kv_host_bytes",
-        "kv_swap_memory": "kv_swap_bytes",
-        "kv_disk": "kv_disk",
-        "kv_disk_size": "kv_disk_bytes",
-        "kv_store": "kv_store",
-        "kv_store_size": "kv_store_bytes",
-        "max_waiting": "max_waiting",
-        "max_waiting_tokens": "max_waiting_tokens",
-        "scheduling_policy": "scheduling_policy",
-        "ttft_slo_ms": "ttft_slo_ms",
-        "tpot_slo_ms": "tpot_slo_ms",
-    }
-    given = {field: options[option] for option, field in names.items() if options[option] is not None}
-    promotion = None
-    if options["graph_promotion"]:
-        promotion = PromotionConfig(store=cache_dir() / "graphs", max_bytes=options["graph_cache_bytes"])
-    return InstanceConfig(
-        **given,
-        async_scheduling=options["async_scheduling"],
-        prefix_cache=options["prefix_cache"],
-        kv_cache_dtype=options["kv_cache_dtype"],
-        kv_pretouch=options["kv_pretouch"],
-        enforce_eager=options["enforce_eager"],
-        promotion=promotion,
-        warm_up=options["warm_up"],
-        num_colocated=options["colocated"],
-        slow_down=options["slow_down"],
-        speculative=_speculative(options),
-        **transfer_options(options),
-    )
-
-
-def _speculative(options: Mapping[str, Any]) -> "SpeculativeConfig | None":
-    """Raises ValueError where the options do not go together."""
-    from xllm_compile.runtime.speculative.config import SpeculativeConfig
-
-    method, draft_model = options["speculative"], options["draft_model"]
-    if method is None:
-        if draft_model is not None:
-            raise ValueError("--draft-model is used with --speculative draft only; add it, or leave the model out")
-        return None
-    if draft_model is not None and method == "draft":
-        draft_model = find_artifact(draft_model, options)
-    return SpeculativeConfig(
-        method=method, draft_model=draft_model, num_speculative_tokens=options["num_speculative_tokens"]
-    )
-
-
 def _import_servers() -> None:
     import xllm_compile.scheduler.server  # noqa: F401
 
 
-def _run(
-    instances: Mapping[tuple[str, ...], "Instance"],
-    options: Mapping[str, Any],
-    http_socket: socket.socket,
-    max_connections: int,
-    tracing: Tracing,
-    batch_folder: "BatchFolder | None",
-) -> int:
+def _serve_instances(instances: Mapping[tuple[str, ...], "Instance"], parts: ServerParts) -> int:
+    """Instances by the names of their models."""
     from xllm_compile.runtime.async_engine import AsyncEngine
     from xllm_compile.scheduler.dashboard.dashboard import Dashboard
     from xllm_compile.scheduler.dashboard.reading import read_server
-    from xllm_compile.scheduler.model_waker import ModelWaker
     from xllm_compile.scheduler.server import run_server
 
+    options = parts.options
     engines = {
         names: AsyncEngine(instance.engine, instance.release_weights, is_asleep=instance.is_asleep)
         for names, instance in instances.items()
     }
     try:
-        waker = None
-        if options["wake_on_request"]:
-            waker = ModelWaker({first: engine for (first, *_), engine in engines.items()})
-        door: Service | None = None
-        for names, instance in instances.items():
-            service = make_service(
-                options,
-                engine=engines[names],
-                tokenizer=instance.tokenizer,
-                model_names=names,
-                max_model_len=instance.max_model_len,
-                door=door,
-                waker=waker,
-                tracing=tracing,
-            )
-            door = door or service
-        assert door is not None
-        config = server_config(options, max_connections)
+        door = _make_services(instances, engines, parts)
+        config = server_config(parts)
         member = None
         if is_member(options):
             (names, instance), *_ = instances.items()
             member = Member(instance, engines[names], door, options)
         on_ready = partial(announce, config.host)
         dashboard = Dashboard(partial(read_server, door), dashboard_config(options, door.model_name))
-        with opened_batches(batch_folder, door) as batches:
+        with opened_batches(parts.batch_folder, door) as batches:
             serving = run_server(
-                config, http_socket, door, on_ready, routes=dashboard.routes(), batches=batches, member=member
+                config, parts.http_socket, door, on_ready, routes=dashboard.routes(), batches=batches, member=member
             )
             is_clean = asyncio.run(dashboard.beside(serving))
     finally:
         for engine in engines.values():
             engine.shutdown()
     return 0 if is_clean else 1
+
+
+def _make_services(
+    instances: Mapping[tuple[str, ...], "Instance"],
+    engines: Mapping[tuple[str, ...], "AsyncEngine"],
+    parts: ServerParts,
+) -> "Service":
+    """One for each model; the first, which is the door to all."""
+    from xllm_compile.scheduler.model_waker import ModelWaker
+
+    waker = None
+    if parts.options["wake_on_request"]:
+        waker = ModelWaker({first: engine for (first, *_), engine in engines.items()})
+    door: Service | None = None
+    for names, instance in instances.items():
+        service = make_service(
+            parts,
+            engine=engines[names],
+            tokenizer=instance.tokenizer,
+            model_names=names,
+            max_model_len=instance.max_model_len,
+            door=door,
+            waker=waker,
+        )
+        door = door or service
+    assert door is not None, "there is an artifact"
+    return door
 
 
 def opened_batch_folder(options: Mapping[str, Any]) -> AbstractContextManager["BatchFolder | None"]:
@@ -328,7 +244,7 @@ def opened_batches(folder: "BatchFolder | None", service: "Service") -> Abstract
 
 
 def make_service(
-    options: Mapping[str, Any],
+    parts: ServerParts,
     *,
     engine: "EngineClient",
     tokenizer: "Tokenizer",
@@ -338,8 +254,8 @@ def make_service(
     longest_now: "Callable[[], int | None]" = lambda: None,
     door: "Service | None" = None,
     waker: "ModelWaker | None" = None,
-    tracing: Tracing = NO_TRACING,
 ) -> "Service":
+    """See Service."""
     import prometheus_client
 
     from xllm_compile.scheduler.chat_formats import ChatFormats
@@ -348,6 +264,7 @@ def make_service(
 
     # They double every counter and histogram with the time it was made.
     prometheus_client.disable_created_metrics()
+    options = parts.options
     return Service(
         engine=engine,
         tokenizer=tokenizer,
@@ -360,7 +277,7 @@ def make_service(
         longest_now=longest_now,
         door=door,
         waker=waker,
-        tracing=tracing,
+        tracing=parts.tracing,
         chat_formats=ChatFormats.choose(
             tokenizer.chat_template_text,
             tool_call_parser=options["tool_call_parser"],
@@ -369,13 +286,14 @@ def make_service(
     )
 
 
-def server_config(options: Mapping[str, Any], max_connections: int) -> "ServerConfig":
+def server_config(parts: ServerParts) -> "ServerConfig":
     from xllm_compile.scheduler.server import ServerConfig
 
+    options = parts.options
     return ServerConfig(
         host=options["host"],
         grpc_port=options["grpc_port"],
-        max_connections=max_connections,
+        max_connections=parts.max_connections,
         drain_timeout_s=options["drain_timeout"],
         tls=TlsConfig.from_options(options),
     )
@@ -399,35 +317,3 @@ def announce(host: str, http_port: int, grpc_port: int, registry_port: int = 0) 
     ready = f"READY http={name}:{http_port} grpc={name}:{grpc_port}{registry} startup_s={process_age_s():.2f}"
     print(ready, flush=True)
     logger.info("serving on http://%s:%d and grpc %s:%d", name, http_port, name, grpc_port)
-
-
-def bind_socket(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: clients are refused until the model is there. Raises OSError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except OSError:
-            bound.close()
-            raise
-    except OSError as err:
-        raise OSError(f"HTTP cannot listen on {host}:{port}: {err.strerror or err}; choose another --port") from err
-    return bound
-
-
-def raise_open_files() -> int:
-    """Lift the soft limit of open files to the hard one and return it: a connection is a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard if hard != resource.RLIM_INFINITY else 1 << 20
-
-
-def process_age_s() -> float:
-    """Seconds since the process was started, interpreter and imports included."""
-    # Field 22 of stat is the start in clock ticks since boot; the name before it may hold spaces.
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    started_s = int(fields[19]) / 100
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s

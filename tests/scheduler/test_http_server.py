@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from xllm_compile.scheduler.http_server import HttpServer
-from xllm_compile.scheduler.startup import bind_socket
+from xllm_compile.scheduler.process import bind_socket
 
 EVENTS = [b"data: 1\n\n", b"", b"data: 22222222222222222\n\n"]
 CHUNKS = b"9\r\ndata: 1\n\n\r\n19\r\ndata: 22222222222222222\n\n\r\n0\r\n\r\n"

@@ -5,9 +5,9 @@ import pytest
 
 from xllm_compile.runtime.outputs import EngineStats, SpeculationStats
 from xllm_compile.runtime.speculative.config import SpeculativeConfig
+from xllm_compile.scheduler.instance_options import speculative_config
 from xllm_compile.scheduler.limits import StreamLimiter
 from xllm_compile.scheduler.metrics import ServiceMetrics, render
-from xllm_compile.scheduler.startup import _speculative
 
 
 def options(**given: Any) -> dict[str, Any]:
@@ -16,12 +16,12 @@ def options(**given: Any) -> dict[str, Any]:
 
 
 def test_options_become_the_configuration(tmp_path: Path) -> None:
-    assert _speculative(options()) is None
-    assert _speculative(options(speculative="ngram", num_speculative_tokens=4)) == SpeculativeConfig(
+    assert speculative_config(options()) is None
+    assert speculative_config(options(speculative="ngram", num_speculative_tokens=4)) == SpeculativeConfig(
         method="ngram", num_speculative_tokens=4
     )
     (tmp_path / "manifest.json").write_text("{}")
-    config = _speculative(options(speculative="draft", draft_model=tmp_path))
+    config = speculative_config(options(speculative="draft", draft_model=tmp_path))
     assert config is not None and config.draft_model == tmp_path
 
 
@@ -38,7 +38,7 @@ def test_options_become_the_configuration(tmp_path: Path) -> None:
 )
 def test_options_that_do_not_go_together_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _speculative(options(**given))
+        speculative_config(options(**given))
 
 
 def test_metrics_have_what_was_drafted_and_accepted() -> None:

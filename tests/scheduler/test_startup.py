@@ -5,28 +5,28 @@ import click
 import pytest
 
 from xllm_compile import model_cache
-from xllm_compile.scheduler import startup
 from xllm_compile.scheduler.artifact_source import cached_artifact, find_artifact
 from xllm_compile.scheduler.member import check_registry
+from xllm_compile.scheduler.process import bind_socket, process_age_s
 from xllm_compile.scheduler.serve import command
 
 
 def test_the_system_picks_a_port_and_a_taken_one_is_an_error():
-    with startup.bind_socket("127.0.0.1", 0) as bound:
+    with bind_socket("127.0.0.1", 0) as bound:
         bound.listen()
         port = bound.getsockname()[1]
         with pytest.raises(OSError, match=f"127.0.0.1:{port}.*--port"):
-            startup.bind_socket("127.0.0.1", port)
+            bind_socket("127.0.0.1", port)
 
 
 def test_nobody_connects_before_the_model_is_there():
-    with startup.bind_socket("127.0.0.1", 0) as bound, pytest.raises(ConnectionRefusedError):
+    with bind_socket("127.0.0.1", 0) as bound, pytest.raises(ConnectionRefusedError):
         socket.create_connection(bound.getsockname())
 
 
 def test_the_age_of_this_process_is_positive_and_grows():
-    first = startup.process_age_s()
-    assert 0 < first <= startup.process_age_s()
+    first = process_age_s()
+    assert 0 < first <= process_age_s()
 
 
 def test_an_artifact_is_served_as_it_is(tmp_path):

@@ -13,13 +13,13 @@ from tests.scheduler.certificates import Authority
 from tests.scheduler.registry.instances import instance
 from xllm_compile.scheduler.cluster.registry_address import parse_registry
 from xllm_compile.scheduler.http_server import HttpServer
+from xllm_compile.scheduler.process import bind_socket
 from xllm_compile.scheduler.registry.etcd_registry import EtcdRegistry
 from xllm_compile.scheduler.registry.liveness import Answer
 from xllm_compile.scheduler.registry.memory_registry import MemoryRegistry
 from xllm_compile.scheduler.registry.probe import probe_health
 from xllm_compile.scheduler.registry.registry import RegistryDeniedError, RegistryUnavailableError
 from xllm_compile.scheduler.registry.registry_server import RegistryServer
-from xllm_compile.scheduler.startup import bind_socket
 from xllm_compile.scheduler.tls import TlsConfig
 
 pytestmark = pytest.mark.integration
