@@ -55,8 +55,9 @@ class InstanceInfo:
     """Names the machine: shared memory works between instances of one."""
     model_names: tuple[str, ...] = ()
     weights_key: str = ""
+    """Names what KV is computed with,"""
     kv_layout: str = ""
-    """KV moves between instances of equal weights and layout only."""
+    """and how its bytes lie; see `has_kv_like`."""
     kv_bytes_per_token: int = 0
     """0 says nothing."""
     block_tokens: int = 16
@@ -65,6 +66,10 @@ class InstanceInfo:
     max_num_batched_tokens: int
     kv_tokens_total: int
     version: str = ""
+
+    def has_kv_like(self, other: "InstanceInfo") -> bool:
+        """Whether KV can move between the two: computed with the same weights, its bytes in the same places."""
+        return (self.weights_key, self.kv_layout) == (other.weights_key, other.kv_layout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

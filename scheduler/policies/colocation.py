@@ -143,7 +143,7 @@ def _can_move(source: Instance, target: Instance) -> bool:
     mine, theirs = source.info, target.info
     if source is target or source.health is Health.SUSPECT or not (mine.transfers and theirs.transfers):
         return False
-    return (mine.weights_key, mine.kv_layout) == (theirs.weights_key, theirs.kv_layout)
+    return mine.has_kv_like(theirs)
 
 
 def _decodes(instance: Instance) -> StepLoad:

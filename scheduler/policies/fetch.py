@@ -10,7 +10,7 @@ Source: Mooncake (arXiv:2407.00079), 6.2, which balances between transfer and co
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from xllm_compile.scheduler.cluster.state import CachedTokens, Fetch, Health, Instance, InstanceInfo, RequestShape
+from xllm_compile.scheduler.cluster.state import CachedTokens, Fetch, Health, Instance, RequestShape
 from xllm_compile.scheduler.policies import predict
 from xllm_compile.scheduler.policies.copy_times import CopyTimes
 
@@ -60,7 +60,7 @@ class Fetching:
             num_tokens = min(num_found, most)
             if num_tokens <= num_own:
                 return None
-            if source.name != target.name and _fits(source.info, info):
+            if source.name != target.name and source.info.has_kv_like(info):
                 break
         else:
             return None
@@ -75,7 +75,3 @@ class Fetching:
 def _sends(instance: Instance) -> bool:
     info = instance.info
     return instance.health is not Health.SUSPECT and bool(info.transfers) and info.kv_bytes_per_token > 0
-
-
-def _fits(source: InstanceInfo, target: InstanceInfo) -> bool:
-    return (source.weights_key, source.kv_layout) == (target.weights_key, target.kv_layout)

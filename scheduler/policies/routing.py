@@ -151,7 +151,7 @@ class _Router:
         """With where it is decoded."""
         if prefill.instance in decodes and (prefill.instance.pool is Pool.MIX or self._keeps_tpot(prefill.instance)):
             return self._placed(prefill, prefill.instance)
-        others = [one for one in decodes if _takes_kv_of(prefill.instance, one)] or [prefill.instance]
+        others = [one for one in decodes if prefill.instance.info.has_kv_like(one.info)] or [prefill.instance]
         if self.rules.policy == "round_robin":
             return self._placed(prefill, others[self.turn % len(others)])
         if self.rules.policy == "load":
@@ -269,12 +269,6 @@ class _Router:
 def _fits(instance: Instance, request: RequestShape) -> bool:
     length = request.num_prompt_tokens + request.max_output_tokens
     return length <= instance.info.max_model_len and request.num_prompt_tokens < instance.info.kv_tokens_total
-
-
-def _takes_kv_of(prefill: Instance, decode: Instance) -> bool:
-    """Whether what one computes can be handed over to the other."""
-    mine, theirs = prefill.info, decode.info
-    return (mine.weights_key, mine.kv_layout) == (theirs.weights_key, theirs.kv_layout)
 
 
 def _waiting_share(instance: Instance) -> float:
