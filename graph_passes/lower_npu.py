@@ -31,7 +31,6 @@ air = torch.ops.air
 npu = torch.ops.npu
 xllm = torch.ops.xllm
 _ALL_REDUCE = torch.ops._c10d_functional.all_reduce.default
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 _CAUSAL, _BAND = 3, 4
 """Values of sparse_mode: everything up to the query's own position, and a window of it."""

@@ -69,11 +69,6 @@ class DecoderConfig:
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements one token adds to the KV cache over all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

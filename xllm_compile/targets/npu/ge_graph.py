@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_INPUT_TYPES = ("Data", "RefData")
 # Positions of the cache among the inputs of the operators that may read or write it.
 _WRITER, _WRITTEN = "ScatterNdUpdate", 0
 _READER, _READ = "FusedInferAttentionScore", (1, 2)
