@@ -12,7 +12,6 @@ from xllm_compile.scheduler.sizes import parse_size
 from xllm_compile.scheduler.speculative_options import speculative_options
 
 # Exit codes: 0 clean drain, 1 requests were cut or the server failed, 2 the user's mistake, 128 + n a second signal.
-EXIT_CUT = 1
 EXIT_USAGE = 2
 
 # The keys of tool_formats.FORMATS and reasoning.FORMATS, whose modules --help has no time for.
@@ -65,7 +64,7 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     "--launcher",
     type=click.Choice(["local", "ray"]),
     default="local",
-    help="Where --instances come to be: on this machine, or on those of a running Ray cluster (RAY_ADDRESS).",
+    help="Where --instances run: on this machine, or on those of a running Ray cluster (RAY_ADDRESS).",
 )
 @click.option(
     "--role",
@@ -84,7 +83,7 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     default=8002,
     help="Port of a gateway's own registry, without --registry; 0 lets the system choose.",
 )
-@click.option("--registry-host", help="Address of it.  [default: that of --host]")
+@click.option("--registry-host", help="Address of a gateway's own registry.  [default: that of --host]")
 @click.option(
     "--dynamic-roles",
     is_flag=True,
@@ -124,15 +123,15 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     help="Key that clients must send. Repeat it while keys change: all are taken, and the first is sent to instances.",
 )
 @click.option(
-    "--tls-cert", type=click.Path(path_type=Path), help="Certificate of this server, PEM: its ports speak TLS."
+    "--tls-cert", type=click.Path(path_type=Path), help="Certificate of this server, PEM; its ports then speak TLS."
 )
-@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Key of --tls-cert, PEM.")
 @click.option(
     "--tls-ca",
     type=click.Path(path_type=Path),
     help="Speak TLS with the service's other processes and the registry, and check their certificates against this.",
 )
-@click.option("--tls-client-auth", is_flag=True, help="Ask clients for a certificate, too, by the CA of --tls-ca.")
+@click.option("--tls-client-auth", is_flag=True, help="Ask clients for a certificate by the CA of --tls-ca, too.")
 @click.option("--allow-unauthenticated", is_flag=True, help="Serve other machines without an API key.")
 @click.option("--max-num-seqs", type=click.IntRange(1), help="Most sequences running at once.")
 @click.option("--max-num-batched-tokens", type=click.IntRange(1), help="Most tokens in one step.")
@@ -140,15 +139,15 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
 @click.option(
     "--memory", callback=parse_size_option, metavar="SIZE", help="Memory of weights and KV of all models together."
 )
-@click.option("--wake-on-request", is_flag=True, help="Wake a sleeping model for its request, others make room.")
+@click.option("--wake-on-request", is_flag=True, help="Wake a sleeping model for its request; idle ones make room.")
 @click.option("--kv-memory", callback=parse_size_option, metavar="SIZE", help="Memory of the KV cache, such as 4GiB.")
 @click.option(
     "--kv-cache-dtype",
     type=click.Choice(["auto", "int8"]),
     default="auto",
-    help="Demand an artifact that was compiled so (with --compile: compile it so); auto takes what it has.",
+    help="Demand an artifact that was compiled for it (with --compile, compile for it); auto takes what there is.",
 )
-@click.option("--kv-pretouch", is_flag=True, help="Have all of that memory before READY, not page by page.")
+@click.option("--kv-pretouch", is_flag=True, help="Take all memory of the KV cache before READY, not page by page.")
 @click.option("--prefix-cache/--no-prefix-cache", default=True, help="Reuse the KV of prompts that start alike.")
 @click.option(
     "--kv-host-memory",
@@ -162,15 +161,21 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     metavar="SIZE",
     help="Host memory for the KV of preempted requests, where copying is sooner done than computing again.",
 )
-@click.option("--kv-disk", type=click.Path(path_type=Path), metavar="DIR", help="Keep what that has no room for here.")
-@click.option("--kv-disk-size", callback=parse_size_option, metavar="SIZE", help="Most of it.  [default: 16GiB]")
+@click.option(
+    "--kv-disk", type=click.Path(path_type=Path), metavar="DIR", help="Keep what host memory has no room for here."
+)
+@click.option(
+    "--kv-disk-size", callback=parse_size_option, metavar="SIZE", help="Bound of --kv-disk.  [default: 16GiB]"
+)
 @click.option(
     "--kv-store",
     metavar="ADDRESS",
-    help="Keep it in a store that instances share as well: mooncake://HOST:PORT of a mooncake_master, in a network "
-    "that none but instances reach.",
+    help="Keep it in a store that instances share, too: mooncake://HOST:PORT of a mooncake_master, in a network that "
+    "none but instances reach.",
 )
-@click.option("--kv-store-size", callback=parse_size_option, metavar="SIZE", help="Memory lent to it.  [default: 1GiB]")
+@click.option(
+    "--kv-store-size", callback=parse_size_option, metavar="SIZE", help="Lent to --kv-store.  [default: 1GiB]"
+)
 @click.option("--max-waiting", type=click.IntRange(1), help="Sequences that may wait; more are answered 429.")
 @click.option(
     "--max-waiting-tokens", type=click.IntRange(1), help="Prompt tokens that may wait; more are answered 429."
@@ -183,24 +188,30 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     "late already last; auto: deadline with --ttft-slo-ms, else fcfs.",
 )
 @click.option(
-    "--ttft-slo-ms", type=click.FloatRange(0, min_open=True), help="Target for online requests that name none."
+    "--ttft-slo-ms",
+    type=click.FloatRange(0, min_open=True),
+    help="Target for the time to the first token, of online requests that name none.",
 )
 @click.option(
-    "--tpot-slo-ms", type=click.FloatRange(0, min_open=True), help="Target for online requests that name none."
+    "--tpot-slo-ms",
+    type=click.FloatRange(0, min_open=True),
+    help="Target for the mean time between tokens, of online requests that name none.",
 )
 @click.option("--max-streams", type=click.IntRange(1), default=1024, help="Requests open at once; more get 429.")
 @click.option("--max-connections", type=click.IntRange(1), default=16384, help="HTTP connections; more get 429.")
-@click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
-@click.option("--batch-dir", type=click.Path(path_type=Path), metavar="DIR", help="Serve /v1/batches; keep them here.")
-@click.option("--batch-max-lines", type=click.IntRange(1), help="Requests in one batch.  [default: 50000]")
 @click.option(
-    "--batch-max-file-size", callback=parse_size_option, metavar="SIZE", help="Of one upload.  [default: 200MiB]"
+    "--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish requests after SIGTERM."
+)
+@click.option("--batch-dir", type=click.Path(path_type=Path), metavar="DIR", help="Serve /v1/batches, kept here.")
+@click.option("--batch-max-lines", type=click.IntRange(1), help="Most requests of one batch.  [default: 50000]")
+@click.option(
+    "--batch-max-file-size", callback=parse_size_option, metavar="SIZE", help="Most of one upload.  [default: 200MiB]"
 )
 @click.option(
     "--batch-disk-size",
     callback=parse_size_option,
     metavar="SIZE",
-    help="Of all uploads and results.  [default: 16GiB]",
+    help="Most of all uploads and results.  [default: 16GiB]",
 )
 @click.option(
     "--threads",
@@ -257,7 +268,7 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     help="How the model marks its reasoning; auto asks its chat template.",
 )
 @speculative_options
-@click.option("--name", help="Of the instance, unique in its service.  [default: by role, host and process]")
+@click.option("--name", help="Name of the instance, unique in its service.  [default: by role, host and process]")
 @click.option(
     "--transfer",
     metavar="NAMES",
@@ -268,7 +279,7 @@ def check_keys(_context: click.Context, _parameter: click.Parameter, keys: tuple
     "--transfer-secret",
     envvar="XLLM_TRANSFER_SECRET",
     show_envvar=True,
-    help="What instances prove to each other that they have.",
+    help="Secret that instances prove to each other; it is never sent.",
 )
 @click.option("--compile", "use_compile", is_flag=True, help="Compile a model directory first, into the user's cache.")
 @click.option(

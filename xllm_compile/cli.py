@@ -48,7 +48,7 @@ def read_quantisation(scheme: str, group_size: int | None, has_head: bool) -> Qu
 @click.option(
     "--max-num-batched-tokens", type=int, default=512, help="Most tokens in one step; also the prefill chunk."
 )
-@click.option("--buckets", callback=parse_buckets, help="Step sizes with a graph of their own: 1,2,4,8,512.")
+@click.option("--buckets", callback=parse_buckets, help="Step sizes with a graph of their own, such as 1,2,4,8,512.")
 @click.option(
     "--workload", type=click.Path(path_type=Path), help="Choose buckets for this trace: .csv, .jsonl or a folder."
 )
@@ -71,7 +71,7 @@ def read_quantisation(scheme: str, group_size: int | None, has_head: bool) -> Qu
     default="none",
     help="Round the layers' weights; with -dynamic activations, too: w8a8, w4a8.",
 )
-@click.option("--quantize-group", type=int, help="int4, int4-dynamic: weights to a scale, 32 or 128.  [default: 32]")
+@click.option("--quantize-group", type=int, help="int4: weights that share a scale, 32 or 128.  [default: 32]")
 @click.option(
     "--quantize-head",
     is_flag=True,
