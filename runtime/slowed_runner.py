@@ -10,23 +10,17 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.policies.chunk import StepLoad
-from xllm_compile.runtime.step import ModelRunner, Step
+from xllm_compile.runtime.step import ModelRunner, RunnerAround, Step
 
 
-class SlowedRunner:
-    """A ModelRunner around another one."""
+class SlowedRunner(RunnerAround):
+    """Its steps last as long as they would on a slower device."""
 
     def __init__(self, runner: ModelRunner, seconds: Callable[[StepLoad], float]) -> None:
         """seconds: how long a step lasts."""
-        self._runner = runner
+        super().__init__(runner)
         self._seconds = seconds
-        self.vocab_size = runner.vocab_size
-        self.max_model_len = runner.max_model_len
-        self.max_num_seqs = runner.max_num_seqs
-        self.max_num_batched_tokens = runner.max_num_batched_tokens
-        self.embedding_size = runner.embedding_size
 
     def execute(self, step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
         """See ModelRunner.execute."""
@@ -34,15 +28,6 @@ class SlowedRunner:
         logits = self._runner.execute(step, on_layers)
         time.sleep(max(0.0, due_s - time.monotonic()))
         return logits
-
-    def pooled(self) -> Tensor:
-        return self._runner.pooled()
-
-    def last_outcome(self) -> str:
-        return self._runner.last_outcome()
-
-    def graph_cache_stats(self) -> GraphCacheStats:
-        return self._runner.graph_cache_stats()
 
 
 def load_of_step(step: Step) -> StepLoad:

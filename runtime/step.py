@@ -69,3 +69,24 @@ class ModelRunner(Protocol):
     def graph_cache_stats(self) -> GraphCacheStats:
         """How steps found their graphs so far."""
         ...
+
+
+class RunnerAround:
+    """A ModelRunner that is another one in all but `execute`."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.vocab_size = runner.vocab_size
+        self.max_model_len = runner.max_model_len
+        self.max_num_seqs = runner.max_num_seqs
+        self.max_num_batched_tokens = runner.max_num_batched_tokens
+        self.embedding_size = runner.embedding_size
+
+    def pooled(self) -> Tensor:
+        return self._runner.pooled()
+
+    def last_outcome(self) -> str:
+        return self._runner.last_outcome()
+
+    def graph_cache_stats(self) -> GraphCacheStats:
+        return self._runner.graph_cache_stats()

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from xllm_compile.runtime.ops.spec import TP_GROUP
-from xllm_compile.runtime.outputs import GraphCacheStats
-from xllm_compile.runtime.step import ModelRunner, Step
+from xllm_compile.runtime.step import ModelRunner, RunnerAround, Step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroupGloo
@@ -161,28 +160,14 @@ class RankGroup:
         self._gloo.broadcast([tensor], options).wait()  # type: ignore[attr-defined]
 
 
-class LeaderRunner:
+class LeaderRunner(RunnerAround):
     """Rank 0's model runner: what it executes the followers execute as well."""
 
     def __init__(self, runner: ModelRunner, group: RankGroup) -> None:
-        self.vocab_size = runner.vocab_size
-        self.max_model_len = runner.max_model_len
-        self.max_num_seqs = runner.max_num_seqs
-        self.max_num_batched_tokens = runner.max_num_batched_tokens
-        self.embedding_size = runner.embedding_size
-        self._runner = runner
+        super().__init__(runner)
         self._group = group
 
     def execute(self, step: Step, on_layers: Callable[[], None] | None = None) -> Tensor:
         """See ModelRunner.execute. Raises RuntimeError when a follower is gone."""
         self._group.send_step(step)
         return self._runner.execute(step, on_layers)
-
-    def pooled(self) -> Tensor:
-        return self._runner.pooled()
-
-    def last_outcome(self) -> str:
-        return self._runner.last_outcome()
-
-    def graph_cache_stats(self) -> GraphCacheStats:
-        return self._runner.graph_cache_stats()
