@@ -15,8 +15,9 @@ from xllm_compile.runtime.outputs import CompletionOutput, EngineStats, RequestO
 from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import SamplingParams
 from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.cluster.attempts import FailoverConfig
 from xllm_compile.scheduler.cluster.cluster import Cluster
-from xllm_compile.scheduler.cluster.completion import Completion, FailoverConfig
+from xllm_compile.scheduler.cluster.completion import Completion
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.request_outputs import RequestOutputs
 from xllm_compile.scheduler.cluster.token_log import TokenLog

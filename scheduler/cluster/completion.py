@@ -1,16 +1,16 @@
 """One completion on a cluster: placed, handed over, and placed again where an instance is lost or refuses."""
 
 import logging
-import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from xllm_compile.runtime.outputs import CompletionOutput, Logprob, RequestMetrics
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.cluster.attempts import AbortedError, Attempts, FailoverConfig, TryElsewhereError
 from xllm_compile.scheduler.cluster.cluster import Cluster
 from xllm_compile.scheduler.cluster.generate_messages import (
     completion_of,
@@ -22,22 +22,12 @@ from xllm_compile.scheduler.cluster.instance_link import InstanceLink
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.prefix_fetch import Fetched, fetch_prefix
 from xllm_compile.scheduler.cluster.run import InstanceLostError
-from xllm_compile.scheduler.cluster.state import Fetch, InstanceInfo, Placement
+from xllm_compile.scheduler.cluster.state import Fetch, InstanceInfo
 from xllm_compile.scheduler.cluster.token_log import TokenLog
 from xllm_compile.scheduler.proto import xllm_pb2
 from xllm_compile.scheduler.tracing import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FailoverConfig:
-    max_losses: int = 5
-    """Instances that a request may lose one after the other without a token between: it may be what ends them."""
-    max_refusals: int = 8
-    """Instances that may refuse a request: of very many that are busy not all are asked by each."""
-    wait_s: float = 30.0
-    """How long a request waits for an instance when there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +39,6 @@ class _Next:
 
     def release(self) -> None:
         self.link.release(self.reservation.reservation_id)
-
-
-class _TryElsewhereError(Exception):
-    """The attempt is over; why, is noted."""
-
-
-class _AbortedError(Exception):
-    """The request was aborted while it waited."""
 
 
 class Completion:
@@ -77,22 +59,11 @@ class Completion:
         self._placer = placer
         self._log = log
         self._metrics = metrics
-        self._config = config
         self._span = span
-        self._is_aborted = False
-        self._key = uuid.uuid4().hex
-        self._awaits_token = True
-        """No token has come since it was placed."""
+        self._attempts = Attempts(cluster, placer, log, config)
         self._running: tuple[InstanceLink, str] | None = None
         self._next: _Next | None = None
         self._is_moving = False
-        self._num_losses = 0
-        self._avoided: set[str] = set()
-        """Incarnations that were lost."""
-        self._refusals: dict[str, errors.ApiError] = {}
-        """By the incarnation that refused."""
-        self._is_begun = False
-        """An instance took it: its client is not sent away any more."""
         self.index = log.index
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
@@ -100,8 +71,7 @@ class Completion:
 
     def abort(self) -> None:
         """End it: the last output says so."""
-        self._is_aborted = True
-        self._cluster.notify()
+        self._attempts.abort()
         if self._running is not None:
             link, name = self._running
             link.abort(name)
@@ -117,31 +87,31 @@ class Completion:
                             async for output in outputs:
                                 yield output
                     return
-                except _TryElsewhereError as err:
+                except TryElsewhereError as err:
                     name = "resume" if isinstance(err.__cause__, InstanceLostError) else "placement"
-        except _AbortedError:
+        except AbortedError:
             yield CompletionOutput(index=self.index, text="", token_ids=[], finish_reason="abort")
         finally:
-            self._placer.finished(self._key)
+            self._attempts.finish()
 
     async def embedding(self, pooling: PoolingParams) -> list[float]:
         """Of the prompt. Raises ApiError as `outputs` does."""
         try:
             while True:
-                link = self._link((await self._place()).prefill)
+                link = self._link((await self._attempts.place()).prefill)
                 try:
-                    with self._client_span(self._span, "embed", link) as span, self._noted(link):
+                    with self._client_span(self._span, "embed", link) as span, self._attempts.noted(link):
                         answer = await link.embed(embed_message(self._log.prompt, pooling), span.carrier)
                         return list(answer.embedding)
-                except _TryElsewhereError:
+                except TryElsewhereError:
                     continue
-        except _AbortedError:
+        except AbortedError:
             raise errors.ApiError(errors.UNAVAILABLE, "The server ended this request early.", code="aborted") from None
         finally:
-            self._placer.finished(self._key)
+            self._attempts.finish()
 
     async def _attempt(self, span: Span) -> AsyncGenerator[CompletionOutput, None]:
-        placement = await self._place()
+        placement = await self._attempts.place()
         span.set({"xllm.choice": self.index, "xllm.num_resumed_tokens": len(self._log.token_ids)})
         prefill, decode = self._link(placement.prefill), self._link(placement.decode)
         self._stats.num_placed += 1
@@ -152,7 +122,7 @@ class Completion:
                 async for output in outputs:
                     yield output
         finally:
-            if fetched is not None and self._awaits_token:
+            if fetched is not None and self._attempts.awaits_token:
                 prefill.release(fetched.reservation_id)
 
     async def _generate(
@@ -160,7 +130,7 @@ class Completion:
     ) -> AsyncGenerator[CompletionOutput, None]:
         """Prefill on the link's instance, then wherever it is handed over to: where it decodes, or to who pulls it."""
         # Of this attempt: an instance may still hold an earlier one.
-        request = self._log.request(uuid.uuid4().hex, is_begun=self._is_begun)
+        request = self._log.request(uuid.uuid4().hex, is_begun=self._attempts.is_begun)
         if fetched is not None:
             request.resume.reservation_id = fetched.reservation_id
             request.resume.num_kv_tokens = fetched.num_kv_tokens
@@ -196,7 +166,7 @@ class Completion:
                 name = "decode"
                 claimed, self._next = self._next, None
                 link = decode = claimed.link
-                request = self._log.request(uuid.uuid4().hex, is_begun=self._is_begun)
+                request = self._log.request(uuid.uuid4().hex, is_begun=self._attempts.is_begun)
                 request.resume.reservation_id = claimed.reservation.reservation_id
                 # What a receiver cannot know: bytes that were never sent look like any others.
                 request.resume.num_kv_tokens = num_kv_tokens
@@ -209,7 +179,7 @@ class Completion:
     @property
     def offline_at(self) -> str | None:
         """The instance where it decodes as an offline request and may be moved from; else None."""
-        if self._running is None or self._awaits_token or self._next is not None or self._is_moving:
+        if self._running is None or self._attempts.awaits_token or self._next is not None or self._is_moving:
             return None
         return self._running[0].info.name if self._log.is_offline else None
 
@@ -233,30 +203,30 @@ class Completion:
         finally:
             self._is_moving = False
         following = _Next(target, reservation)
-        if self._running is not running or self._is_aborted:
+        if self._running is not running or self._attempts.is_aborted:
             following.release()
             return
         self._next = following
-        self._placer.moved(self._key, self._log.shape(), target.info.name)
+        self._attempts.note_move(target)
         link, name = running
         link.hand_over(name, reservation)
 
     async def _run(self, link: InstanceLink, request: Any, parent: Span, name: str) -> AsyncGenerator[Any, None]:
-        """What comes of the instance (Run.next), and when it came. Raises _TryElsewhereError where it is lost, refuses
-        or ends the request early, _AbortedError.
+        """What comes of the instance (Run.next), and when it came. Raises TryElsewhereError where it is lost, refuses
+        or ends the request early, AbortedError.
         """
-        if self._is_aborted:
-            raise _AbortedError
+        if self._attempts.is_aborted:
+            raise AbortedError
         self._running = link, request.request_id
         try:
             with (
                 self._client_span(parent, name, link) as span,
-                self._noted(link),
+                self._attempts.noted(link),
                 link.run(request, span.carrier) as run,
             ):
                 while not run.is_over:
                     new = await run.next()
-                    if run.is_over and _is_aborted(new) and not self._is_aborted:
+                    if run.is_over and _is_aborted(new) and not self._attempts.is_aborted:
                         # It is left out of the log: its text may be cut where the next token changes it.
                         raise InstanceLostError(f"{link.info.name}: it ended the request early")
                     yield new, run.arrived_s
@@ -264,8 +234,8 @@ class Completion:
             self._running = None
 
     async def _fetch(self, target: InstanceLink, fetch: Fetch, parent: Span) -> Fetched | None:
-        """See fetch_prefix. Raises _TryElsewhereError."""
-        with self._client_span(parent, "fetch", target) as span, self._noted(target):
+        """See fetch_prefix. Raises TryElsewhereError."""
+        with self._client_span(parent, "fetch", target) as span, self._attempts.noted(target):
             return await fetch_prefix(
                 self._link(fetch.source),
                 target,
@@ -278,8 +248,8 @@ class Completion:
             )
 
     async def _reserve(self, link: InstanceLink, sender: InstanceInfo, parent: Span) -> Any:
-        """Room there for the prompt's KV as the sender computes it. Raises _TryElsewhereError."""
-        with self._client_span(parent, "reserve", link) as span, self._noted(link):
+        """Room there for the prompt's KV as the sender computes it. Raises TryElsewhereError."""
+        with self._client_span(parent, "reserve", link) as span, self._attempts.noted(link):
             return await link.reserve(self._reserve_request(sender), span.carrier)
 
     def _reserve_request(self, sender: InstanceInfo) -> Any:
@@ -297,18 +267,6 @@ class Completion:
         info = link.info
         return parent.child(name, {"xllm.instance": info.name, "server.address": info.address}, kind="CLIENT")
 
-    @contextmanager
-    def _noted(self, link: InstanceLink) -> Iterator[None]:
-        """Raises _TryElsewhereError where the instance is lost, or refuses what another may take."""
-        try:
-            yield
-        except InstanceLostError as err:
-            self._lose(link, err)
-            raise _TryElsewhereError from err
-        except errors.ApiError as err:
-            self._note_refusal(link, err)
-            raise _TryElsewhereError from err
-
     def _take(self, output: CompletionOutput, arrived_s: float) -> CompletionOutput:
         if output.token_ids:
             self._note_token(arrived_s)
@@ -324,14 +282,10 @@ class Completion:
                 self._take_metrics(response.metrics)
 
     def _note_token(self, arrived_s: float) -> None:
-        self._is_begun = True
+        self._attempts.note_token()
         if self._metrics.first_token_s is None:
             self._metrics.first_token_s = arrived_s
-        if self._awaits_token:
-            self._awaits_token = False
-            self._placer.first_token(self._key)
         self._metrics.last_token_s = arrived_s
-        self._num_losses = 0
 
     def _take_metrics(self, message: Any) -> None:
         count_metrics(self._metrics, message)
@@ -342,60 +296,6 @@ class Completion:
         link = self._cluster.link(name)
         assert link is not None, "a placement holds until the next await"
         return link
-
-    def _lose(self, link: InstanceLink, err: InstanceLostError) -> None:
-        self._is_begun = True
-        self._num_losses += 1
-        self._stats.num_lost += 1
-        self._avoided.add(link.info.incarnation)
-        self._cluster.doubt(link)
-        logger.warning("a request with %d tokens goes on elsewhere: %s", len(self._log.token_ids), err)
-        if self._num_losses >= self._config.max_losses:
-            message = f"The request lost {self._num_losses} instances without a token between; it may be the cause."
-            raise errors.ApiError(errors.UNAVAILABLE, message, code="instances_lost") from err
-
-    def _note_refusal(self, link: InstanceLink, err: errors.ApiError) -> None:
-        """Raises it where it is about the request and others would say the same."""
-        if err.kind not in (errors.OVERLOADED, errors.UNAVAILABLE):
-            raise err
-        self._stats.num_refused += 1
-        self._refusals[link.info.incarnation] = err
-
-    async def _place(self) -> Placement:
-        """Raises _AbortedError, and ApiError where no instance takes it or none comes in time."""
-        deadline = time.monotonic() + self._config.wait_s
-        while not self._is_aborted:
-            if self._cluster.is_ready:
-                placement = None
-                if len(self._refusals) < self._config.max_refusals:
-                    shape = self._log.shape(is_begun=self._is_begun)
-                    cached = self._cluster.kv.match(shape.digests)
-                    self._awaits_token = True
-                    placement = self._placer.place(
-                        self._key, shape, self._cluster, cached, refused=self._refusals, lost=self._avoided
-                    )
-                if placement is not None:
-                    return placement
-                await self._wait_for_room(self._soonest_refusal())
-                continue
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise errors.no_instance()
-            await self._cluster.wait_changed(left_s)
-        raise _AbortedError
-
-    async def _wait_for_room(self, refusal: errors.ApiError) -> None:
-        """Until those who refused may be asked again. Raises the refusal of a request that nobody took before."""
-        if not self._is_begun:
-            raise refusal
-        again_s = time.monotonic() + (refusal.retry_after_s or errors.RETRY_AFTER_S)
-        while not self._is_aborted and (left_s := again_s - time.monotonic()) > 0:
-            await self._cluster.wait_changed(left_s)
-        self._refusals.clear()
-
-    def _soonest_refusal(self) -> errors.ApiError:
-        """All refused, or enough: of what they said, the soonest time to come back."""
-        return min(self._refusals.values(), key=lambda err: (err.kind is not errors.OVERLOADED, err.retry_after_s or 0))
 
 
 def _is_handed_over(response: Any) -> bool:

@@ -11,9 +11,9 @@ from tests.scheduler.service_fixtures import MAX_MODEL_LEN, CountingRunner, coun
 from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.engine_config import EngineConfig
+from xllm_compile.scheduler.cluster.attempts import FailoverConfig
 from xllm_compile.scheduler.cluster.cluster import Cluster
 from xllm_compile.scheduler.cluster.cluster_client import ClusterClient
-from xllm_compile.scheduler.cluster.completion import FailoverConfig
 from xllm_compile.scheduler.cluster.instance_messages import load_message
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.state import Health, InstanceInfo, InstanceLoad, Role, StepProfile

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from tests.scheduler.cluster.cluster_fixtures import FakeCluster, FakeInstance
-from xllm_compile.scheduler.cluster.completion import FailoverConfig
+from xllm_compile.scheduler.cluster.attempts import FailoverConfig
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from xllm_compile.runtime.pooling import PoolingParams
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams, embedding_params
-from xllm_compile.scheduler.cluster.completion import FailoverConfig
+from xllm_compile.scheduler.cluster.attempts import FailoverConfig
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.run import InstanceLostError
 from xllm_compile.scheduler.cluster.state import Health

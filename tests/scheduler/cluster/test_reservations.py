@@ -16,7 +16,7 @@ from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.transfer.endpoint import open_endpoint
 from xllm_compile.runtime.transfer.transfer import TransferConfig
 from xllm_compile.scheduler.cluster import instance_link
-from xllm_compile.scheduler.cluster.completion import FailoverConfig
+from xllm_compile.scheduler.cluster.attempts import FailoverConfig
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.state import Role
 from xllm_compile.scheduler.policies.routing import RoutingRules

@@ -1,0 +1,146 @@
+"""The attempts at serving one request: where it is placed, who refused it or was lost with it, and when it gives up."""
+
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from xllm_compile.scheduler import errors
+from xllm_compile.scheduler.cluster.cluster import Cluster
+from xllm_compile.scheduler.cluster.instance_link import InstanceLink
+from xllm_compile.scheduler.cluster.placer import Placer
+from xllm_compile.scheduler.cluster.run import InstanceLostError
+from xllm_compile.scheduler.cluster.state import Placement
+from xllm_compile.scheduler.cluster.token_log import TokenLog
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailoverConfig:
+    max_losses: int = 5
+    """Instances that a request may lose one after the other without a token between: it may be what ends them."""
+    max_refusals: int = 8
+    """Instances that may refuse a request: of very many that are busy not all are asked by each."""
+    wait_s: float = 30.0
+    """How long a request waits for an instance when there is none."""
+
+
+class TryElsewhereError(Exception):
+    """The attempt is over; why, is noted."""
+
+
+class AbortedError(Exception):
+    """The request was aborted while it waited."""
+
+
+class Attempts:
+    """Those of one request, and what the placer hears of it."""
+
+    def __init__(self, cluster: Cluster, placer: Placer, log: TokenLog, config: FailoverConfig) -> None:
+        self._cluster = cluster
+        self._placer = placer
+        self._log = log
+        self._config = config
+        self._key = uuid.uuid4().hex
+        self._num_losses = 0
+        self._avoided: set[str] = set()
+        """Incarnations that were lost."""
+        self._refusals: dict[str, errors.ApiError] = {}
+        """By the incarnation that refused."""
+        self.is_begun = False
+        """An instance took it: its client is not sent away any more."""
+        self.awaits_token = True
+        """No token has come since it was placed."""
+        self.is_aborted = False
+
+    def abort(self) -> None:
+        """Whoever waits in `place` need not."""
+        self.is_aborted = True
+        self._cluster.notify()
+
+    async def place(self) -> Placement:
+        """Raises AbortedError, and ApiError where no instance takes it or none comes in time."""
+        deadline = time.monotonic() + self._config.wait_s
+        while not self.is_aborted:
+            if self._cluster.is_ready:
+                placement = self._place_now()
+                if placement is not None:
+                    return placement
+                await self._wait_for_room(self._soonest_refusal())
+                continue
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise errors.no_instance()
+            await self._cluster.wait_changed(left_s)
+        raise AbortedError
+
+    @contextmanager
+    def noted(self, link: InstanceLink) -> Iterator[None]:
+        """Raises TryElsewhereError where the instance is lost, or refuses what another may take."""
+        try:
+            yield
+        except InstanceLostError as err:
+            self._lose(link, err)
+            raise TryElsewhereError from err
+        except errors.ApiError as err:
+            self._note_refusal(link, err)
+            raise TryElsewhereError from err
+
+    def note_token(self) -> None:
+        """There is one."""
+        self.is_begun = True
+        self._num_losses = 0
+        if self.awaits_token:
+            self.awaits_token = False
+            self._placer.first_token(self._key)
+
+    def note_move(self, link: InstanceLink) -> None:
+        """It decodes there from now on."""
+        self._placer.moved(self._key, self._log.shape(), link.info.name)
+
+    def finish(self) -> None:
+        """It is over, in whatever way."""
+        self._placer.finished(self._key)
+
+    def _place_now(self) -> Placement | None:
+        """None where all refused, or enough."""
+        if len(self._refusals) >= self._config.max_refusals:
+            return None
+        shape = self._log.shape(is_begun=self.is_begun)
+        cached = self._cluster.kv.match(shape.digests)
+        self.awaits_token = True
+        return self._placer.place(self._key, shape, self._cluster, cached, refused=self._refusals, lost=self._avoided)
+
+    async def _wait_for_room(self, refusal: errors.ApiError) -> None:
+        """Until those who refused may be asked again. Raises the refusal of a request that nobody took before."""
+        if not self.is_begun:
+            raise refusal
+        again_s = time.monotonic() + (refusal.retry_after_s or errors.RETRY_AFTER_S)
+        while not self.is_aborted and (left_s := again_s - time.monotonic()) > 0:
+            await self._cluster.wait_changed(left_s)
+        self._refusals.clear()
+
+    def _soonest_refusal(self) -> errors.ApiError:
+        """Of what they said, the soonest time to come back."""
+        return min(self._refusals.values(), key=lambda err: (err.kind is not errors.OVERLOADED, err.retry_after_s or 0))
+
+    def _lose(self, link: InstanceLink, err: InstanceLostError) -> None:
+        self.is_begun = True
+        self._num_losses += 1
+        self._cluster.stats.num_lost += 1
+        self._avoided.add(link.info.incarnation)
+        self._cluster.doubt(link)
+        logger.warning("a request with %d tokens goes on elsewhere: %s", len(self._log.token_ids), err)
+        if self._num_losses >= self._config.max_losses:
+            message = f"The request lost {self._num_losses} instances without a token between; it may be the cause."
+            raise errors.ApiError(errors.UNAVAILABLE, message, code="instances_lost") from err
+
+    def _note_refusal(self, link: InstanceLink, err: errors.ApiError) -> None:
+        """Raises it where it is about the request and others would say the same."""
+        if err.kind not in (errors.OVERLOADED, errors.UNAVAILABLE):
+            raise err
+        self._cluster.stats.num_refused += 1
+        self._refusals[link.info.incarnation] = err
