@@ -9,9 +9,12 @@ _STEP = 1.25
 
 def bracket(measure: Callable[[float], float], enough: float, *, start: float, max_tries: int) -> None:
     """Measure at rates around that at which the share falls below enough: by steps until it lies between two, then
-    between those. measure: from a rate to the share of requests that were served well."""
+    between those. measure: from a rate to the share of requests that were served well. max_tries: while it lies beyond
+    all rates tried, up to twice as many."""
     low, high, rate = 0.0, math.inf, start
-    for _ in range(max_tries):
+    for num_tried in range(2 * max_tries):
+        if num_tried >= max_tries and low > 0.0 and high < math.inf:
+            return
         if measure(rate) >= enough:
             low = rate
         else:

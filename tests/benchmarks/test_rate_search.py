@@ -20,6 +20,18 @@ def test_rates_close_in_on_what_is_sustained(truth):
     assert len(tried) == 8
 
 
+@pytest.mark.parametrize(("truth", "num_tried"), [(2.0, 6), (5.0, 3), (12.0, 5), (100.0, 6)])
+def test_it_goes_on_while_the_sustained_rate_lies_beyond_all_that_were_tried(truth, num_tried):
+    tried = []
+
+    def measure(rate):
+        tried.append(rate)
+        return 0.95 if rate <= truth else 0.6
+
+    bracket(measure, 0.9, start=5.5, max_tries=3)
+    assert len(tried) == num_tried
+
+
 def test_the_sustained_rate_lies_where_the_share_falls_to_nine_tenths():
     assert crossing({4.0: 1.0, 6.0: 0.8}, 0.9) == pytest.approx(5.0)
     assert crossing({6.0: 0.8, 5.0: 0.95, 4.0: 1.0}, 0.9) == pytest.approx(5 + 1 / 3)
