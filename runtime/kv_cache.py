@@ -417,7 +417,7 @@ class KVCache:
         return -(-num_tokens // self.config.page_tokens)
 
     def _same_pages(self, live: _Live) -> range:
-        """See there."""
+        """As `_Live.same_pages` has it, of the slot as it is; empty where pages are left over."""
         config, counted = self.config, self._counted(live.length)
         if config.pages_for(live.length) != live.num_pages:
             return range(0)

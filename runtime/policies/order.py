@@ -37,7 +37,7 @@ from xllm_compile.runtime.policies.state import Q, Queued
 
 PolicyName = Literal["fcfs", "priority", "deadline"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
-PolicyChoice = Literal["auto", "fcfs", "priority", "deadline"]
+PolicyChoice = Literal["auto", PolicyName]
 """auto is deadline where there is a TTFT target for those that name none, else fcfs: who names one would go before all
 others."""
 POLICY_CHOICES: tuple[PolicyChoice, ...] = get_args(PolicyChoice)
