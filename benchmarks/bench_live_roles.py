@@ -19,6 +19,7 @@ from xllm_compile.benchmarks.bench_validate import (
     LiveSetting,
     Served,
     figures_of_live,
+    highest_simulated,
     measure,
     sampled_profile,
     shrunk,
@@ -33,7 +34,6 @@ from xllm_compile.benchmarks.rate_search import bracket, crossing
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.simulation.chart import attainment_chart, page, timeline_chart
 from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules
-from xllm_compile.benchmarks.simulation.goodput import highest_rate
 from xllm_compile.benchmarks.simulation.hardware import Hardware
 from xllm_compile.benchmarks.simulation.requests import SimRequest, read_requests
 from xllm_compile.request_trace import TraceRequest
@@ -188,11 +188,11 @@ class _Player:
     def simulated(self) -> float:
         """The rate that the simulator foretells for these stretches."""
 
-        def measure(rate: float, _: int) -> float:
+        def measure(rate: float) -> float:
             runs = [self._simulate(self._arrivals(stretch, rate)) for stretch in self._stretches]
             return statistics.mean(served.attainment for served, _ in runs)
 
-        return highest_rate(measure, lambda share: share >= ENOUGH, (0,), start=2.0, precision=0.05).median
+        return highest_simulated(measure)
 
     def search(self, what: str, max_tries: int) -> Search:
         search = Search(expected=self.simulated())

@@ -4,7 +4,7 @@ The live service is xllm-serve, a gateway and four slowed-down instances of demo
 The simulator gets what was measured of one instance's steps and of an idle service's ways, and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -215,10 +215,17 @@ def sustained(
 ) -> float:
     """Requests a second of which nine in ten meet both targets, in simulation."""
 
-    def measure(rate: float, _: int) -> float:
+    def measure(rate: float) -> float:
         return simulate(window(trace, rate, seconds, setting, least_requests), hardware, setting, rules)[0].attainment
 
-    return highest_rate(measure, lambda share: share >= ENOUGH, (0,), start=2.0, precision=0.05).median
+    return highest_simulated(measure)
+
+
+def highest_simulated(measure: Callable[[float], float]) -> float:
+    """Requests a second up to which the share of them that meet both targets, by measure, is enough."""
+    return highest_rate(
+        lambda rate, _: measure(rate), lambda share: share >= ENOUGH, (0,), start=2.0, precision=0.05
+    ).median
 
 
 def window(
