@@ -88,6 +88,8 @@ class RequestFactory:
             request.metrics.is_resumed = len(resume.output_token_ids) > 0
             request.is_begun = resume.is_begun or len(resume.output_token_ids) > 0
             request.reservation_id, request.num_kv_tokens = resume.reservation_id, resume.num_kv_tokens
+            if resume.first_token_age_s is not None:
+                request.answer_began_s = request.metrics.arrival_s - resume.first_token_age_s
         request.sequences = [self._make_sequence(request, index, grammar) for index in range(params.n)]
         for sequence in request.sequences:
             if resume is not None:

@@ -29,6 +29,8 @@ class Resume:
     """Tokens from the start whose KV has arrived there, as its sender says. The rest is computed."""
     is_begun: bool = False
     """Another instance had it, whatever came of that: it has waited in a queue already."""
+    first_token_age_s: float | None = None
+    """So long ago the client got its first token: tokens are due from there on. None where nobody says."""
 
 
 def check_resume(resume: Resume, params: SamplingParams, max_output_tokens: int) -> None:

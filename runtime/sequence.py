@@ -161,13 +161,17 @@ class Sequence:
 
     @property
     def next_due_s(self) -> float:
-        """When the token after the known and the pending ones is due, counted from the first."""
+        """When the token after the known and the pending ones is due, counted from the first, wherever it came from."""
         metrics = self.request.metrics
         first_s, target_s = metrics.first_token_s, metrics.tpot_slo_s
+        num_tokens = self.num_output_tokens + self.num_pending_tokens
+        if self.request.answer_began_s is not None:
+            first_s = self.request.answer_began_s
+        else:
+            num_tokens -= self.num_resumed_tokens
         if first_s is None or target_s is None:
             return math.inf
-        num_own = self.num_output_tokens - self.num_resumed_tokens
-        return first_s + (num_own + self.num_pending_tokens) * target_s
+        return first_s + num_tokens * target_s
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -212,6 +216,8 @@ class Request:
     is_prompt_sent: bool = False
     is_begun: bool = False
     """Another instance had it before."""
+    answer_began_s: float | None = None
+    """When its first token came, of which another instance told; None where it is this one's, or nobody says."""
     reservation_id: str = ""
     """Of the slot that waits for it, with KV that another instance computed,"""
     num_kv_tokens: int = 0

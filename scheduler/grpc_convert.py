@@ -1,5 +1,6 @@
 """Between the messages of xllm.proto and the runtime's types."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -83,7 +84,20 @@ def resume_of(request: Any) -> Resume | None:
         reservation_id=resume.reservation_id,
         num_kv_tokens=resume.num_kv_tokens,
         is_begun=resume.is_begun,
+        first_token_age_s=_first_token_age_s(resume),
     )
+
+
+def _first_token_age_s(resume: Any) -> float | None:
+    if not resume.HasField("first_token_age_ms"):
+        return None
+    if not 0 <= resume.first_token_age_ms < math.inf:
+        raise errors.invalid(
+            f"first_token_age_ms={resume.first_token_age_ms:g} must be at least 0 and finite; leave it out where it is"
+            " not known.",
+            param="resume.first_token_age_ms",
+        )
+    return float(resume.first_token_age_ms) / 1e3
 
 
 def hand_over_of(request: Any) -> HandOver | None:

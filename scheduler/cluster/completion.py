@@ -260,6 +260,7 @@ class Completion:
             weights_key=sender.weights_key,
             kv_layout=sender.kv_layout,
             tpot_slo_ms=None if shape.tpot_slo_s is None or shape.is_offline else 1e3 * shape.tpot_slo_s,
+            max_output_tokens=shape.max_output_tokens,
         )
 
     @staticmethod
@@ -270,7 +271,7 @@ class Completion:
     def _take(self, output: CompletionOutput, arrived_s: float) -> CompletionOutput:
         if output.token_ids:
             self._note_token(arrived_s)
-        return self._log.take(output)
+        return self._log.take(output, arrived_s)
 
     def _note_response(self, response: Any) -> None:
         """What it has beside tokens."""

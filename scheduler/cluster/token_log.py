@@ -1,5 +1,6 @@
 """What a client has of one completion: enough for any instance to go on with it."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class TokenLog:
         self.prompt = prompt
         self.token_ids: list[int] = list(resume.output_token_ids) if resume else []
         self._num_text_chars = resume.num_text_chars if resume else 0
+        self._first_token_s: float | None = None
         self._cumulative_logprob: float | None = None
 
     @property
@@ -90,12 +92,16 @@ class TokenLog:
         if self.token_ids:
             message.resume.output_token_ids.extend(self.token_ids)
             message.resume.num_text_chars = self._num_text_chars
+            if self._first_token_s is not None:
+                message.resume.first_token_age_ms = 1e3 * (time.monotonic() - self._first_token_s)
             message.sampling.ClearField("prompt_logprobs")
         return message
 
-    def take(self, output: CompletionOutput) -> CompletionOutput:
-        """What is new, as this completion's."""
+    def take(self, output: CompletionOutput, arrived_s: float) -> CompletionOutput:
+        """What is new, as this completion's. arrived_s: on the monotonic clock."""
         output.index = self.index
+        if self._first_token_s is None and not self.token_ids and output.token_ids:
+            self._first_token_s = arrived_s
         self.token_ids += output.token_ids
         self._num_text_chars += len(output.text)
         if output.logprobs is not None:

@@ -65,18 +65,20 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., final_only: _Optional[bool] = ..., include_metrics: _Optional[bool] = ..., scheduling: _Optional[_Union[Scheduling, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., hand_over: _Optional[_Union[HandOver, _Mapping]] = ...) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("output_token_ids", "num_text_chars", "reservation_id", "num_kv_tokens", "is_begun")
+    __slots__ = ("output_token_ids", "num_text_chars", "reservation_id", "num_kv_tokens", "is_begun", "first_token_age_ms")
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_TEXT_CHARS_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IS_BEGUN_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_text_chars: int
     reservation_id: str
     num_kv_tokens: int
     is_begun: bool
-    def __init__(self, output_token_ids: _Optional[_Iterable[int]] = ..., num_text_chars: _Optional[int] = ..., reservation_id: _Optional[str] = ..., num_kv_tokens: _Optional[int] = ..., is_begun: _Optional[bool] = ...) -> None: ...
+    first_token_age_ms: float
+    def __init__(self, output_token_ids: _Optional[_Iterable[int]] = ..., num_text_chars: _Optional[int] = ..., reservation_id: _Optional[str] = ..., num_kv_tokens: _Optional[int] = ..., is_begun: _Optional[bool] = ..., first_token_age_ms: _Optional[float] = ...) -> None: ...
 
 class HandOver(_message.Message):
     __slots__ = ("reservation",)
@@ -305,7 +307,7 @@ class KvEvent(_message.Message):
     def __init__(self, tier: _Optional[_Union[KvTier, str]] = ..., is_removed: _Optional[bool] = ..., digests: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("reservation_id", "token_ids", "weights_key", "kv_layout", "timeout_ms", "watcher", "tpot_slo_ms")
+    __slots__ = ("reservation_id", "token_ids", "weights_key", "kv_layout", "timeout_ms", "watcher", "tpot_slo_ms", "max_output_tokens")
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_KEY_FIELD_NUMBER: _ClassVar[int]
@@ -313,6 +315,7 @@ class ReserveRequest(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     WATCHER_FIELD_NUMBER: _ClassVar[int]
     TPOT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     reservation_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     weights_key: str
@@ -320,7 +323,8 @@ class ReserveRequest(_message.Message):
     timeout_ms: int
     watcher: str
     tpot_slo_ms: float
-    def __init__(self, reservation_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., watcher: _Optional[str] = ..., tpot_slo_ms: _Optional[float] = ...) -> None: ...
+    max_output_tokens: int
+    def __init__(self, reservation_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., weights_key: _Optional[str] = ..., kv_layout: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., watcher: _Optional[str] = ..., tpot_slo_ms: _Optional[float] = ..., max_output_tokens: _Optional[int] = ...) -> None: ...
 
 class Reservation(_message.Message):
     __slots__ = ("reservation_id", "incarnation", "transfers", "token", "num_cached_tokens", "page_offsets", "page_bytes", "host", "num_tokens")

@@ -199,6 +199,21 @@ def test_times_begin_here(make_engine: EngineFactory) -> None:
     assert found["old"].first_token_s is not None
 
 
+def test_tokens_are_due_from_the_first_one_wherever_that_came_from(make_engine: EngineFactory) -> None:
+    engine, runner = make_engine(clock=lambda: 100.0)
+    tokens = runner.greedy(PROMPT, 3)
+
+    def next_due_s(first_token_age_s: float | None) -> float:
+        resume = Resume(output_token_ids=tokens, first_token_age_s=first_token_age_s)
+        params = params_of(REQUESTS["greedy"] | {"tpot_slo_ms": 500})
+        (sequence,) = engine.make_request("one", PROMPT, params, resume=resume).sequences
+        return sequence.next_due_s
+
+    # The fourth token, three targets after the first.
+    assert next_due_s(1.25) == pytest.approx(100.25)
+    assert next_due_s(None) == math.inf
+
+
 @pytest.mark.parametrize(
     ("options", "resume", "message"),
     [

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from tests.scheduler.service_fixtures import MAX_MODEL_LEN
@@ -46,6 +48,16 @@ def test_resume_is_there_or_not():
     resume = xllm_pb2.Resume(output_token_ids=[5, 6], num_text_chars=3, reservation_id="r", is_begun=True)
     found = resume_of(xllm_pb2.GenerateRequest(resume=resume))
     assert found == Resume(output_token_ids=[5, 6], num_text_chars=3, reservation_id="r", is_begun=True)
+    resume.first_token_age_ms = 250
+    found = resume_of(xllm_pb2.GenerateRequest(resume=resume))
+    assert found is not None and found.first_token_age_s == 0.25
+
+
+@pytest.mark.parametrize("age_ms", [-1.0, math.nan, math.inf])
+def test_an_age_that_nothing_can_have_is_refused(age_ms):
+    resume = xllm_pb2.Resume(first_token_age_ms=age_ms)
+    with pytest.raises(ApiError, match="first_token_age_ms"):
+        resume_of(xllm_pb2.GenerateRequest(resume=resume))
 
 
 def test_scheduling_wishes(service):

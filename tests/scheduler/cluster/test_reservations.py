@@ -1,6 +1,7 @@
 """Prefill and decode on two instances that really move KV: what D holds for a request ends with it."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -178,7 +179,22 @@ async def test_who_will_decode_knows_the_target(pair, expected, options, target_
     assert ids_of(await pair.request(**options)) == expected
     found = pair.d.servicer.reserved
     assert (found.tpot_slo_ms if found.HasField("tpot_slo_ms") else None) == target_ms
+    assert found.max_output_tokens == NUM_TOKENS
     await ends_empty(pair)
+
+
+async def test_who_decodes_knows_when_the_answer_began(pair, expected, monkeypatch):
+    resumes = []
+
+    def generated(*args, generate=pair.d.service.generate, **options):
+        resumes.append(options["resume"])
+        return generate(*args, **options)
+
+    monkeypatch.setattr(pair.d.service, "generate", generated)
+    begun_s = time.monotonic()
+    assert ids_of(await pair.request()) == expected
+    (resume,) = resumes
+    assert 0.0 <= resume.first_token_age_s <= time.monotonic() - begun_s
 
 
 @pytest.mark.parametrize(
