@@ -363,11 +363,16 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Launch one step and report the one before, which is the same one without async scheduling.
 
+        Where it is too early to plan the next one it waits for the time, or an interruption, and launches none.
         Returns the outputs of the requests that changed, in order of arrival. Raises what the model runner raises.
         """
         changed, self._ended = self._ended, {}
         # What is known before the step does not wait until the device is done with it.
         may_wait = not (changed and self._executor.is_async)
+        if self._in_flight.is_early:
+            if may_wait:
+                self._in_flight.wait_to_plan()
+            return make_outputs(changed.values())
         num_left = 1
         if len(self._in_flight) < 2:
             plan = self._schedule(changed)
@@ -471,11 +476,11 @@ class Engine:
             if self.is_asked_for_pages:
                 self._complete(changed, num_left=0)
             self._kv_cache.balance(self._planner.num_wanted_pages())
-        plan = self._planner.plan(now=self._clock(), elder=self._elder())
+        plan = self._plan()
         if len(self._in_flight) and (plan.preempted or plan.swapped or plan.too_large):
             # Whoever loses its place must have its token first, and memory may come free by itself.
             self._complete(changed, num_left=0)
-            plan = self._planner.plan(now=self._clock(), elder=self._elder())
+            plan = self._plan()
         self._stats.num_offline_held_back += plan.num_held_back
         for sequence in plan.swapped:
             self._stats.num_swaps += self._queues.swap_out(sequence)
@@ -500,6 +505,10 @@ class Engine:
             assert has_room, "the scheduler counts no fewer pages than the cache"
         self._queues.forget_ended()
         return plan
+
+    def _plan(self) -> Schedule[Sequence]:
+        # By what is late when the step begins.
+        return self._planner.plan(now=self._clock() + self._in_flight.left_s(), elder=self._elder())
 
     def _elder(self) -> Sequence | None:
         """The oldest sequence, once it is so old that policies give way to it."""
@@ -527,7 +536,8 @@ class Engine:
             rows.sequence.request.num_prompt_logprobs_asked += len(rows.token_ids)
         requests = list({id(sequence.request): sequence.request for sequence, _ in plan.chunks}.values())
         computed = [(one, one.num_computed_tokens) for one, _ in plan.chunks if one.request.hand_over is not None]
-        self._in_flight.launch(batch, requests=requests, load=load, computed=computed)
+        predicted_s = self._predictor.seconds(load)
+        self._in_flight.launch(batch, requests=requests, load=load, predicted_s=predicted_s, computed=computed)
 
     def _complete(self, changed: dict[str, Request], *, num_left: int, until_interrupted: bool = False) -> None:
         """Wait for launched steps until so many are left, and give their tokens to their sequences."""
@@ -565,7 +575,7 @@ class Engine:
                 self._append(sequence, sampled, now)
             if sequence.is_finished:
                 self._queues.release(sequence)
-                self._planner.note_output(sequence.num_output_tokens)
+                self._planner.output_length.learn(sequence.num_output_tokens)
             elif self._exchange is not None and sequence.request.hand_over is not None:
                 self._exchange.hand_over(sequence)
             self._report(sequence, changed)

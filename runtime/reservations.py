@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.outputs import ReservationStats
+from xllm_compile.runtime.policies.chunk import awaited_step_s
 from xllm_compile.runtime.transfer.transfer import Receiver, TransferError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class ReservationRequest:
     """Whose `release_all` gives it up."""
     tpot_slo_s: float = math.inf
     """Target of its request, which steps keep as soon as it may come."""
+    max_output_tokens: float = math.inf
+    """Most that its request may still have; infinity where nobody says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,10 +107,16 @@ class Reservations:
         """Slots that no sequence of this instance has and nobody else may take."""
         return len(self._held) + len(self._leaving)
 
-    @property
-    def tightest_tpot_s(self) -> float:
-        """TPOT target that steps have to keep since its sequence may come at any moment; infinity without one."""
-        return min((held.wanted.tpot_slo_s for held in self._held.values()), default=math.inf)
+    def step_s(self, num_output_tokens: float) -> float:
+        """Longest step with which sequences that may come at any moment keep their TPOT targets; infinity without any.
+
+        num_output_tokens: of an answer, where its request allows as many.
+        """
+        wanted = (held.wanted for held in self._held.values())
+        return min(
+            (awaited_step_s(one.tpot_slo_s, min(num_output_tokens, one.max_output_tokens)) for one in wanted),
+            default=math.inf,
+        )
 
     def num_growth_blocks(self, horizon: int) -> int:
         """Pages that reserved sequences take beyond those they have while each generates horizon tokens."""

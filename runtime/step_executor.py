@@ -11,9 +11,10 @@ the host, which never waits once it has the lock, reports and plans.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import numpy as np
 from torch import Tensor
@@ -103,6 +104,8 @@ class StepExecutor:
         self._done: SimpleQueue[_Launched | None] = SimpleQueue()
         """Batches that have run, in order; None is an interruption. A future's bookkeeping would show between two steps
         of a small model."""
+        self._ended: list[_Launched] = []
+        """Of _done, what `wait` found."""
         self._is_interrupted = False
         if is_async:
             self._queue = SimpleQueue()
@@ -123,6 +126,20 @@ class StepExecutor:
         self._queue.put(launched)
         return partial(self._wait, launched)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether `wait` found that the oldest step has ended."""
+        return bool(self._ended)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until the oldest step has ended, for so long at most, or until it is interrupted."""
+        with suppress(Empty):
+            ended = self._done.get(timeout=max(0.0, timeout_s))
+            if ended is None:
+                self._is_interrupted = False
+            else:
+                self._ended.append(ended)
+
     def interrupt(self) -> None:
         """Have the engine's thread wait no longer, or not the next time. May be called from any thread."""
         if self._queue is not None and not self._is_interrupted:
@@ -130,7 +147,7 @@ class StepExecutor:
             self._done.put(None)
 
     def _wait(self, launched: _Launched) -> StepResult | None:
-        done = self._done.get()
+        done = self._ended.pop() if self._ended else self._done.get()
         if done is None:
             self._is_interrupted = False
             return None

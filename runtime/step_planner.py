@@ -12,6 +12,7 @@ from xllm_compile.runtime.kv_exchange import KVExchange
 from xllm_compile.runtime.local_scheduler import SchedulingRules, schedule
 from xllm_compile.runtime.policies.admission import lacks_room
 from xllm_compile.runtime.policies.chunk import StepLoad
+from xllm_compile.runtime.policies.output_length import OutputLength
 from xllm_compile.runtime.policies.preemption import swap_pays
 from xllm_compile.runtime.policies.queue_bound import QueueFullError, ServiceTime
 from xllm_compile.runtime.policies.state import Capacity, Limits, Schedule
@@ -21,10 +22,6 @@ from xllm_compile.runtime.sequence_queues import SequenceQueues
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step_predictor import StepPredictor
 from xllm_compile.runtime.steps_in_flight import StepsInFlight
-
-# Length of outputs before any has ended, and how much of the past their mean keeps.
-_FIRST_MEAN_TOKENS = 128.0
-_MEAN_DECAY = 0.95
 
 
 class StepPlanner:
@@ -50,7 +47,7 @@ class StepPlanner:
         self._limits = limits
         self._rules = rules
         self._max_model_len = max_model_len
-        self._mean_output_tokens = _FIRST_MEAN_TOKENS
+        self.output_length = OutputLength()
 
     def plan(self, *, now: float, elder: Sequence | None) -> Schedule[Sequence]:
         """The next step, of the queues as they are. elder is as policies/order.py has it."""
@@ -71,7 +68,7 @@ class StepPlanner:
             now=now,
             token_s=self._token_s(),
             elder=elder,
-            awaited_s=math.inf if self._exchange is None else self._exchange.reservations.tightest_tpot_s,
+            awaited_s=self._awaited_s(),
         )
 
     def grant_drafts(self, chunks: Items[tuple[Sequence, int]], speculator: Speculator | None) -> dict[Sequence, int]:
@@ -143,12 +140,13 @@ class StepPlanner:
         decode = StepLoad(num_tokens=num_seqs, num_seqs=num_seqs, num_keys=self._kv_cache.used_tokens)
         return ServiceTime(
             token_s=self._token_s(),
-            sequence_s=self._mean_output_tokens * self._predictor.seconds(decode) / num_seqs,
+            sequence_s=self.output_length.mean_tokens * self._predictor.seconds(decode) / num_seqs,
         )
 
-    def note_output(self, num_tokens: int) -> None:
-        """An output ended at that length; others will be like it."""
-        self._mean_output_tokens = _MEAN_DECAY * self._mean_output_tokens + (1 - _MEAN_DECAY) * num_tokens
+    def _awaited_s(self) -> float:
+        if self._exchange is None:
+            return math.inf
+        return self._exchange.reservations.step_s(self.output_length.mean_tokens)
 
     def _token_s(self) -> float:
         """To prefill one token, as predicted now."""

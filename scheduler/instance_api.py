@@ -108,6 +108,7 @@ class InstanceServicer(xllm_pb2_grpc.InstanceServicer):
             timeout_s=timeout_s,
             holder=request.watcher,
             tpot_slo_s=tpot_slo_s,
+            max_output_tokens=request.max_output_tokens or math.inf,
         )
         found = await self._engine.reserve(wanted)
         return xllm_pb2.Reservation(

@@ -5,7 +5,7 @@ that the step keeps the TPOT target of what decodes, by the same functions; onli
 decoding are steps taken together: until the first sequence ends, or something arrives. A test holds it against the
 real scheduler, and `xllm-bench simulate validate` against instances that serve.
 
-With async scheduling a step is planned when the one before it begins. What arrives while a step runs rides in the one
+With async scheduling a step is planned shortly before the one before it ends. What arrives after that rides in the one
 after the next, or in the next where otherwise there would be none.
 """
 
@@ -20,9 +20,11 @@ from xllm_compile.benchmarks.simulation.decode_batch import DecodeBatch
 from xllm_compile.benchmarks.simulation.hardware import Hardware
 from xllm_compile.benchmarks.simulation.requests import SimRequest
 from xllm_compile.runtime.policies.admission import HORIZON
-from xllm_compile.runtime.policies.chunk import StepBudget, StepLoad, largest_chunk, step_budget
+from xllm_compile.runtime.policies.chunk import StepBudget, StepLoad, awaited_step_s, largest_chunk, step_budget
 from xllm_compile.runtime.policies.offline import OfflineRules, num_in_time
 from xllm_compile.runtime.policies.order import STARVATION_S, Order
+from xllm_compile.runtime.policies.output_length import OutputLength
+from xllm_compile.runtime.policies.planning_lead import planning_lead_s
 from xllm_compile.runtime.policies.waiting_queue import WaitingQueue
 from xllm_compile.scheduler.cluster.state import InstanceLoad, StepProfile
 
@@ -123,6 +125,7 @@ class SimInstance:
         """To prefill one token."""
         self._granted: list[SimRequest] = []
         self._model = _Model(truth)
+        self._output_length = OutputLength()
         self._rng = random.Random(seed)
         self._ttft, self._tpot = _Recent(), _Recent()
 
@@ -210,7 +213,8 @@ class SimInstance:
         self._run = None
         if self.hardware.is_async:
             before_last_s = self._decode_s(run.num_steps - 1) if run.num_steps > 1 else 0.0
-            self._known_s = run.started_s + run.noise * before_last_s
+            last_s = now - run.started_s - run.noise * before_last_s
+            self._known_s = now - planning_lead_s(last_s)
         self.busy_s += now - run.started_s
         num_decoding = self.num_decoding
         if num_decoding:
@@ -221,6 +225,7 @@ class SimInstance:
         for request in ended.finished:
             self.kv_used -= request.num_tokens
             request.finished_s = now
+            self._output_length.learn(request.num_output_tokens)
         for request, count in run.chunks:
             request.num_computed += count
             self.num_waiting_tokens -= count
@@ -315,8 +320,12 @@ class SimInstance:
         if not (self.waiting or self.waiting_offline or len(self.offline) or self.paused):
             # It does not matter how late who decodes is.
             return StepBudget()
-        targets = (one.tpot_slo_s for one in self.awaited.values() if one.tpot_slo_s is not None)
-        return step_budget(self.online.members(), now, min(targets, default=math.inf))
+        steps_s = (
+            awaited_step_s(one.tpot_slo_s, min(self._output_length.mean_tokens, one.max_output_tokens))
+            for one in self.awaited.values()
+            if one.tpot_slo_s is not None
+        )
+        return step_budget(self.online.members(), now, min(steps_s, default=math.inf))
 
     def _admit_arriving(self) -> None:
         for queue, batch in ((self.arriving, self.online), (self.arriving_offline, self.offline)):
@@ -507,7 +516,10 @@ class SimInstance:
                 high = middle
             else:
                 low = middle + 1
-        low += self.hardware.is_async
+        if self.hardware.is_async:
+            end_s = run.started_s + run.noise * self._decode_s(low)
+            last_s = run.noise * (self._decode_s(low) - self._decode_s(low - 1))
+            low += now > end_s - planning_lead_s(last_s)
         if low < run.num_steps:
             run.num_steps, run.end_s = low, run.started_s + run.noise * self._decode_s(low)
             self.version += 1

@@ -50,6 +50,11 @@ class SimRequest:
         return self.num_tokens - self.num_computed
 
     @property
+    def num_growth_tokens(self) -> int:
+        """Tokens to come but the last, at most."""
+        return max(0, self.max_output_tokens - self.num_generated - 1)
+
+    @property
     def first_deadline_s(self) -> float:
         """When its first token is due by the clock of its instance, as runtime/policies/state.py has it."""
         if self.num_generated:

@@ -6,18 +6,23 @@ from typing import NamedTuple, Protocol
 
 from xllm_compile.runtime.policies.state import Schedulable
 
-# A sequence that fell behind asks for shorter steps, but not for less than this share of its target: prefill would
-# stop altogether, and with it the TTFT of everybody else. Source: xLLM's latency budget.
+# A sequence that fell behind asks for shorter steps, but not for less than this share of its target, as long as the
+# steps that it has left can make up for it: prefill would stop altogether, and with it the TTFT of everybody else.
+# Source: xLLM's latency budget.
 _LEAST_SHARE = 0.65
 # Nor for less than leaves prompts this share of the time between the decodes alone and the target. A sequence whose KV
 # came from another instance begins some steps behind; where such come all the time and decodes take most of the target
 # by themselves, there is little to make up for it with, and no prompt would ever get more than its least chunk.
 _PROMPTS_SHARE = 0.5
-# A sequence whose KV comes from another instance waits for the step under way and for the one planned beside it, and
-# has its token from a third. Where answers have few tokens those three are its TPOT, so while it is awaited each is to
-# take a third of its target, or prompts this share of what decodes leave, where that is more.
-_STEPS_TO_JOIN = 3
-_PROMPTS_SHARE_AWAITED = 0.25
+# A sequence whose KV comes from another instance is on its way for a while, waits for the step under way, and has its
+# token from the next one. Where its answer has few tokens those three are its TPOT, and each may take a third of it.
+_PARTS_OF_JOIN = 3
+# Likewise one that is behind with few steps left, if so many steps of a third put it in time: prompts are not to wait
+# for long for what is late in any case.
+_MOST_SHORT_STEPS = 3
+TARGET_SHARE = 0.9
+"""Of a target that a step with prompts is planned to take: planned to take all of it, half of them end a little later.
+The rest, few prompt tokens, is for what predictions are off by, and for the way to the client."""
 
 
 class StepLoad(NamedTuple):
@@ -64,6 +69,9 @@ class Paced(Protocol):
     """What of a decoding sequence says how long its steps may take (policies/state.py: Schedulable)."""
 
     @property
+    def num_growth_tokens(self) -> int: ...
+
+    @property
     def tpot_slo_s(self) -> float | None: ...
 
     @property
@@ -77,32 +85,48 @@ class StepBudget(NamedTuple):
     """Keeps the tightest TPOT target, and makes up for delay."""
     target_s: float = math.inf
     """The tightest itself."""
-    awaited_s: float = math.inf
-    """The tightest of sequences that may come to decode here at any moment."""
+    last_s: float = math.inf
+    """What a sequence can take that has too few steps left to make up for more."""
 
     def with_prompts_s(self, alone_s: float) -> float:
         """With online prompts beside them, where the step takes so long without."""
-        return min(
-            max(self.seconds, _shared_s(self.target_s, alone_s, _PROMPTS_SHARE)),
-            max(self.awaited_s / _STEPS_TO_JOIN, _shared_s(self.awaited_s, alone_s, _PROMPTS_SHARE_AWAITED)),
-        )
+        target_s = TARGET_SHARE * self.target_s
+        shared_s = target_s
+        if alone_s < target_s < math.inf:
+            shared_s = alone_s + _PROMPTS_SHARE * (target_s - alone_s)
+        return min(max(min(self.seconds, target_s), shared_s), TARGET_SHARE * self.last_s)
 
 
-def _shared_s(target_s: float, alone_s: float, share: float) -> float:
-    """A step where prompts have this share of what decodes alone leave of the target."""
-    return target_s if alone_s >= target_s else alone_s + share * (target_s - alone_s)
+def awaited_step_s(target_s: float, num_output_tokens: float) -> float:
+    """Longest step while a sequence may come to decode at any moment: one that has its first token, of about so many,
+    elsewhere."""
+    return min(target_s, (target_s + _made_up_s(target_s, num_output_tokens - 2)) / _PARTS_OF_JOIN)
+
+
+def _made_up_s(target_s: float, num_steps: float) -> float:
+    """By so many steps, each as short as it is kept for a sequence that is behind."""
+    return (1 - _LEAST_SHARE) * target_s * max(0.0, num_steps)
 
 
 def step_budget(decodes: Iterable[Paced], now: float, awaited_s: float = math.inf) -> StepBudget:
-    """awaited_s: as StepBudget has it."""
-    seconds = tightest_s = math.inf
+    """awaited_s: what `awaited_step_s` says of those that are awaited."""
+    seconds = tightest_s = last_s = math.inf
     for sequence in decodes:
         target_s = sequence.tpot_slo_s
         if target_s is not None:
             slack_s = sequence.next_due_s - now
             seconds = min(seconds, target_s, max(slack_s, _LEAST_SHARE * target_s))
             tightest_s = min(tightest_s, target_s)
-    return StepBudget(min(seconds, awaited_s), tightest_s, awaited_s)
+            last_s = min(last_s, _last_s(target_s, slack_s, sequence.num_growth_tokens))
+    return StepBudget(min(seconds, awaited_s), tightest_s, min(last_s, awaited_s))
+
+
+def _last_s(target_s: float, slack_s: float, num_later: int) -> float:
+    """What the next step can take of a sequence that has so many later ones; infinity where no step is short enough."""
+    least_s = target_s / _PARTS_OF_JOIN
+    if slack_s + (target_s - least_s) * min(num_later, _MOST_SHORT_STEPS - 1) < least_s:
+        return math.inf
+    return max(slack_s + _made_up_s(target_s, num_later), least_s)
 
 
 def largest_chunk(load: StepLoad, num_computed: int, most: int, budget_s: float, model: StepSeconds) -> int:

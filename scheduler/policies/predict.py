@@ -5,7 +5,7 @@ kept no more than keeps it, which is how instances plan (`runtime/local_schedule
 prompts that are late where late ones let others go first: they are behind whoever can be in time.
 """
 
-from xllm_compile.runtime.policies.chunk import StepLoad
+from xllm_compile.runtime.policies.chunk import TARGET_SHARE, StepLoad
 from xllm_compile.scheduler.cluster.state import CachedTokens, Instance, RequestShape, StepProfile
 
 # The form of steps of which nothing is known; predictions compare instances then, and say nothing of seconds.
@@ -41,7 +41,7 @@ def chunk_tokens(instance: Instance, tpot_slo_s: float | None) -> int:
     most = max(1, instance.info.max_num_batched_tokens - decodes.num_tokens)
     if tpot_slo_s is None or decodes.num_tokens == 0:
         return most
-    in_time = profile_of(instance).tokens_within(tpot_slo_s, decodes) - decodes.num_tokens
+    in_time = profile_of(instance).tokens_within(TARGET_SHARE * tpot_slo_s, decodes) - decodes.num_tokens
     return max(min(_LEAST_CHUNK_TOKENS, most), min(in_time, most))
 
 

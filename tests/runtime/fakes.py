@@ -22,6 +22,7 @@ from xllm_compile.runtime.memory.shared_pages import PageShare
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.speculative.speculator import Speculator
 from xllm_compile.runtime.step import Int32Array, Step
+from xllm_compile.runtime.step_predictor import StepPrior
 from xllm_compile.runtime.tokenizer import Tokenizer
 from xllm_compile.runtime.transfer.endpoint import open_endpoint
 from xllm_compile.runtime.transfer.transfer import TransferConfig
@@ -234,6 +235,7 @@ class EngineFactory:
         clock: Callable[[], float] | None = None,
         share: PageShare | None = None,
         swap_bytes: int | None = None,
+        prior: StepPrior | None = None,
     ) -> tuple[Engine, HistoryRunner]:
         """block_tokens turns the prefix cache on; with transfer it hands requests over, by shared memory."""
         kv_cache = make_kv_cache(
@@ -260,6 +262,7 @@ class EngineFactory:
             self.tokenizer,
             config,
             clock=clock or (lambda: float(next(ticks))),
+            prior=prior,
             speculator=speculator,
             transfer=None if transfer is None else open_endpoint(("shm",), memory.region, transfer),
         )

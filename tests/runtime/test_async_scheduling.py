@@ -10,6 +10,7 @@ from tests.runtime.fakes import EngineFactory, HistoryRunner
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.outputs import CompletionOutput, RequestOutput
 from xllm_compile.runtime.sampling_params import SamplingParams
+from xllm_compile.runtime.step_predictor import StepPrior
 from xllm_compile.runtime.tokenizer import Tokenizer
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
@@ -71,6 +72,21 @@ def test_the_host_plans_while_the_device_runs(make_async_engine: EngineFactory) 
     second.join()
     assert engine.stats().num_steps == 1
     assert run(engine)["one"].outputs[0].token_ids == runner.greedy([50, 51], 5)
+
+
+def test_what_comes_while_a_step_runs_is_in_the_next_one(make_async_engine: EngineFactory) -> None:
+    # A step is predicted to take a minute: it is not time to plan the next one until it has ended.
+    prior = StepPrior(by_tokens=lambda _: 60.0, token_s=1e-3, sequence_s=1e-3, key_s=1e-6, pair_s=1e-9)
+    engine, runner = make_async_engine(prior=prior)
+    engine.add_request("one", [50, 51], SamplingParams(max_tokens=5, **GREEDY))
+    assert engine.step() == []
+    # Waits for the end, and leaves it to the caller to bring what came meanwhile.
+    assert engine.step() == [] and engine.stats().num_steps == 0
+    engine.add_request("two", [60, 61, 62], SamplingParams(max_tokens=5, **GREEDY))
+    final = run(engine)
+    assert [len(step.token_ids) for step in runner.steps[:3]] == [2, 4, 2]
+    assert final["one"].outputs[0].token_ids == runner.greedy([50, 51], 5)
+    assert final["two"].outputs[0].token_ids == runner.greedy([60, 61, 62], 5)
 
 
 def test_a_known_end_costs_no_step(make_async_engine: EngineFactory) -> None:

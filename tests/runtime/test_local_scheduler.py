@@ -194,8 +194,8 @@ def test_a_sequence_that_is_behind_leaves_time_to_prompts_but_none_to_offline_wo
     behind = [decoding(f"{number}", 5, tpot_slo_s=60e-3, next_due_s=-1.0) for number in range(40)]
     offline = decoding("x", 5, is_offline=True)
     plan = schedule([Item("p", 40)], [*behind, offline], limits(seqs=64, tokens=128))
-    # 40 decodes take more than 0.65 of the target already; of the 20 ms that they leave, prompts get 10.
-    assert names(plan)[40:] == [("p", 10)]
+    # 40 decodes take more than 0.65 of the target already; of the 14 ms that they leave of 0.9, prompts get 7.
+    assert names(plan)[40:] == [("p", 7)]
     assert plan.num_held_back == 1
     plan = schedule([], [*behind[:30], offline], limits(seqs=64, tokens=128))
     assert names(plan)[30:] == [("x", 1)]
@@ -203,8 +203,9 @@ def test_a_sequence_that_is_behind_leaves_time_to_prompts_but_none_to_offline_wo
 
 def test_online_prompts_take_the_time_of_offline_decodes() -> None:
     offline = [decoding(name, 5, is_offline=True) for name in "xyz"]
-    plan = schedule([Item("b", 40)], [*offline, paced("a", 5, 12.0)], limits(tokens=64))
-    assert names(plan) == [("a", 1), ("b", 11)]
+    plan = schedule([Item("b", 40)], [*offline, paced("a", 5, 11.2)], limits(tokens=64))
+    # Prompts fill 0.9 of the target; a tenth more is too long for any.
+    assert names(plan) == [("a", 1), ("b", 9)]
     # Without a target they may lengthen the step by a tenth.
     plan = schedule([Item("b", 20)], [*offline, decoding("a", 5)], limits(tokens=64))
     assert names(plan) == [("a", 1), ("b", 20), ("x", 1), ("y", 1)]
@@ -276,9 +277,9 @@ def test_the_elder_is_not_taken_in_again_in_the_step_that_ends_it() -> None:
 
 def test_chunks_leave_decodes_their_time() -> None:
     running = [decoding("a", 5, tpot_slo_s=0.010), decoding("b", 5)]
-    # A token takes a millisecond: two decode, eight are left.
-    assert names(schedule([Item("c", 14)], running, limits())) == [("a", 1), ("b", 1), ("c", 8)]
-    assert names(schedule([Item("c", 5), Item("d", 5)], running, limits()))[2:] == [("c", 5), ("d", 3)]
+    # A token takes a millisecond: two decode, seven are left of 0.9 of the target.
+    assert names(schedule([Item("c", 14)], running, limits())) == [("a", 1), ("b", 1), ("c", 7)]
+    assert names(schedule([Item("c", 5), Item("d", 5)], running, limits()))[2:] == [("c", 5), ("d", 2)]
     # Without a target the step is full; with one that cannot be kept prefill still goes on.
     assert names(schedule([Item("c", 14)], running[1:], limits()))[1:] == [("c", 14)]
     tight = [decoding("a", 5, tpot_slo_s=0.001)]
@@ -286,9 +287,9 @@ def test_chunks_leave_decodes_their_time() -> None:
 
 
 def test_chunks_are_short_where_somebody_is_awaited() -> None:
-    # A token takes a millisecond, and what is handed over has its next one from the third step.
-    assert names(schedule([Item("c", 14)], [], limits(), awaited_s=0.030)) == [("c", 10)]
-    assert names(schedule([Item("c", 14)], [decoding("a", 5)], limits(), awaited_s=0.030)) == [("a", 1), ("c", 9)]
+    # A token takes a millisecond.
+    assert names(schedule([Item("c", 14)], [], limits(), awaited_s=0.010)) == [("c", 9)]
+    assert names(schedule([Item("c", 14)], [decoding("a", 5)], limits(), awaited_s=0.010)) == [("a", 1), ("c", 8)]
     assert names(schedule([Item("c", 14)], [], limits(), awaited_s=0.001)) == [("c", 4)]
 
 

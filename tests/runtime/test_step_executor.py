@@ -13,7 +13,7 @@ from xllm_compile.runtime.batch import Batch
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.outputs import GraphCacheStats
 from xllm_compile.runtime.step import Step
-from xllm_compile.runtime.step_executor import StepExecutor
+from xllm_compile.runtime.step_executor import StepExecutor, StepResult
 
 
 class PausingRunner:
@@ -125,6 +125,23 @@ def test_a_step_is_told_when_the_next_one_reaches_its_layers(cache: KVCache) -> 
     second.join()
     executor.close()
     assert first.error is second.error is None
+
+
+def test_what_a_wait_finds_is_not_lost(cache: KVCache) -> None:
+    runner = PausingRunner()
+    executor = StepExecutor(runner, cache.xtensor, cache.num_slots, is_async=True)
+    take = executor.launch(_batch())
+    executor.wait(0.0)
+    executor.interrupt()
+    executor.wait(60)
+    assert not executor.has_ended
+    runner.starts.release()
+    runner.ends.release()
+    executor.wait(60)
+    assert executor.has_ended
+    assert isinstance(take(), StepResult)
+    assert not executor.has_ended
+    executor.close()
 
 
 def test_a_step_is_told_although_the_next_one_fails_before_its_layers(cache: KVCache) -> None:

@@ -22,6 +22,7 @@ class Online:
 
     def __init__(self, num_more: int, tpot_slo_s: float | None = 0.1) -> None:
         self.tpot_slo_s = tpot_slo_s
+        self.num_growth_tokens = 100
         self.next_due_s = math.inf if tpot_slo_s is None else (num_more + 1) * tpot_slo_s
 
 

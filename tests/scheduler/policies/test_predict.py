@@ -59,7 +59,8 @@ def test_chunks_keep_the_interval_of_what_decodes():
     chunk = predict.chunk_tokens(busy, tpot_slo_s=0.05)
     assert 32 < chunk < 1000 - 20
     step = StepLoad(20 + chunk, 20, 20 * 500)
-    assert PROFILE.step_s(step) <= 0.05 < PROFILE.step_s(step._replace(num_tokens=step.num_tokens + 1))
+    # As instances plan: prompts fill a step to 0.9 of the target.
+    assert PROFILE.step_s(step) <= 0.045 < PROFILE.step_s(step._replace(num_tokens=step.num_tokens + 1))
     assert predict.chunk_tokens(busy, None) == 980
     # Late already: prefill still moves on.
     assert predict.chunk_tokens(busy, 0.001) == 32
