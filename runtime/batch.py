@@ -110,9 +110,9 @@ def build_batch(
         slots.append(sequence.slot)
         pooling = sequence.request.params.pooling
         if pooling is not None:
-            is_last = end == sequence.num_tokens
-            wanted = range(begin, end) if pooling.pooling == "mean" else range(end - 1, end) if is_last else range(0)
+            wanted = _pooled_positions(sequence, pooling, begin, end)
             if wanted:
+                is_last = end == sequence.num_tokens
                 pool_rows.append(
                     PoolRows(sequence=sequence, params=pooling, begin=len(pool_at), count=len(wanted), is_last=is_last)
                 )
@@ -121,22 +121,17 @@ def build_batch(
             sampled.append(sequence)
             sampled_at.append(first_row + end - 1)
             sampled_slots.append(sequence.slot)
-        if sequence.wants_prompt_logprobs:
-            # The row of position p predicts the prompt token at p + 1.
-            request = sequence.request
-            next_at = request.num_prompt_logprobs_asked
-            last = min(end, sequence.num_prompt_tokens - 1)
-            wanted = range(next_at - 1, last)
-            if len(wanted):
-                prompt_rows.append(
-                    PromptRows(
-                        sequence=sequence,
-                        begin=len(prompt_at),
-                        token_ids=sequence.token_ids[next_at : last + 1],
-                        num_top=request.params.prompt_logprobs or 0,
-                    )
+        wanted = _predicting_positions(sequence, end)
+        if wanted:
+            prompt_rows.append(
+                PromptRows(
+                    sequence=sequence,
+                    begin=len(prompt_at),
+                    token_ids=sequence.token_ids[wanted.start + 1 : wanted.stop + 1],
+                    num_top=sequence.request.params.prompt_logprobs or 0,
                 )
-                prompt_at += [first_row + position for position in wanted]
+            )
+            prompt_at += [first_row + position for position in wanted]
     step = Step(
         token_ids=np.array(token_ids, dtype=np.int32),
         positions=np.array(positions, dtype=np.int32),
@@ -163,3 +158,17 @@ def build_batch(
         num_granted=list(drafting.values()),
         num_wanted=[speculation.num_wanted for speculation in drafting],
     )
+
+
+def _pooled_positions(sequence: Sequence, params: PoolingParams, begin: int, end: int) -> range:
+    """Of a chunk, those whose hidden states are part of the embedding."""
+    if params.pooling == "mean":
+        return range(begin, end)
+    return range(end - 1, end) if end == sequence.num_tokens else range(0)
+
+
+def _predicting_positions(sequence: Sequence, end: int) -> range:
+    """Those whose logits, in a chunk up to end, are wanted for what they say of the prompt's next token."""
+    if not sequence.wants_prompt_logprobs:
+        return range(0)
+    return range(sequence.request.num_prompt_logprobs_asked - 1, min(end, sequence.num_prompt_tokens - 1))
