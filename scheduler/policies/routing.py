@@ -172,14 +172,11 @@ class _Router:
         return min(short, key=self._first_tokens_s, default=None)
 
     def _spilled(self, best: _Choice, decodes: list[Instance]) -> _Choice:
-        """A decoding instance instead of prefilling ones that take long, where it is sooner and its TPOT stays.
-
-        Also where both are late: in a burst the decoding ones would otherwise be idle before the others are done.
-        """
+        """A decoding instance instead of prefilling ones that take long, where it is sooner and its TPOT stays."""
         target_s = self.request.ttft_slo_s
         if target_s is None or best.ttft_s <= self.rules.spill_share * target_s:
             return best
-        able = [choice for choice in map(self._choice, decodes) if self._keeps_tpot(choice.instance)]
+        able = [choice for choice in map(self._choice, decodes) if self._has_slack(choice)]
         return min([best, *able], key=lambda choice: choice.ttft_s)
 
     def _whole(self, instances: list[Instance]) -> Placement | Refusal:
@@ -251,6 +248,9 @@ class _Router:
 
     def _uncached(self, choice: _Choice) -> int:
         return self.request.num_prompt_tokens - predict.tokens_spared(choice.cached, self.request.num_prompt_tokens)
+
+    def _has_slack(self, choice: _Choice) -> bool:
+        return choice.ttft_s <= self._ttft_limit_s() and self._keeps_tpot(choice.instance)
 
     def _keeps_tpot(self, instance: Instance) -> bool:
         """Whether there is room, and the tokens' interval stays within the target with this one more."""

@@ -183,9 +183,6 @@ def test_prefills_that_would_be_late_spill_to_decodes_with_slack():
     assert placed(route(slo(1500, ttft_slo_s=10.0), fleet, rules=rules())) == ("p", "d")
     full = [fleet[0], decoding("d", 400, max_num_seqs=512, kv_tokens_total=10**6)]
     assert placed(route(slo(1500), full, rules=rules())) == ("p", "d"), "no slack there"
-    # Late on both: sooner where it waits for less.
-    burst = [fleet[0], decoding("d", 5, num_waiting=8, num_waiting_tokens=8000)]
-    assert placed(route(slo(1500), burst, rules=rules())) == ("d", "d")
 
 
 def test_prefill_spills_before_it_is_late_where_that_is_sooner():
