@@ -57,7 +57,7 @@ void write_rows(const Problem& p, const Item& item, const State& state, int64_t 
 }
 
 template <class T, class C>
-void run_block(const Problem& p, const Item& item, const Buffers& b, const Rows& rows, Range keys, Stream& ahead) {
+void run_block(const Problem& p, const Item& item, const Buffers& b, const Rows& rows, Range keys, Ahead& ahead) {
   const int64_t tiles = (item.rows() + kTileRows - 1) / kTileRows;
   const bool narrow = tiles == 1 && p.padded_dim == p.cache.head_dim;
   for (int64_t h = 0; h < item.heads(); ++h) {
@@ -89,17 +89,35 @@ void run_block(const Problem& p, const Item& item, const Buffers& b, const Rows&
   }
 }
 
+Rows rows_of(const Problem& p, int64_t sequence) {
+  const int64_t tokens = p.seq_start[sequence + 1] - p.seq_start[sequence];
+  return {p.context_len[sequence] - tokens, p.group, p.window};
+}
+
+// From the beginning of its first block on.
+Range keys_of(const Problem& p, const Item& item) {
+  const Range reach = rows_of(p, item.sequence).keys(item.row_begin, item.row_end);
+  return {std::max(item.split_begin * kSplit, reach.begin / kKeys * kKeys),
+          std::min(reach.end, item.split_end * kSplit)};
+}
+
+template <class C>
+Stream first_block(const Problem& p, const Item& item) {
+  const Range keys = keys_of(p, item);
+  return Stream::of<C>(p, item, keys.begin, std::min(keys.begin + kKeys, keys.end));
+}
+
+// `ahead.next` has what is left to fetch of the item's first block.
 template <class T, class C>
-void run_item(const Problem& p, const Item& item, const Buffers& b, State& partials) {
+void run_item(const Problem& p, const Item& item, const Item* following, const Buffers& b, State& partials,
+              Ahead& ahead) {
   const int64_t tiles = (item.rows() + p.row_tile - 1) / p.row_tile;
-  const int64_t tokens = p.seq_start[item.sequence + 1] - p.seq_start[item.sequence];
-  const Rows rows{p.context_len[item.sequence] - tokens, p.group, p.window};
-  const Range reach = rows.keys(item.row_begin, item.row_end);
+  const Rows rows = rows_of(p, item.sequence);
   State split = b.split, whole = b.whole;
-  const int64_t first = std::max(item.split_begin * kSplit, reach.begin / kKeys * kKeys);
-  const int64_t limit = std::min(reach.end, item.split_end * kSplit);
-  Stream ahead = Stream::of<C>(p, item, first, limit);
-  ahead.step(kKeys * ahead.lines_per_token());
+  const auto [first, limit] = keys_of(p, item);
+  ahead.next.step(kKeys * ahead.next.lines_per_token());
+  ahead.rest = first + kKeys < limit ? Stream::of<C>(p, item, first + kKeys, limit) : Stream();
+  ahead.next = following ? first_block<C>(p, *following) : Stream();
   for (int64_t h = 0; h < item.heads(); ++h)
     load_queries<T>(p, item, item.head_begin + h, tiles, b.queries + h * query_rows(p, item.rows()) * p.units);
   whole.clear(0, item.states());
@@ -211,7 +229,17 @@ void attend(const Problem& p, int64_t tokens) {
 #if defined(XLLM_AMX)
     if (p.pads_queries) configure_tiles(kTileSide, kTileSide);
 #endif
-    for (int64_t item; (item = queue.next()) >= 0;) run_item<T, C>(p, plan.items[item], buffers, partials);
+    const auto claim = [&] {
+      const int64_t item = queue.next();
+      return item < 0 ? nullptr : &plan.items[item];
+    };
+    Ahead ahead;
+    const Item *item = claim(), *following;
+    if (item) ahead.next = first_block<C>(p, *item);
+    for (; item; item = following) {
+      following = claim();
+      run_item<T, C>(p, *item, following, buffers, partials, ahead);
+    }
 #if defined(XLLM_AMX)
     if (p.pads_queries) _tile_release();
 #endif

@@ -16,8 +16,8 @@
 
 namespace xllm {
 
-// Prefetches the tokens of an item in the order they lie in memory, a few lines at a time. Heads and tokens lie too far
-// apart for the hardware prefetchers to follow the kernels, and a burst of prefetches would stall them.
+// Prefetches tokens [begin, end) of an item in the order they lie in memory, a few lines at a time. Heads and tokens lie
+// too far apart for the hardware prefetchers to follow the kernels, and a burst of prefetches would stall them.
 class Stream {
  public:
   template <class C>
@@ -36,7 +36,8 @@ class Stream {
     return s;
   }
   int64_t lines_per_token() const { return 2 * heads_ * run_lines_; }
-  XLLM_INLINE void step(int64_t lines) {
+  // Fetches up to `lines` lines; returns how many of them there were no more tokens for.
+  XLLM_INLINE int64_t step(int64_t lines) {
     while (lines > 0 && (left_ > 0 || next_run())) {
       const int64_t count = std::min(lines, left_);
       for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at_ + 64 * i, 0, 2);
@@ -44,6 +45,7 @@ class Stream {
       left_ -= count;
       lines -= count;
     }
+    return lines;
   }
 
  private:
@@ -59,7 +61,16 @@ class Stream {
     return true;
   }
   const char *token_, *at_ = nullptr;
-  int64_t heads_, run_lines_, token_stride_, value_stride_, head_stride_, tokens_, run_, left_ = 0;
+  int64_t heads_, run_lines_, token_stride_, value_stride_, head_stride_, tokens_ = 0, run_, left_ = 0;
+};
+
+// What is fetched while an item runs: the rest of it, then the first block of the item that the thread runs next.
+struct Ahead {
+  Stream rest, next;
+  XLLM_INLINE void step(int64_t lines) {
+    lines = rest.step(lines);
+    if (lines > 0) next.step(lines);
+  }
 };
 
 // One block of keys of one head, [keys.begin, keys.begin + kKeys) as far as keys.end.
@@ -69,7 +80,7 @@ struct Block {
   const Rows& rows;
   int64_t slot, head;
   Range keys;
-  Stream& ahead;
+  Ahead& ahead;
 };
 
 // Transposes `count` keys from `first` on, in units of 4 bytes; prefetches `lines` after every 16 x 16 units.
