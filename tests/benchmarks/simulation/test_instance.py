@@ -104,3 +104,37 @@ def test_prompts_keep_the_target_of_who_is_awaited():
     instance.hand_in(awaited, now)
     instance.plan(now)
     assert (instance.online.members(), instance.awaited) == ([awaited], {})
+
+
+@pytest.mark.parametrize(("arrival_s", "is_in_the_next"), [(0.030, True), (0.055, True), (0.068, False)])
+def test_a_prompt_rides_in_the_next_step_unless_that_is_planned_already(arrival_s, is_in_the_next):
+    instance = SimInstance("p", hardware(), PROFILE, "seed")
+    long, short = requests(2, 1.0, longest=1)
+    long.num_prompt_tokens, short.num_prompt_tokens = 2000, 10
+    instance.enqueue(long, 0.0)
+    # A step of 1024 tokens takes 70 ms, and the next one is planned 12 ms before its end.
+    end_s = instance.plan(0.0)
+    assert end_s is not None and end_s == pytest.approx(0.07, rel=0.1)
+    instance.enqueue(short, arrival_s)
+    instance.plan(arrival_s)
+    instance.finish(end_s)
+    next_end_s = instance.plan(end_s)
+    assert next_end_s is not None
+    instance.finish(next_end_s)
+    assert (short.first_token_s is not None) == is_in_the_next
+
+
+@pytest.mark.parametrize(("after_s", "num_steps"), [(0.002, 3), (0.009, 4)])
+def test_decode_steps_end_for_who_comes_with_the_one_that_was_planned_last(after_s, num_steps):
+    instance = SimInstance("d", hardware(), PROFILE, "seed")
+    decode, short = requests(2, 1.0, longest=1)
+    decode.num_output_tokens, decode.decode = 100, "d"
+    decode.num_generated, decode.num_computed = 1, decode.num_prompt_tokens + 1
+    instance.hand_in(decode, 0.0)
+    whole_s = instance.plan(0.0)
+    assert whole_s is not None
+    step_s = whole_s / 99
+    # In the third of 99 steps of 10 ms, of which the next one is planned 6 ms before their end.
+    now = 2 * step_s + after_s
+    instance.enqueue(short, now)
+    assert instance.plan(now) == pytest.approx(num_steps * step_s, rel=0.01)
