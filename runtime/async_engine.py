@@ -193,7 +193,7 @@ class AsyncEngine:
             raise
 
     async def _call(self, function: Callable[[], T]) -> T:
-        """What the function returns in the engine's thread, between two steps. Raises EngineDeadError."""
+        """What the function returns in the engine's thread: see EngineThread.call."""
         return await asyncio.wrap_future(self._thread.call(function))
 
     def stats(self) -> EngineStats:

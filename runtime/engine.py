@@ -304,11 +304,15 @@ class Engine:
         """Call it, in any thread, when `tend` has something to do. A `step` that waits for the device returns then."""
 
         def wake() -> None:
-            self._executor.interrupt()
+            self.interrupt()
             on_event()
 
         if self._exchange is not None:
             self._exchange.watch(wake)
+
+    def interrupt(self) -> None:
+        """Have a `step` that waits for the device return, or the next one that would. May be called from any thread."""
+        self._executor.interrupt()
 
     def hand_over(self, request_id: str, target: HandOver) -> None:
         """Send the KV of a request that is under way to where it goes on, and end it with the tokens it has.

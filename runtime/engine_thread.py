@@ -53,7 +53,7 @@ class EngineThread:
         self._inbox: list[Request | str | None] = []
         """Requests to add and ids to abort, in order; None where a pause begins that lets those before it finish."""
         self._calls: list[partial[None]] = []
-        """To be made between two steps."""
+        """To be made while no step is being planned."""
         self._streams: dict[str, RequestStream] = {}
         self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self._num_waiting = 0
@@ -144,12 +144,17 @@ class EngineThread:
             self._wake.notify()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """What the function returns between two steps. Raises EngineDeadError, also in the future."""
+        """What the function returns, soon, in the engine's thread. Raises EngineDeadError, also in the future.
+
+        It does not wait for the device, unless the function does: who takes over a sequence claims its KV first, and
+        would be a step late.
+        """
         future: Future[T] = Future()
         with self._wake:
             self.check_alive()
             self._calls.append(partial(_fulfil, future, function))
             self._wake.notify()
+        self._engine.interrupt()
         return future
 
     def post(self, function: Callable[[], object]) -> None:

@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.runtime.fakes import EngineFactory, HistoryRunner
+from tests.runtime.sides import room_for
 from xllm_compile.runtime.async_engine import AsyncEngine
 from xllm_compile.runtime.engine_config import EngineConfig
 from xllm_compile.runtime.engine_thread import EngineAsleepError, EngineDeadError, EngineDrainingError
 from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.policies.queue_bound import QueueFullError
+from xllm_compile.runtime.resume import Resume
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
+from xllm_compile.runtime.tokenizer import Tokenizer
+from xllm_compile.runtime.transfer.transfer import TransferConfig
 
 PROMPT = [40, 41, 42]
 LONG = SamplingParams(temperature=0, ignore_eos=True, max_tokens=None, output_kind=RequestOutputKind.DELTA)
@@ -46,6 +50,23 @@ async def collect(engine: AsyncEngine, request_id: str, prompt: list[int], param
         for completion in output.outputs
         for token in completion.token_ids
     ]
+
+
+async def test_a_claim_does_not_wait_for_the_device(tokenizer: Tokenizer) -> None:
+    made, runner = EngineFactory(tokenizer, is_async=True)(transfer=TransferConfig(timeout_s=5))
+    engine = AsyncEngine(made)
+    await engine.reserve(room_for("r", PROMPT))
+    running = asyncio.create_task(collect(engine, "running", [50, 51], greedy(3)))
+    try:
+        runner.gate.clear()
+        while not engine.stats().num_running:
+            await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            await engine.submit("taken over", PROMPT, greedy(3), resume=Resume(output_token_ids=[], reservation_id="r"))
+    finally:
+        runner.gate.set()
+    assert await running == runner.greedy([50, 51], 3)
+    engine.shutdown()
 
 
 async def test_concurrent_requests_each_get_their_own_stream(start: Start) -> None:
@@ -243,13 +264,24 @@ def test_several_event_loops_share_one_engine(start: Start) -> None:
     assert results == {index: runner.greedy([50 + index], 6) for index in range(4)}
 
 
-def test_a_closed_event_loop_does_not_hurt_the_others(start: Start) -> None:
+def test_a_closed_event_loop_does_not_hurt_the_others(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, runner = start(max_model_len=4096, total_tokens=8192)
+    execute = runner.execute
+
+    def execute_one(*args):
+        monkeypatch.undo()
+        result = execute(*args)
+        runner.gate.clear()
+        return result
+
+    # The others wait: or all might be done before the loop is closed.
+    monkeypatch.setattr(runner, "execute", execute_one)
     loop = asyncio.new_event_loop()
     stream = loop.run_until_complete(engine.submit("gone", PROMPT, LONG))
     first: RequestOutput = loop.run_until_complete(anext(stream))
     assert not first.finished
     loop.close()
+    runner.gate.set()
     assert asyncio.run(collect(engine, "here", PROMPT, greedy(5))) == runner.greedy(PROMPT, 5)
     assert asyncio.run(engine.drain(timeout_s=60))
     assert engine.stats().num_aborted == 1
