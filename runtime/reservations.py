@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from xllm_compile.runtime.kv_cache import KVCache
 from xllm_compile.runtime.outputs import ReservationStats
 from xllm_compile.runtime.policies.chunk import awaited_step_s
+from xllm_compile.runtime.policies.output_length import OutputLength
 from xllm_compile.runtime.transfer.transfer import Receiver, TransferError
 
 logger = logging.getLogger(__name__)
@@ -107,15 +108,14 @@ class Reservations:
         """Slots that no sequence of this instance has and nobody else may take."""
         return len(self._held) + len(self._leaving)
 
-    def step_s(self, num_output_tokens: float) -> float:
+    def step_s(self, length: OutputLength) -> float:
         """Longest step with which sequences that may come at any moment keep their TPOT targets; infinity without any.
 
-        num_output_tokens: of an answer, where its request allows as many.
+        length: of their answers.
         """
         wanted = (held.wanted for held in self._held.values())
         return min(
-            (awaited_step_s(one.tpot_slo_s, min(num_output_tokens, one.max_output_tokens)) for one in wanted),
-            default=math.inf,
+            (awaited_step_s(one.tpot_slo_s, length.expected(one.max_output_tokens)) for one in wanted), default=math.inf
         )
 
     def num_growth_blocks(self, horizon: int) -> int:

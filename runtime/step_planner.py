@@ -146,7 +146,7 @@ class StepPlanner:
     def _awaited_s(self) -> float:
         if self._exchange is None:
             return math.inf
-        return self._exchange.reservations.step_s(self.output_length.mean_tokens)
+        return self._exchange.reservations.step_s(self.output_length)
 
     def _token_s(self) -> float:
         """To prefill one token, as predicted now."""

@@ -321,7 +321,7 @@ class SimInstance:
             # It does not matter how late who decodes is.
             return StepBudget()
         steps_s = (
-            awaited_step_s(one.tpot_slo_s, min(self._output_length.mean_tokens, one.max_output_tokens))
+            awaited_step_s(one.tpot_slo_s, self._output_length.expected(one.max_output_tokens))
             for one in self.awaited.values()
             if one.tpot_slo_s is not None
         )

@@ -11,6 +11,10 @@ class OutputLength:
     def __init__(self) -> None:
         self.mean_tokens = _FIRST_MEAN_TOKENS
 
+    def expected(self, max_tokens: float) -> float:
+        """Of one that may have so many."""
+        return min(self.mean_tokens, max_tokens)
+
     def learn(self, num_tokens: int) -> None:
         """One ended at that length."""
         self.mean_tokens = _DECAY * self.mean_tokens + (1 - _DECAY) * num_tokens

@@ -100,7 +100,7 @@ class TokenLog:
     def take(self, output: CompletionOutput, arrived_s: float) -> CompletionOutput:
         """What is new, as this completion's. arrived_s: on the monotonic clock."""
         output.index = self.index
-        if self._first_token_s is None and not self.token_ids and output.token_ids:
+        if output.token_ids and not self.token_ids:
             self._first_token_s = arrived_s
         self.token_ids += output.token_ids
         self._num_text_chars += len(output.text)

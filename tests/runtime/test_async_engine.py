@@ -63,10 +63,11 @@ async def test_a_claim_does_not_wait_for_the_device(tokenizer: Tokenizer) -> Non
             await asyncio.sleep(0)
         async with asyncio.timeout(30):
             await engine.submit("taken over", PROMPT, greedy(3), resume=Resume(output_token_ids=[], reservation_id="r"))
+        runner.gate.set()
+        assert await running == runner.greedy([50, 51], 3)
     finally:
         runner.gate.set()
-    assert await running == runner.greedy([50, 51], 3)
-    engine.shutdown()
+        engine.shutdown()
 
 
 async def test_concurrent_requests_each_get_their_own_stream(start: Start) -> None:
