@@ -24,6 +24,8 @@ STALL_TIMEOUT_S = 60.0
 """Longest time a client may leave its answer unread once all buffers are full."""
 KEEP_ALIVE_S = 75
 """Idle time of a connection between two requests; above the usual 60 s of proxies, which must close first."""
+LAST_REQUEST_S = 0.2
+"""How long a server that stops reads on where nothing is open: a request may be on its way, or lie unread."""
 BACKLOG = 4096
 
 _MAX_HEADER_BYTES = 64 << 10
@@ -81,6 +83,7 @@ class _BoundedProtocol(H11Protocol):
         super().__init__(*args, **kwargs)
         self.app = self._streaming(self.app)
         self._is_refused = False
+        self._is_stopping = False
         self._header_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
@@ -126,11 +129,24 @@ class _BoundedProtocol(H11Protocol):
             self.transport.close()
             return
         super().data_received(data)
-        is_waiting = self.cycle is None or self.cycle.response_complete
-        if not is_waiting:
+        if not self._is_waiting:
             self._stop_header_timer()
+            self.cycle.keep_alive &= not self._is_stopping
         elif self._header_timer is None:
             self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.abort)
+
+    @property
+    def _is_waiting(self) -> bool:
+        """For a request."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def shutdown(self) -> None:
+        """Closed at once, a client whose request nobody has read would get no answer, not even a refusal."""
+        if self._is_waiting and not self._is_stopping:
+            self._is_stopping = True
+            self.loop.call_later(LAST_REQUEST_S, self.shutdown)
+        elif not self.transport.is_closing():
+            super().shutdown()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -63,3 +63,48 @@ async def test_a_method_without_a_body_gets_none(connection):
     writer.write(b"HEAD /stream HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
     await head(reader)
     assert await reader.read() == b""
+
+
+REQUEST = b"POST /whole HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+
+
+@pytest.fixture
+async def stopping():
+    """Connects, and has the server stop before it has read what is sent meanwhile."""
+    http = HttpServer(app, max_connections=8)
+    with bind_socket("127.0.0.1", 0) as bound:
+        serving = asyncio.create_task(http.serve(sockets=[bound]))
+        await http.ready.wait()
+
+        async def connect_and_stop(sent, first=b""):
+            reader, writer = await asyncio.open_connection(*bound.getsockname())
+            if first:
+                writer.write(first)
+                await head(reader)
+                assert await reader.readexactly(2) == b"ok"
+            while not http.server_state.connections:
+                await asyncio.sleep(0)
+            if sent:
+                writer.write(sent)
+            # Without a pause between: only the kernel has what was sent.
+            await http.shutdown()
+            return reader, writer
+
+        yield connect_and_stop
+        http.should_exit = True
+        await serving
+
+
+@pytest.mark.parametrize("first", [b"", REQUEST])
+async def test_a_request_that_is_unread_when_the_server_stops_is_answered(stopping, first):
+    reader, writer = await stopping(REQUEST, first)
+    assert b"200" in await head(reader)
+    assert await reader.read() == b"ok"
+    writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /whole HT"])
+async def test_a_connection_without_a_request_is_closed_when_the_server_stops(stopping, sent):
+    reader, writer = await stopping(sent)
+    assert await reader.read() == b""
+    writer.close()
