@@ -11,7 +11,7 @@ from xllm_compile.scheduler import errors
 from xllm_compile.scheduler.cluster.cluster import Cluster
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink
 from xllm_compile.scheduler.cluster.placer import Placer
-from xllm_compile.scheduler.cluster.run import InstanceLostError
+from xllm_compile.scheduler.cluster.run import EndedEarlyError, InstanceLostError
 from xllm_compile.scheduler.cluster.state import Placement
 from xllm_compile.scheduler.cluster.token_log import TokenLog
 
@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailoverConfig:
     max_losses: int = 5
-    """Instances that a request may lose one after the other without a token between: it may be what ends them."""
+    """Instances that may end with a request one after the other without a token between: it may be what ends them.
+
+    One that answers again did not end, and one that drains ends by itself.
+    """
     max_refusals: int = 8
     """Instances that may refuse a request: of very many that are busy not all are asked by each."""
     wait_s: float = 30.0
@@ -45,9 +48,13 @@ class Attempts:
         self._log = log
         self._config = config
         self._key = uuid.uuid4().hex
-        self._num_losses = 0
         self._avoided: set[str] = set()
         """Incarnations that were lost."""
+        # Since the last token:
+        self._silent: list[InstanceLink] = []
+        """Instances that were lost, unless they drained. Those that ended stay silent."""
+        self._num_ended_early = 0
+        """Instances that are well, and did not finish the request."""
         self._refusals: dict[str, errors.ApiError] = {}
         """By the incarnation that refused."""
         self.is_begun = False
@@ -92,7 +99,8 @@ class Attempts:
     def note_token(self) -> None:
         """There is one."""
         self.is_begun = True
-        self._num_losses = 0
+        self._silent.clear()
+        self._num_ended_early = 0
         if self.awaits_token:
             self.awaits_token = False
             self._placer.first_token(self._key)
@@ -129,13 +137,20 @@ class Attempts:
 
     def _lose(self, link: InstanceLink, err: InstanceLostError) -> None:
         self.is_begun = True
-        self._num_losses += 1
         self._cluster.stats.num_lost += 1
         self._avoided.add(link.info.incarnation)
         self._cluster.doubt(link)
         logger.warning("a request with %d tokens goes on elsewhere: %s", len(self._log.token_ids), err)
-        if self._num_losses >= self._config.max_losses:
-            message = f"The request lost {self._num_losses} instances without a token between; it may be the cause."
+        if link.load.is_draining:
+            return
+        if isinstance(err, EndedEarlyError):
+            self._num_ended_early += 1
+        else:
+            self._silent.append(link)
+        # Its reports may end a moment after its answers.
+        num_losses = self._num_ended_early + sum(each is link or not each.is_up for each in self._silent)
+        if num_losses >= self._config.max_losses:
+            message = f"The request lost {num_losses} instances without a token between; it may be the cause."
             raise errors.ApiError(errors.UNAVAILABLE, message, code="instances_lost") from err
 
     def _note_refusal(self, link: InstanceLink, err: errors.ApiError) -> None:

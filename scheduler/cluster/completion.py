@@ -21,7 +21,7 @@ from xllm_compile.scheduler.cluster.generate_messages import (
 from xllm_compile.scheduler.cluster.instance_link import InstanceLink
 from xllm_compile.scheduler.cluster.placer import Placer
 from xllm_compile.scheduler.cluster.prefix_fetch import Fetched, fetch_prefix
-from xllm_compile.scheduler.cluster.run import InstanceLostError
+from xllm_compile.scheduler.cluster.run import EndedEarlyError, InstanceLostError
 from xllm_compile.scheduler.cluster.state import Fetch, InstanceInfo
 from xllm_compile.scheduler.cluster.token_log import TokenLog
 from xllm_compile.scheduler.proto import xllm_pb2
@@ -228,7 +228,7 @@ class Completion:
                     new = await run.next()
                     if run.is_over and _is_aborted(new) and not self._attempts.is_aborted:
                         # It is left out of the log: its text may be cut where the next token changes it.
-                        raise InstanceLostError(f"{link.info.name}: it ended the request early")
+                        raise EndedEarlyError(f"{link.info.name}: it ended the request early")
                     yield new, run.arrived_s
         finally:
             self._running = None

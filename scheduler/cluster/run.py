@@ -14,6 +14,10 @@ class InstanceLostError(Exception):
     """The instance is gone, or does not answer. What a request had until then is with its caller."""
 
 
+class EndedEarlyError(InstanceLostError):
+    """The instance answers, and ended the request before it was finished."""
+
+
 class Run:
     """One completion on one instance.
 

@@ -285,6 +285,45 @@ async def test_a_request_that_ends_its_instances_is_given_up(make_cluster):
     assert caught.value.code == "instances_lost"
 
 
+async def test_an_instance_that_is_back_is_not_held_against_a_request(make_cluster):
+    cluster = await make_cluster(failover=FailoverConfig(max_losses=2, wait_s=10), a={}, b={})
+    for instance in cluster.instances.values():
+        instance.runner.gate.clear()
+    task = asyncio.create_task(generate(cluster))
+    for num_lost in range(1, 5):
+        await cluster.until(lambda: any(running(cluster, name) for name in cluster.instances))
+        name = next(name for name in cluster.instances if running(cluster, name))
+        link = cluster.cluster.link(name)
+        link._lose("it was cut off")
+        await cluster.until(lambda name=name, link=link: link.is_up and not running(cluster, name))
+        assert cluster.cluster.stats.num_lost == num_lost
+    for instance in cluster.instances.values():
+        instance.runner.gate.set()
+    assert text_of(await task) == "cdef"
+
+
+@pytest.mark.parametrize("is_draining", [True, False])
+async def test_only_an_instance_that_drains_may_end_a_request_early(make_cluster, is_draining):
+    cluster = await make_cluster(failover=FailoverConfig(max_losses=1, wait_s=10), a={}, b={})
+    for instance in cluster.instances.values():
+        instance.runner.gate.clear()
+    task = asyncio.create_task(generate(cluster))
+    await cluster.until(lambda: any(running(cluster, name) for name in cluster.instances))
+    name = next(name for name in cluster.instances if running(cluster, name))
+    cluster.instances[name].service.is_draining = is_draining
+    await cluster.until(lambda: cluster.cluster.link(name).load.is_draining == is_draining)
+    cut = asyncio.create_task(cluster.instances[name].engine.drain(0.0))
+    for instance in cluster.instances.values():
+        instance.runner.gate.set()
+    await cut
+    if is_draining:
+        assert text_of(await task) == "cdef"
+    else:
+        with pytest.raises(ApiError, match="lost 1 instances") as caught:
+            await task
+        assert caught.value.code == "instances_lost"
+
+
 class Interrupted:
     """A request whose instance has brought some tokens and stands still."""
 
