@@ -51,7 +51,7 @@ class Attempts:
         self._avoided: set[str] = set()
         """Incarnations that were lost."""
         # Since the last token:
-        self._silent: list[InstanceLink] = []
+        self._silent: set[InstanceLink] = set()
         """Instances that were lost, unless they drained. Those that ended stay silent."""
         self._num_ended_early = 0
         """Instances that are well, and did not finish the request."""
@@ -146,7 +146,7 @@ class Attempts:
         if isinstance(err, EndedEarlyError):
             self._num_ended_early += 1
         else:
-            self._silent.append(link)
+            self._silent.add(link)
         # Its reports may end a moment after its answers.
         num_losses = self._num_ended_early + sum(each is link or not each.is_up for each in self._silent)
         if num_losses >= self._config.max_losses:

@@ -290,12 +290,12 @@ async def test_an_instance_that_is_back_is_not_held_against_a_request(make_clust
     for instance in cluster.instances.values():
         instance.runner.gate.clear()
     task = asyncio.create_task(generate(cluster))
+    links = [cluster.cluster.link(name) for name in cluster.instances]
     for num_lost in range(1, 5):
-        await cluster.until(lambda: any(running(cluster, name) for name in cluster.instances))
-        name = next(name for name in cluster.instances if running(cluster, name))
-        link = cluster.cluster.link(name)
+        await cluster.until(lambda: any(link.num_open for link in links))
+        link = next(link for link in links if link.num_open)
         link._lose("it was cut off")
-        await cluster.until(lambda name=name, link=link: link.is_up and not running(cluster, name))
+        await cluster.until(lambda link=link: link.is_up and not link.num_open)
         assert cluster.cluster.stats.num_lost == num_lost
     for instance in cluster.instances.values():
         instance.runner.gate.set()
