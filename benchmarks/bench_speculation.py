@@ -6,17 +6,17 @@ continuations of a cross-section of held-out files are measured beside them, wit
 seeded, so every method must give the very same tokens, which is checked.
 
 Each round opens its engines anew: nothing is learnt from outputs of an earlier round. All methods continue a prompt
-side by side, some tokens of each in turn: the machine's speed wanders within the second that a text takes.
+side by side, some tokens of each in turn.
 """
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xllm_compile.benchmarks.artifacts import compile_model
 from xllm_compile.benchmarks.console import finish, say, show_table
+from xllm_compile.benchmarks.decode_turns import DecodeTurns, take_turns
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
 from xllm_compile.benchmarks.parity import DEMO_MODEL
 from xllm_compile.benchmarks.record import Bar, make_record
@@ -24,7 +24,6 @@ from xllm_compile.benchmarks.timing import summarise
 from xllm_compile.models.demo.corpus import standard_library_files
 from xllm_compile.runtime.instance import open_instance
 from xllm_compile.runtime.instance_config import InstanceConfig
-from xllm_compile.runtime.outputs import RequestOutput
 from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingParams
 from xllm_compile.runtime.speculative.config import SpeculativeConfig
 from xllm_compile.runtime.tokenizer import Tokenizer
@@ -125,63 +124,16 @@ def _cases(output_tokens: int, every: int) -> list[Case]:
     ]
 
 
-class _Player:
-    """One method on a fresh engine, which stands still but in its turns."""
-
-    def __init__(self, artifacts: Mapping[str, Path], method: str) -> None:
-        config = None
-        if method != PLAIN:
-            config = SpeculativeConfig(
-                method=method, draft_model=artifacts["demo-draft"] if method == "draft" else None
-            )
-        self._engine = open_instance(artifacts["demo-code"], InstanceConfig(max_num_seqs=1, speculative=config)).engine
-        # Code and weights come in from disk with the first steps.
-        self._engine.add_request("warm-up", [5, 6, 7], SamplingParams(temperature=2.0, max_tokens=16, ignore_eos=True))
-        while self._engine.has_work:
-            self._engine.step()
-        self._tokens: list[list[int]] = []
-        self._seconds, self._num_timed_tokens = 0.0, 0
-        self._num_draft_tokens = self._num_accepted_tokens = 0
-
-    @property
-    def is_playing(self) -> bool:
-        """Whether the prompt's continuation is still to be had."""
-        return self._engine.has_work
-
-    def begin(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Prefill the next prompt, up to its first token."""
-        self._tokens.append([])
-        self._engine.add_request(str(len(self._tokens)), prompt, params)
-        while not self._tokens[-1]:
-            self._take(self._engine.step())
-        self._take(self._engine.settle())
-
-    def play(self) -> None:
-        """Generate some tokens more, and take the time."""
-        num_before = len(self._tokens[-1])
-        began = time.perf_counter()
-        while self.is_playing and len(self._tokens[-1]) < num_before + _TURN_TOKENS:
-            self._take(self._engine.step())
-        self._take(self._engine.settle())
-        self._seconds += time.perf_counter() - began
-        self._num_timed_tokens += len(self._tokens[-1]) - num_before
-
-    def end(self) -> Run:
-        """What all prompts took."""
-        self._engine.close()
-        return Run(
-            seconds_per_token=self._seconds / self._num_timed_tokens,
-            num_draft_tokens=self._num_draft_tokens,
-            num_accepted_tokens=self._num_accepted_tokens,
-            tokens=self._tokens,
-        )
-
-    def _take(self, outputs: Iterable[RequestOutput]) -> None:
-        for output in outputs:
-            self._tokens[-1] += output.outputs[0].token_ids
-            if output.finished:
-                self._num_draft_tokens += output.metrics.num_draft_tokens
-                self._num_accepted_tokens += output.metrics.num_accepted_tokens
+def _open(artifacts: Mapping[str, Path], method: str) -> DecodeTurns:
+    """One method on a fresh engine."""
+    config = None
+    if method != PLAIN:
+        config = SpeculativeConfig(method=method, draft_model=artifacts["demo-draft"] if method == "draft" else None)
+    player = DecodeTurns(
+        open_instance(artifacts["demo-code"], InstanceConfig(max_num_seqs=1, speculative=config)).engine
+    )
+    player.warm_up()
+    return player
 
 
 def _measure(case: Case, artifacts: Mapping[str, Path], rounds: int) -> dict[str, list[Run]]:
@@ -201,17 +153,22 @@ def _measure(case: Case, artifacts: Mapping[str, Path], rounds: int) -> dict[str
 
 def _round(case: Case, artifacts: Mapping[str, Path]) -> dict[str, Run]:
     """All methods on all prompts of the case, side by side."""
-    players = {method: _Player(artifacts, method) for method in (PLAIN, *METHODS)}
+    players = {method: _open(artifacts, method) for method in (PLAIN, *METHODS)}
     for prompt in case.prompts:
         for player in players.values():
-            player.begin(prompt, case.params)
-        # Who goes first takes turns, too.
-        playing = list(players.values())
-        while playing:
-            for player in playing:
-                player.play()
-            playing = [player for player in (*playing[1:], playing[0]) if player.is_playing]
-    return {method: player.end() for method, player in players.items()}
+            player.begin([list(prompt)], case.params)
+        take_turns(players.values(), _TURN_TOKENS)
+    for player in players.values():
+        player.engine.close()
+    return {
+        method: Run(
+            seconds_per_token=player.seconds_per_token,
+            num_draft_tokens=player.num_draft_tokens,
+            num_accepted_tokens=player.num_accepted_tokens,
+            tokens=player.tokens,
+        )
+        for method, player in players.items()
+    }
 
 
 def _speedups(by_method: Mapping[str, Sequence[Run]], method: str) -> list[float]:

@@ -5,18 +5,17 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from xllm_compile.benchmarks.artifacts import artifact_of_demo, artifact_of_shape
 from xllm_compile.benchmarks.checkpoints import Shape
 from xllm_compile.benchmarks.console import finish, say, show_table
-from xllm_compile.benchmarks.decode_steps import time_decode
+from xllm_compile.benchmarks.decode_turns import DecodeTurns, take_turns
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
 from xllm_compile.benchmarks.random_schemas import random_schema
 from xllm_compile.benchmarks.record import Bar, make_record
-from xllm_compile.benchmarks.timing import Summary, measure_in_turns, summarise
+from xllm_compile.benchmarks.timing import Summary, summarise
 from xllm_compile.runtime.engine import Engine
 from xllm_compile.runtime.instance import open_instance
 from xllm_compile.runtime.instance_config import InstanceConfig
@@ -29,6 +28,8 @@ SAMPLED_FREE, SAMPLED_SCHEMA = "free, sampled", "JSON schema, sampled"
 SLOW_SCHEMA, SLOW_SAMPLED_SCHEMA = "JSON schema, no jumps", "JSON schema, sampled, no jumps"
 _BATCH = 8
 _PROMPT_TOKENS = 64
+_TURN_TOKENS = 16
+"""Of each sequence, before it is the next way's turn."""
 # Of one random document; the longest need some hundreds.
 _MAX_TOKENS = 1900
 # More than fits into any context: the answer never ends before max_tokens.
@@ -59,7 +60,7 @@ class Overhead:
 
     @property
     def share(self) -> float:
-        """What the schema adds to greedy requests, the median of neighbouring runs."""
+        """What the schema adds to greedy requests, the median of rounds."""
         return self.share_of(FREE, SCHEMA)
 
     @property
@@ -102,13 +103,10 @@ def run_structured(
     validity = check_schemas(_open(demo, _PROMPT_TOKENS + _MAX_TOKENS), num_schemas, seed=seed)
     overheads, foreign = {}, {}
     for name, artifact in artifacts.items():
-        engines = {jumps: _open(artifact, _PROMPT_TOKENS + output_tokens, jumps=jumps) for jumps in (True, False)}
         wait_quiet()
         with ForeignLoad() as load:
-            overheads[name] = _measure(engines, output_tokens, seed=seed, rounds=rounds)
+            overheads[name] = _measure(artifact, output_tokens, seed=seed, rounds=rounds)
         foreign[name] = load.cores
-        for engine in engines.values():
-            engine.close()
     _show(overheads)
     raw = {
         "shape": shape.hf_config(),
@@ -180,38 +178,45 @@ def _open(artifact: Path, max_len: int, *, jumps: bool = True) -> Engine:
     ).engine
 
 
-def _measure(engines: Mapping[bool, Engine], output_tokens: int, *, seed: int, rounds: int) -> Overhead:
-    """engines: with and without jumps."""
+def _measure(artifact: Path, output_tokens: int, *, seed: int, rounds: int) -> Overhead:
     schema = StructuredOutput.json_schema(_ENDLESS)
-    modes: dict[str, tuple[bool, float, StructuredOutput | None]] = {
-        FREE: (True, 0.0, None),
-        SCHEMA: (True, 0.0, schema),
-        SLOW_SCHEMA: (False, 0.0, schema),
-        SAMPLED_FREE: (True, 1.0, None),
-        SAMPLED_SCHEMA: (True, 1.0, schema),
-        SLOW_SAMPLED_SCHEMA: (False, 1.0, schema),
-    }
-    tpot_s: dict[str, list[float]] = {mode: [] for mode in modes}
+    # Greedy and sampled, side by side: free, under the schema, and likewise without jumps.
+    groups: list[dict[str, tuple[bool, float, StructuredOutput | None]]] = [
+        {FREE: (True, 0.0, None), SCHEMA: (True, 0.0, schema), SLOW_SCHEMA: (False, 0.0, schema)},
+        {
+            SAMPLED_FREE: (True, 1.0, None),
+            SAMPLED_SCHEMA: (True, 1.0, schema),
+            SLOW_SAMPLED_SCHEMA: (False, 1.0, schema),
+        },
+    ]
+    tpot_s: dict[str, list[float]] = {mode: [] for group in groups for mode in group}
     forced_share: dict[str, float] = {}
     rng = random.Random(seed)
     prompts = [[rng.randrange(100, 1000) for _ in range(_PROMPT_TOKENS)] for _ in range(_BATCH)]
-
-    def decode(mode: str) -> None:
-        jumps, temperature, structured = modes[mode]
-        params = SamplingParams(
-            temperature=temperature,
-            seed=seed,
-            ignore_eos=True,
-            max_tokens=output_tokens,
-            structured=structured,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        found = time_decode(engines[jumps], prompts, params)
-        tpot_s[mode].append(found.tpot_s)
-        forced_share[mode] = found.forced_share
-
-    measure_in_turns({mode: partial(decode, mode) for mode in modes}, warmup=1, repeats=rounds)
-    # The first run of each is the warm-up.
+    for group in groups:
+        # One that is ahead of the others may end later than they do.
+        engines = [_open(artifact, _PROMPT_TOKENS + 2 * output_tokens, jumps=jumps) for jumps, *_ in group.values()]
+        # The first round is the warm-up.
+        for _ in range(1 + rounds):
+            players = {mode: DecodeTurns(engine) for mode, engine in zip(group, engines, strict=True)}
+            for mode, player in players.items():
+                _, temperature, structured = group[mode]
+                params = SamplingParams(
+                    temperature=temperature,
+                    seed=seed,
+                    ignore_eos=True,
+                    max_tokens=2 * output_tokens,
+                    structured=structured,
+                    output_kind=RequestOutputKind.DELTA,
+                )
+                player.begin(prompts, params)
+            take_turns(players.values(), _BATCH * _TURN_TOKENS, num_turns=output_tokens // _TURN_TOKENS)
+            for mode, player in players.items():
+                tpot_s[mode].append(_BATCH * player.seconds_per_token)
+                forced_share[mode] = player.forced_share
+                player.stop()
+        for engine in engines:
+            engine.close()
     return Overhead(tpot_s={mode: summarise(values[1:]) for mode, values in tpot_s.items()}, forced_share=forced_share)
 
 

@@ -14,10 +14,6 @@ class DecodeSteps:
     """A step from start to start, in seconds."""
     gap_share: float
     """Share of it in which the device stood still."""
-    tpot_s: float
-    """From a sequence's token to its next; less than a step where steps bring several."""
-    forced_share: float
-    """Of the tokens, what a structured output forced without a step."""
 
 
 def time_decode(engine: Engine, prompts: Sequence[TokenIds], params: SamplingParams) -> DecodeSteps:
@@ -36,10 +32,4 @@ def time_decode(engine: Engine, prompts: Sequence[TokenIds], params: SamplingPar
         engine.step()
     busy_s, gap_s = end.busy_s - begin.busy_s, end.gap_s - begin.gap_s
     seconds = busy_s + gap_s
-    num_tokens = end.num_generated_tokens - begin.num_generated_tokens
-    return DecodeSteps(
-        step_s=seconds / (end.num_steps - begin.num_steps),
-        gap_share=gap_s / seconds,
-        tpot_s=seconds * len(prompts) / num_tokens,
-        forced_share=(end.num_forced_tokens - begin.num_forced_tokens) / num_tokens,
-    )
+    return DecodeSteps(step_s=seconds / (end.num_steps - begin.num_steps), gap_share=gap_s / seconds)
