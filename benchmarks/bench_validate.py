@@ -199,7 +199,7 @@ def measure(
     setting: LiveSetting,
 ) -> Measured:
     """Of a cluster of ROLES that nobody uses."""
-    found = calibrate(cluster, profile, num_decodes=2, repeats=2 * setting.repeats, seed=setting.seed)
+    found = calibrate(cluster, profile, num_decodes=2, seed=setting.seed)
     say(", ".join(f"{key} {value:.4g}" for key, value in found.to_json().items()))
     hardware = hardware_of(cluster, profile, found, read_manifest(artifact).max_num_batched_tokens)
     return Measured(profile=profile, samples=samples, calibration=found, hardware=hardware)

@@ -20,6 +20,8 @@ from xllm_compile.scheduler.cluster.state import StepProfile
 _SHORT, _LONG = 16, 500
 _GAP_S = 0.9
 """Between requests that should meet nobody."""
+_NUM_REQUESTS = 12
+"""Of each kind: of a few, one that met something else makes the median."""
 _STREAMS_EACH, _STREAM_TOKENS = 8, 48
 
 
@@ -40,11 +42,11 @@ class Calibration:
         return asdict(self)
 
 
-def calibrate(cluster: LiveCluster, profile: StepProfile, *, num_decodes: int, repeats: int, seed: int) -> Calibration:
+def calibrate(cluster: LiveCluster, profile: StepProfile, *, num_decodes: int, seed: int) -> Calibration:
     """Of a cluster that routes by the policy `slo` and has fixed roles."""
-    cluster.replay(_requests(repeats, _GAP_S / 2, _LONG, 4), seed=seed)
-    short = _answers(cluster, _requests(repeats, _GAP_S, _SHORT, 8), seed + 1)
-    long = _answers(cluster, _requests(repeats, _GAP_S, _LONG, 8), seed + 2)
+    cluster.replay(_requests(_NUM_REQUESTS // 3, _GAP_S / 2, _LONG, 4), seed=seed)
+    short = _answers(cluster, _requests(_NUM_REQUESTS, _GAP_S, _SHORT, 8), seed + 1)
+    long = _answers(cluster, _requests(_NUM_REQUESTS, _GAP_S, _LONG, 8), seed + 2)
     gateway_s = _median(one.ttft_s for one in short) - _prompt_s(profile, _SHORT)
     handed_s = _median(one.ttft_s for one in long) - _prompt_s(profile, _LONG)
     second_s = _median(one.itl_s[0] for one in long) - _median(gap for one in long for gap in one.itl_s[1:])

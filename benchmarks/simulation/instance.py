@@ -282,6 +282,7 @@ class SimInstance:
                 self._ttft.add(now - request.arrival_s, 1.0, now)
         if request.num_generated >= request.num_output_tokens:
             request.finished_s = now
+            self._output_length.learn(request.num_output_tokens)
             self.release(request)
             ended.finished.append(request)
         else:
