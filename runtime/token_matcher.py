@@ -116,7 +116,6 @@ class TokenMatcher:
                 self._compute()
             other = TokenMatcher(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids, self._kept_masks)
             other._mask, other._is_ended, other._error = self._mask, self._is_ended, self._error
-            other._mask_s = self._mask_s
         return other
 
     @property
@@ -232,7 +231,9 @@ class TokenMatcher:
             began = time.thread_time()
             self._matcher.unsafe_compute_mask_ptr(self._bits_address, self._bits.nbytes)
             seconds = time.thread_time() - began
-            self._mask_s = seconds if self._mask_s is None else self._mask_s + 0.3 * (seconds - self._mask_s)
+            # The first masks of a grammar take a hundred times as long as later ones.
+            known = seconds if self._mask_s is None else min(self._mask_s, 2 * seconds)
+            self._mask_s = known + 0.3 * (seconds - known)
             self._num_untimed = 0
         else:
             self._matcher.unsafe_compute_mask_ptr(self._bits_address, self._bits.nbytes)

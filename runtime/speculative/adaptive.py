@@ -166,7 +166,7 @@ class StepSeconds:
         None, as the first are."""
         self._predict = predict
         # Asked for several sizes in every step.
-        self._graph_rows = cache(graph_rows)
+        self.graph_rows = cache(graph_rows)
         self._measured: dict[int, float] = {}
         self._believed: dict[int, float] = {}
         self._sizes: list[int] = []
@@ -177,7 +177,7 @@ class StepSeconds:
         self._ratio = ratio
 
     def __call__(self, num_rows: int) -> float:
-        num_rows = self._graph_rows(num_rows)
+        num_rows = self.graph_rows(num_rows)
         believed = self._believed.get(num_rows)
         if believed is not None:
             return believed
@@ -187,15 +187,15 @@ class StepSeconds:
 
     def is_stale(self, num_rows: int) -> bool:
         """Whether a step of so many rows should run now, to know what it takes."""
-        return self._graph_rows(num_rows) not in self._measured
+        return self.graph_rows(num_rows) not in self._measured
 
     def is_unsure(self, num_rows: int) -> bool:
         """Whether what such a step takes is not believed yet as it was measured."""
-        return self._counts.get(self._graph_rows(num_rows), 0) < _FIRST
+        return self._counts.get(self.graph_rows(num_rows), 0) < _FIRST
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """Take in what a step of so many rows took."""
-        num_rows = self._graph_rows(num_rows)
+        num_rows = self.graph_rows(num_rows)
         self._num_observed += 1
         self._measured_at[num_rows] = self._num_observed
         count = self._counts[num_rows] = self._counts.get(num_rows, 0) + 1
@@ -229,15 +229,26 @@ def smoothed(known: float | None, measured: float) -> float:
     return known + weight * (min(measured, 2 * known) - known)
 
 
-def num_forced_worth(num_forced: int, *, num_rows: int, num_tokens: int, step_seconds: Callable[[int], float]) -> int:
+def num_forced_worth(
+    num_forced: int,
+    *,
+    num_rows: int,
+    num_tokens: int,
+    step_seconds: Callable[[int], float],
+    graph_rows: Callable[[int], int] = lambda num_rows: num_rows,
+) -> int:
     """Of so many tokens that are sure to be accepted, how many a step of num_rows rows should take in, to bring most
-    tokens per second. It brings num_tokens without them.
+    tokens per second. It brings num_tokens without them. graph_rows: see StepSeconds.
 
     The others wait for a later step; a step that needs a larger graph for one more row is no place for them.
     """
-    rates = [(num_tokens + count) / step_seconds(num_rows + count) for count in range(num_forced + 1)]
+    counts = [min(num_forced, graph_rows(num_rows) - num_rows)]
+    while counts[-1] < num_forced:
+        # A graph is filled, or not taken.
+        counts.append(min(num_forced, graph_rows(num_rows + counts[-1] + 1) - num_rows))
+    rates = [(num_tokens + count) / step_seconds(num_rows + count) for count in counts]
     best = max(rates)
-    return next(count for count, rate in enumerate(rates) if rate * _MARGIN >= best)
+    return next(count for count, rate in zip(counts, rates, strict=True) if rate * _MARGIN >= best)
 
 
 def draft_lengths(

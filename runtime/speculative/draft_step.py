@@ -54,5 +54,14 @@ def with_drafts(step: Step, sequences: Sequence[Speculation], drafts: Sequence[D
     )
 
 
+def move_rows(step: Step, positions: Sequence[int]) -> None:
+    """Have the first len(positions) sequences of ``step``, of one row each, stand there: it was planned before the
+    drafts of the steps before it were verified."""
+    count = len(positions)
+    step.positions[:count] = positions
+    # All are behind the prompt, whose length has no part in it then.
+    step.rope_len[:count] = step.context_len[:count] = step.positions[:count] + np.int32(1)
+
+
 def _joined(new: Int32Array, rest: Int32Array, offset: int = 0) -> Int32Array:
     return np.concatenate((new, rest + offset)) if len(rest) else new

@@ -27,7 +27,7 @@ from xllm_compile.runtime.speculative.adaptive import (
     draft_lengths,
     num_forced_worth,
 )
-from xllm_compile.runtime.speculative.draft_step import with_drafts
+from xllm_compile.runtime.speculative.draft_step import move_rows, with_drafts
 from xllm_compile.runtime.speculative.proposer import NO_DRAFT, Draft, Proposer, Speculation
 from xllm_compile.runtime.speculative.verify import Verified
 from xllm_compile.runtime.step import Step
@@ -37,7 +37,7 @@ _WEIGHT = 0.1
 # Forced tokens of a sequence that one step takes in at most: KV for them is set aside when it is planned.
 MAX_FORCED_TOKENS = 16
 # Steps between two whose time is taken in, while nothing is guessed.
-_OBSERVE_EVERY = 8
+_OBSERVE_EVERY = 32
 
 
 class Speculator:
@@ -83,8 +83,8 @@ class Speculator:
             token_ids=list(token_ids),
             num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=max_output_tokens,
-            # Of a draft model nothing new is known before a draft was verified.
-            looks=Looks(64, patience=2) if self.is_costly else Looks(),
+            # Of a draft model nothing new is known before a draft was verified, and hot texts hardly repeat anything.
+            looks=Looks(64, patience=2) if self.is_costly or params.temperature > 1 else Looks(),
         )
 
     def reserve(self, sequence: Speculation) -> int:
@@ -123,8 +123,10 @@ class Speculator:
         drafts = self._draft(batch) if any(batch.num_granted) else [NO_DRAFT] * len(sequences)
         step = batch.step
         last_positions = [len(sequence.token_ids) - 1 for sequence in sequences]
-        if any(draft.token_ids for draft in drafts) or step.positions[: len(sequences)].tolist() != last_positions:
+        if any(draft.token_ids for draft in drafts):
             step = with_drafts(step, sequences, drafts)
+        elif step.positions[: len(sequences)].tolist() != last_positions:
+            move_rows(step, last_positions)
         return step, drafts + [NO_DRAFT] * (len(batch.sampled) - len(drafts))
 
     def learn(self, batch: Batch, drafts: Sequence[Draft], verified: Sequence[Verified], seconds: float) -> None:
@@ -194,6 +196,7 @@ class Speculator:
             num_rows=len(batch.step.token_ids),
             num_tokens=len(batch.sampled),
             step_seconds=self._step_seconds,
+            graph_rows=self._step_seconds.graph_rows,
         )
         self._turn += 1
         for at in range(len(lengths)):

@@ -172,6 +172,24 @@ def test_what_one_graph_runs_takes_the_same_time() -> None:
     # Two more rows cost nothing, and ten more would only make up for the larger graph.
     forced = partial(num_forced_worth, num_rows=8, num_tokens=8, step_seconds=seconds)
     assert [forced(count) for count in (1, 2, 7, 12)] == [1, 2, 2, 2]
+    filling = partial(forced, graph_rows=seconds.graph_rows)
+    assert [filling(count) for count in (1, 2, 7, 12)] == [1, 2, 2, 2]
+
+
+def test_a_graph_is_filled_with_forced_tokens_or_not_taken() -> None:
+    asked: list[int] = []
+
+    def seconds(rows: int) -> float:
+        asked.append(rows)
+        return 1.0 if rows <= 16 else 1.5 if rows <= 32 else 9.0
+
+    forced = partial(num_forced_worth, num_rows=8, num_tokens=8, step_seconds=seconds)
+    sizes = (8, 16, 32, 512)
+    filling = partial(forced, graph_rows=lambda rows: next(size for size in sizes if size >= rows))
+    assert filling(8) == 8 and filling(30) == 24
+    assert set(asked) == {8, 16, 32, 38}
+    # Eight tokens more would not make up for the larger graph.
+    assert filling(9) == 8
 
 
 def test_a_bad_moment_of_one_size_is_forgotten() -> None:
