@@ -25,6 +25,10 @@ _CLIP = 3.0
 _LEAST_ERROR = 0.05
 # Rounds of coordinate descent per step; it goes on where the last step left it.
 _ROUNDS = 2
+# Learning takes some 40 us of a CPU: after the first steps a hundredth of their time, and while predictions are good a
+# part of that.
+_NUM_FIRST = 32
+_LEARN_EVERY_S = 4e-3
 _GOOD_ERROR = 0.1
 _SOME = 4
 _ERROR_DECAY = 0.9
@@ -92,6 +96,8 @@ class StepPredictor:
         self.error_ratio = 1.0
         """Mean size of the last relative errors."""
         self.num_observed = 0
+        self._unlearnt_s = 0.0
+        """Time of steps since the last that was learnt from."""
 
     def seconds(self, load: StepLoad) -> float:
         """Predicted time of a step."""
@@ -103,12 +109,15 @@ class StepPredictor:
         return self.seconds(StepLoad().plus(0, num_tokens)) / num_tokens
 
     def observe(self, load: StepLoad, seconds: float) -> None:
-        """Learn from one step that took ``seconds``; from some while predictions are good, since it costs 20 us."""
+        """Learn from one step that took ``seconds``, or from a later one."""
         if seconds <= 0:
             return
         self.num_observed += 1
-        if self.error_ratio < _GOOD_ERROR and self.num_observed % _SOME:
+        self._unlearnt_s += seconds
+        pause_s = _LEARN_EVERY_S if self.num_observed > _NUM_FIRST else 0.0
+        if self._unlearnt_s < pause_s or (self.error_ratio < _GOOD_ERROR and self.num_observed % _SOME):
             return
+        self._unlearnt_s = 0.0
         terms = self._terms(load)
         scale = 1 / max(_LEAST_S, seconds)
         x = [term * scale for term in terms]

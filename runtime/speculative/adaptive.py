@@ -21,7 +21,7 @@ _MARGIN = 1.05
 # Guesses less likely than this never pay.
 _LEAST_CHANCE = 0.02
 # Chances for a draft between two probes, while none pays: those of all sequences. It doubles with every probe that is
-# refused; where one was accepted the next comes soon.
+# refused; where all of one was accepted the next comes soon.
 LAST_PROBE_AFTER = 1024
 _NEXT_PROBE_AFTER = 8
 PROBE_LENGTH = 2
@@ -83,9 +83,13 @@ class Probes:
         self._num_passed = 0
         return True
 
-    def verified(self, *, is_accepted: bool) -> None:
+    def verified(self, num_drafted: int, num_accepted: int) -> None:
         """What came of a draft, a probe or one that was expected to pay."""
-        self._after = _NEXT_PROBE_AFTER if is_accepted else min(2 * self._after, LAST_PROBE_AFTER)
+        if num_accepted == 0:
+            self._after = min(2 * self._after, LAST_PROBE_AFTER)
+        elif num_accepted >= min(num_drafted, PROBE_LENGTH):
+            # A part of a probe is accepted now and then of texts that are guessed too rarely to pay.
+            self._after = _NEXT_PROBE_AFTER
 
 
 class Looks:

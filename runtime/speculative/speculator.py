@@ -142,9 +142,7 @@ class Speculator:
                 speculation.forced = matcher.forced()
                 num_forced += len(speculation.forced)
         if batch.is_decode_only and (batch.drafting or self._proposer is not None):
-            num_rows = len(drafts) + sum(len(draft.token_ids) for draft in drafts)
-            has_guess = any(draft.token_ids and not draft.is_forced for draft in drafts)
-            self._observe(num_rows, seconds, is_idle=not has_guess)
+            self._observe(drafts, seconds)
         if self._proposer is not None:
             self._learn_of_guesses(batch, drafts, verified, num_forced)
             # The host ends a sequence with one step under way at most, which is this one.
@@ -227,8 +225,10 @@ class Speculator:
                 each.num_shown = len(each.token_ids)
         return drafts
 
-    def _observe(self, num_rows: int, seconds: float, *, is_idle: bool) -> None:
-        self._num_idle = self._num_idle + 1 if is_idle else 0
+    def _observe(self, drafts: Sequence[Draft], seconds: float) -> None:
+        has_guess = any(draft.token_ids and not draft.is_forced for draft in drafts)
+        self._num_idle = 0 if has_guess else self._num_idle + 1
+        num_rows = sum(1 + len(draft.token_ids) for draft in drafts)
         if self._num_idle % _OBSERVE_EVERY and not self._step_seconds.is_unsure(num_rows):
             return
         self._step_seconds.observe(num_rows, seconds)
@@ -236,7 +236,7 @@ class Speculator:
     def _count(self, sequence: Speculation, num_drafted: int, num_accepted: int) -> None:
         acceptance, probes = self._record(sequence)
         acceptance.update(num_drafted, num_accepted)
-        probes.verified(is_accepted=num_accepted > 0)
+        probes.verified(num_drafted, num_accepted)
         if num_accepted:
             sequence.looks.hurry()
         stats = self._stats

@@ -85,11 +85,19 @@ def test_probes_come_ever_more_rarely_until_one_is_accepted() -> None:
     gaps = []
     for _ in range(6):
         gaps.append(gap())
-        probes.verified(is_accepted=False)
+        probes.verified(2, 0)
     assert gaps == [128, 256, 512, 1024, 1024, 1024]
     # As frequent where it is asked rarely.
     assert gap(8) == 1024
-    probes.verified(is_accepted=True)
+    # Half of one is no sign.
+    probes.verified(2, 1)
+    assert gap() == 1024
+    probes.verified(2, 2)
+    assert gap() == 8
+    # One that was expected to pay is longer.
+    probes.verified(2, 0)
+    assert gap() == 16
+    probes.verified(5, 2)
     assert gap() == 8
 
 
