@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailoverConfig:
     max_losses: int = 5
-    """Instances that may end with a request one after the other without a token between: it may be what ends them.
+    """Instances that may end with a request without a token between: it may be what ends them.
 
     One that answers again did not end, and one that drains ends by itself.
     """
     max_refusals: int = 8
     """Instances that may refuse a request: of very many that are busy not all are asked by each."""
     wait_s: float = 30.0
-    """How long a request waits for an instance when there is none."""
+    """How long a request waits for an instance when there is none, or to know whether those it lost ended."""
 
 
 class TryElsewhereError(Exception):
@@ -51,8 +51,8 @@ class Attempts:
         self._avoided: set[str] = set()
         """Incarnations that were lost."""
         # Since the last token:
-        self._silent: set[InstanceLink] = set()
-        """Instances that were lost, unless they drained. Those that ended stay silent."""
+        self._lost: set[InstanceLink] = set()
+        """Instances that were lost while they had the request, unless they drained."""
         self._num_ended_early = 0
         """Instances that are well, and did not finish the request."""
         self._refusals: dict[str, errors.ApiError] = {}
@@ -70,6 +70,7 @@ class Attempts:
 
     async def place(self) -> Placement:
         """Raises AbortedError, and ApiError where no instance takes it or none comes in time."""
+        await self._check_losses()
         deadline = time.monotonic() + self._config.wait_s
         while not self.is_aborted:
             if self._cluster.is_ready:
@@ -85,12 +86,17 @@ class Attempts:
         raise AbortedError
 
     @contextmanager
-    def noted(self, link: InstanceLink) -> Iterator[None]:
-        """Raises TryElsewhereError where the instance is lost, or refuses what another may take."""
+    def noted(self, link: InstanceLink, *, has_request: bool = True) -> Iterator[None]:
+        """Raises TryElsewhereError where the instance is lost, or refuses what another may take.
+
+        has_request: whether it computes what is asked for, or is only asked something.
+        """
         try:
             yield
         except InstanceLostError as err:
             self._lose(link, err)
+            if has_request and not link.load.is_draining:
+                self._suspect(link, err)
             raise TryElsewhereError from err
         except errors.ApiError as err:
             self._note_refusal(link, err)
@@ -99,7 +105,7 @@ class Attempts:
     def note_token(self) -> None:
         """There is one."""
         self.is_begun = True
-        self._silent.clear()
+        self._lost.clear()
         self._num_ended_early = 0
         if self.awaits_token:
             self.awaits_token = False
@@ -141,17 +147,28 @@ class Attempts:
         self._avoided.add(link.info.incarnation)
         self._cluster.doubt(link)
         logger.warning("a request with %d tokens goes on elsewhere: %s", len(self._log.token_ids), err)
-        if link.load.is_draining:
-            return
+
+    def _suspect(self, link: InstanceLink, err: InstanceLostError) -> None:
         if isinstance(err, EndedEarlyError):
             self._num_ended_early += 1
         else:
-            self._silent.add(link)
-        # Its reports may end a moment after its answers.
-        num_losses = self._num_ended_early + sum(each is link or not each.is_up for each in self._silent)
-        if num_losses >= self._config.max_losses:
-            message = f"The request lost {num_losses} instances without a token between; it may be the cause."
-            raise errors.ApiError(errors.UNAVAILABLE, message, code="instances_lost") from err
+            self._lost.add(link)
+
+    async def _check_losses(self) -> None:
+        """Raises ApiError where as many ended as may. Waits while that is not known: those that were stopped or cut off
+        come back, and whoever is cut off itself loses all at once."""
+        deadline = time.monotonic() + self._config.wait_s
+        while not self.is_aborted:
+            num_ended = self._num_ended_early + sum(link.is_closed for link in self._lost)
+            num_silent = sum(not link.is_up and not link.is_closed for link in self._lost)
+            if num_ended + num_silent < self._config.max_losses:
+                return
+            left_s = deadline - time.monotonic()
+            if num_ended >= self._config.max_losses or left_s <= 0:
+                num_lost = num_ended + num_silent
+                message = f"The request lost {num_lost} instances without a token between; it may be the cause."
+                raise errors.ApiError(errors.UNAVAILABLE, message, code="instances_lost")
+            await self._cluster.wait_changed(left_s)
 
     def _note_refusal(self, link: InstanceLink, err: errors.ApiError) -> None:
         """Raises it where it is about the request and others would say the same."""

@@ -235,7 +235,7 @@ class Completion:
 
     async def _fetch(self, target: InstanceLink, fetch: Fetch, parent: Span) -> Fetched | None:
         """See fetch_prefix. Raises TryElsewhereError."""
-        with self._client_span(parent, "fetch", target) as span, self._attempts.noted(target):
+        with self._client_span(parent, "fetch", target) as span, self._attempts.noted(target, has_request=False):
             return await fetch_prefix(
                 self._link(fetch.source),
                 target,
@@ -249,7 +249,7 @@ class Completion:
 
     async def _reserve(self, link: InstanceLink, sender: InstanceInfo, parent: Span) -> Any:
         """Room there for the prompt's KV as the sender computes it. Raises TryElsewhereError."""
-        with self._client_span(parent, "reserve", link) as span, self._attempts.noted(link):
+        with self._client_span(parent, "reserve", link) as span, self._attempts.noted(link, has_request=False):
             return await link.reserve(self._reserve_request(sender), span.carrier)
 
     def _reserve_request(self, sender: InstanceInfo) -> Any:

@@ -88,6 +88,11 @@ class InstanceLink:
         """Of who waits for a report."""
 
     @property
+    def is_closed(self) -> bool:
+        """Its instance left, or another one has its name."""
+        return self._is_closed
+
+    @property
     def num_open(self) -> int:
         """Requests of this gateway."""
         return len(self._runs)

@@ -269,8 +269,10 @@ async def test_a_request_that_was_lost_without_a_token_says_so_elsewhere(make_cl
     assert text_of(await task) == "cdef"
 
 
-async def test_a_request_that_ends_its_instances_is_given_up(make_cluster):
-    cluster = await make_cluster(failover=FailoverConfig(max_losses=2, wait_s=10), a={}, b={}, c={})
+@pytest.mark.parametrize(("is_known", "wait_s"), [(True, 30), (False, 0.5)])
+async def test_a_request_that_ends_its_instances_is_given_up(make_cluster, is_known, wait_s):
+    """is_known: the registry notices that they are gone; else they only stay silent."""
+    cluster = await make_cluster(failover=FailoverConfig(max_losses=2, wait_s=wait_s), a={}, b={}, c={})
     for instance in cluster.instances.values():
         instance.runner.gate.clear()
     task = asyncio.create_task(generate(cluster))
@@ -280,9 +282,26 @@ async def test_a_request_that_ends_its_instances_is_given_up(make_cluster):
         name = next(name for name in left if running(cluster, name))
         left.remove(name)
         await cluster.instances[name].stop()
+        if is_known:
+            await cluster.register(*left)
     with pytest.raises(ApiError) as caught:
         await task
     assert caught.value.code == "instances_lost"
+
+
+async def test_a_gateway_that_loses_all_at_once_blames_no_request(make_cluster):
+    cluster = await make_cluster(failover=FailoverConfig(max_losses=2, wait_s=10), a={}, b={}, c={})
+    for instance in cluster.instances.values():
+        instance.runner.gate.clear()
+    task = asyncio.create_task(generate(cluster))
+    links = [cluster.cluster.link(name) for name in cluster.instances]
+    for num_lost in (1, 2):
+        await cluster.until(lambda: any(link.num_open for link in links))
+        next(link for link in links if link.num_open)._lose("the network is cut")
+        await cluster.until(lambda num_lost=num_lost: cluster.cluster.stats.num_lost == num_lost)
+    for instance in cluster.instances.values():
+        instance.runner.gate.set()
+    assert text_of(await task) == "cdef"
 
 
 async def test_an_instance_that_is_back_is_not_held_against_a_request(make_cluster):
