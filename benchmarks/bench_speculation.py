@@ -1,8 +1,8 @@
 """Speculative decoding on demo-code at batch 1: tokens per second against plain decoding, in turns.
 
 Text that pays is greedy code continuation that repeats itself, from held-out files whose continuations demo-draft
-guesses well (they are named here); text that does not is what the model writes at temperature 2. Greedy and sampled
-continuations of a cross-section of held-out files are measured beside them, without a bar. All requests are greedy or
+guesses well (they are named here); text that does not is what the model writes at temperature 2 behind a cross-section
+of them. Their greedy and sampled continuations are measured beside them, without a bar. All requests are greedy or
 seeded, so every method must give the very same tokens, which is checked.
 
 Each round opens its engines anew: nothing is learnt from outputs of an earlier round. All methods continue a prompt
@@ -118,7 +118,7 @@ def _cases(output_tokens: int, every: int) -> list[Case]:
 
     return [
         Case(name=PAYS, prompts=pays, params=params(0.0)),
-        Case(name=PAYS_NOT, prompts=pays, params=params(2.0)),
+        Case(name=PAYS_NOT, prompts=sample, params=params(2.0)),
         Case(name="held-out files, greedy", prompts=sample, params=params(0.0)),
         Case(name="held-out files, temperature 0.8", prompts=sample, params=params(0.8)),
     ]
