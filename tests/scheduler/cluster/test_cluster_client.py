@@ -326,17 +326,19 @@ async def test_only_an_instance_that_drains_may_end_a_request_early(make_cluster
     cluster = await make_cluster(failover=FailoverConfig(max_losses=1, wait_s=10), a={}, b={})
     for instance in cluster.instances.values():
         instance.runner.gate.clear()
-    task = asyncio.create_task(generate(cluster))
+    task = asyncio.create_task(generate(cluster, max_tokens=60))
     await cluster.until(lambda: any(running(cluster, name) for name in cluster.instances))
     name = next(name for name in cluster.instances if running(cluster, name))
     cluster.instances[name].service.is_draining = is_draining
     await cluster.until(lambda: cluster.cluster.link(name).load.is_draining == is_draining)
     cut = asyncio.create_task(cluster.instances[name].engine.drain(0.0))
+    # The engine's thread, which stands still, is told before it goes on.
+    await asyncio.sleep(0.05)
     for instance in cluster.instances.values():
         instance.runner.gate.set()
     await cut
     if is_draining:
-        assert text_of(await task) == "cdef"
+        assert len(ids_of(await task)) == 60
     else:
         with pytest.raises(ApiError, match="lost 1 instances") as caught:
             await task
