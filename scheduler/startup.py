@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm_compile import __version__
+from xllm_compile.runtime.lean_torch import defer_parts
 from xllm_compile.scheduler.artifact_source import find_artifact
 from xllm_compile.scheduler.exposure import Port, check_ports
 from xllm_compile.scheduler.instance_options import opened_instances, served_names
@@ -101,6 +102,7 @@ def opened_parts(options: Mapping[str, Any]) -> Iterator[ServerParts]:
 
 
 def _serve_artifacts(artifacts: Sequence[Path], names: Sequence[tuple[str, ...]], parts: ServerParts) -> int:
+    defer_parts()
     # Two threads that both import take turns. What opens the artifact comes first, so that the servers' imports run
     # beside its first steps, which leave the interpreter to others.
     import xllm_compile.runtime.follower  # noqa: F401

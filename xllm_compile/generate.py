@@ -10,6 +10,7 @@ import click
 
 from xllm_compile import __version__
 from xllm_compile.cli import error_line
+from xllm_compile.runtime.lean_torch import defer_parts
 from xllm_compile.scheduler.speculative_options import speculative_options
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def main(
     """Generate text with MODEL: an artifact, or a model directory that is compiled on first use."""
     began = time.monotonic()
     try:
+        defer_parts()
         from xllm_compile.llm import LLM
 
         if prompt is None and not chat:
