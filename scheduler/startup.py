@@ -64,6 +64,8 @@ def serve(options: Mapping[str, Any]) -> int:
     # The event loop shares the interpreter with the engine thread and has short bursts of work. By default it waits
     # up to 5 ms for its turn after every system call, which also delays the next step's input.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # Before the first module that imports torch.
+    defer_parts()
     artifacts = [find_artifact(path, options) for path in options["artifacts"]]
     names = served_names(artifacts, options["served_model_name"])
     if options["role"] is not None and len(artifacts) > 1:
@@ -102,7 +104,6 @@ def opened_parts(options: Mapping[str, Any]) -> Iterator[ServerParts]:
 
 
 def _serve_artifacts(artifacts: Sequence[Path], names: Sequence[tuple[str, ...]], parts: ServerParts) -> int:
-    defer_parts()
     # Two threads that both import take turns. What opens the artifact comes first, so that the servers' imports run
     # beside its first steps, which leave the interpreter to others.
     import xllm_compile.runtime.follower  # noqa: F401
