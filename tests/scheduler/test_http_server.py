@@ -24,16 +24,23 @@ async def app(scope, receive, send):
 
 
 @pytest.fixture
-async def connection():
+async def server():
+    """It serves, and where."""
     http = HttpServer(app, max_connections=8)
     with bind_socket("127.0.0.1", 0) as bound:
         serving = asyncio.create_task(http.serve(sockets=[bound]))
         await http.ready.wait()
-        reader, writer = await asyncio.open_connection(*bound.getsockname())
-        yield reader, writer
-        writer.close()
+        yield http, bound.getsockname()
         http.should_exit = True
         await serving
+
+
+@pytest.fixture
+async def connection(server):
+    _, address = server
+    reader, writer = await asyncio.open_connection(*address)
+    yield reader, writer
+    writer.close()
 
 
 async def head(reader):
@@ -69,30 +76,25 @@ REQUEST = b"POST /whole HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
 
 
 @pytest.fixture
-async def stopping():
+def stopping(server):
     """Connects, and has the server stop before it has read what is sent meanwhile."""
-    http = HttpServer(app, max_connections=8)
-    with bind_socket("127.0.0.1", 0) as bound:
-        serving = asyncio.create_task(http.serve(sockets=[bound]))
-        await http.ready.wait()
+    http, address = server
 
-        async def connect_and_stop(sent, first=b""):
-            reader, writer = await asyncio.open_connection(*bound.getsockname())
-            if first:
-                writer.write(first)
-                await head(reader)
-                assert await reader.readexactly(2) == b"ok"
-            while not http.server_state.connections:
-                await asyncio.sleep(0)
-            if sent:
-                writer.write(sent)
-            # Without a pause between: only the kernel has what was sent.
-            await http.shutdown()
-            return reader, writer
+    async def connect_and_stop(sent, first=b""):
+        reader, writer = await asyncio.open_connection(*address)
+        if first:
+            writer.write(first)
+            await head(reader)
+            assert await reader.readexactly(2) == b"ok"
+        while not http.server_state.connections:
+            await asyncio.sleep(0)
+        if sent:
+            writer.write(sent)
+        # Without a pause between: only the kernel has what was sent.
+        await http.shutdown()
+        return reader, writer
 
-        yield connect_and_stop
-        http.should_exit = True
-        await serving
+    return connect_and_stop
 
 
 @pytest.mark.parametrize("first", [b"", REQUEST])
