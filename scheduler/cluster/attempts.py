@@ -159,13 +159,12 @@ class Attempts:
         come back, and whoever is cut off itself loses all at once."""
         deadline = time.monotonic() + self._config.wait_s
         while not self.is_aborted:
-            num_ended = self._num_ended_early + sum(link.is_closed for link in self._lost)
-            num_silent = sum(not link.is_up and not link.is_closed for link in self._lost)
-            if num_ended + num_silent < self._config.max_losses:
+            num_lost = self._num_ended_early + sum(not link.is_up for link in self._lost)
+            if num_lost < self._config.max_losses:
                 return
+            num_ended = self._num_ended_early + sum(link.is_closed for link in self._lost)
             left_s = deadline - time.monotonic()
             if num_ended >= self._config.max_losses or left_s <= 0:
-                num_lost = num_ended + num_silent
                 message = f"The request lost {num_lost} instances without a token between; it may be the cause."
                 raise errors.ApiError(errors.UNAVAILABLE, message, code="instances_lost")
             await self._cluster.wait_changed(left_s)
