@@ -78,14 +78,16 @@ class Speculator:
         """For a new sequence; None where there will be no drafts for it."""
         if self._proposer is None and params.structured is None:
             return None
-        return Speculation(
+        speculation = Speculation(
             params=params,
             token_ids=list(token_ids),
             num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=max_output_tokens,
-            # Of a draft model nothing new is known before a draft was verified, and hot texts hardly repeat anything.
-            looks=Looks(64, patience=2) if self.is_costly or params.temperature > 1 else Looks(),
         )
+        if self.is_costly or speculation.heat > 1:
+            # Of a draft model nothing new is known before a draft was verified, and hot texts hardly repeat anything.
+            speculation.looks = Looks(64, patience=2)
+        return speculation
 
     def reserve(self, sequence: Speculation) -> int:
         """Most drafted tokens for the next step of the sequence, asked by the host when it plans it."""
