@@ -225,13 +225,14 @@ class SimInstance:
         for request in ended.finished:
             self.kv_used -= request.num_tokens
             request.finished_s = now
-            self._output_length.learn(request.num_output_tokens)
         for request, count in run.chunks:
             request.num_computed += count
             self.num_waiting_tokens -= count
             if request.num_uncomputed_tokens == 0:
                 self._queue_of(request).remove(request)
                 self._first_token(request, now, ended)
+        for request in ended.finished:
+            self._output_length.learn(request.num_output_tokens)
         return ended
 
     def report(self, now: float, believed: StepProfile) -> InstanceLoad:
@@ -282,7 +283,6 @@ class SimInstance:
                 self._ttft.add(now - request.arrival_s, 1.0, now)
         if request.num_generated >= request.num_output_tokens:
             request.finished_s = now
-            self._output_length.learn(request.num_output_tokens)
             self.release(request)
             ended.finished.append(request)
         else:
