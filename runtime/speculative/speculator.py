@@ -84,8 +84,11 @@ class Speculator:
             num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=max_output_tokens,
         )
-        if self.is_costly or speculation.heat > 1:
-            # Of a draft model nothing new is known before a draft was verified, and hot texts hardly repeat anything.
+        if speculation.heat > 1:
+            # These hardly repeat anything.
+            speculation.looks = Looks(64, patience=1)
+        elif self.is_costly:
+            # Of a draft model nothing new is known before a draft was verified.
             speculation.looks = Looks(64, patience=2)
         return speculation
 
@@ -144,28 +147,26 @@ class Speculator:
                 speculation.forced = matcher.forced()
                 num_forced += len(speculation.forced)
         if batch.is_decode_only and (batch.drafting or self._proposer is not None):
-            self._observe(drafts, seconds)
+            self._observe(batch, drafts, seconds)
         if self._proposer is not None:
-            self._learn_of_guesses(batch, drafts, verified, num_forced)
+            if batch.drafting:
+                self._count(batch, drafts, verified)
+            self._look(batch, num_forced)
             # The host ends a sequence with one step under way at most, which is this one.
             while self._ended:
                 self._proposer.forget(self._ended.popleft())
 
-    def _learn_of_guesses(
-        self, batch: Batch, drafts: Sequence[Draft], verified: Sequence[Verified], num_forced: int
-    ) -> None:
-        """num_forced: rows that the next step has whatever is guessed."""
+    def _look(self, batch: Batch, num_forced: int) -> None:
+        """What the next step should guess, where it is time to look. num_forced: rows it has whatever is guessed."""
         due: list[Speculation] = []
-        for sequence, draft, results in zip(batch.sampled, drafts, verified, strict=True):
+        for sequence in batch.sampled:
             speculation = sequence.speculation
             assert speculation is not None
-            if draft.token_ids and not draft.is_forced:
-                self._count(speculation, len(draft.token_ids), len(results) - 1)
             speculation.num_wanted = 0
             if not speculation.forced and speculation.looks.is_due():
                 due.append(speculation)
         if due:
-            self._choose_lengths(due, len(drafts), num_forced)
+            self._choose_lengths(due, len(batch.sampled), num_forced)
 
     def _draft(self, batch: Batch) -> list[Draft]:
         forced = self._take_forced(batch)
@@ -227,15 +228,24 @@ class Speculator:
                 each.num_shown = len(each.token_ids)
         return drafts
 
-    def _observe(self, drafts: Sequence[Draft], seconds: float) -> None:
-        has_guess = any(draft.token_ids and not draft.is_forced for draft in drafts)
+    def _observe(self, batch: Batch, drafts: Sequence[Draft], seconds: float) -> None:
+        num_rows, has_guess = len(drafts), False
+        # Most steps of a text that is hard to guess have none, and the device waits meanwhile.
+        if batch.drafting:
+            num_rows += sum(len(draft.token_ids) for draft in drafts)
+            has_guess = any(draft.token_ids and not draft.is_forced for draft in drafts)
         self._num_idle = 0 if has_guess else self._num_idle + 1
-        num_rows = sum(1 + len(draft.token_ids) for draft in drafts)
         if self._num_idle % _OBSERVE_EVERY and not self._step_seconds.is_unsure(num_rows):
             return
         self._step_seconds.observe(num_rows, seconds)
 
-    def _count(self, sequence: Speculation, num_drafted: int, num_accepted: int) -> None:
+    def _count(self, batch: Batch, drafts: Sequence[Draft], verified: Sequence[Verified]) -> None:
+        """How the guesses of a step fared."""
+        for speculation, draft, results in zip(batch.drafting, drafts, verified, strict=False):
+            if draft.token_ids and not draft.is_forced:
+                self._count_draft(speculation, len(draft.token_ids), len(results) - 1)
+
+    def _count_draft(self, sequence: Speculation, num_drafted: int, num_accepted: int) -> None:
         acceptance, probes = self._record(sequence)
         acceptance.update(num_drafted, num_accepted)
         probes.verified(num_drafted, num_accepted)
