@@ -2,11 +2,16 @@
 
 The live service is xllm-serve, a gateway and four slowed-down instances of demo-code on this machine, asked over HTTP.
 The simulator gets what was measured of one instance's steps and of an idle service's ways, and nothing else.
+
+Where a request goes turns on milliseconds, and where the next ones go on that: the medians of two live runs on the same
+arrivals were 25 % apart. So there are several runs of both, and their requests are taken together.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from xllm_compile.benchmarks.artifacts import artifact_of_demo
@@ -34,6 +39,8 @@ _KV_BYTES = 512 << 20
 _APART = 1.15
 ENOUGH = 0.9
 _PERCENTS = (50, 90)
+# Simulated runs on the same arrivals, which take a moment each.
+_NUM_SIMULATED = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +92,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """Figures of one run, live or simulated. Seconds; TPOT is of requests with two tokens and more."""
+    """Figures of one run or of several, live or simulated. Seconds; TPOT is of requests with two tokens and more."""
 
     ttft_s: list[float]
     tpot_s: list[float]
@@ -103,6 +110,17 @@ class Served:
         }
 
 
+def together(runs: Sequence[Served]) -> Served:
+    """Of runs on the same arrivals."""
+    return Served(
+        ttft_s=sorted(chain.from_iterable(run.ttft_s for run in runs)),
+        tpot_s=sorted(chain.from_iterable(run.tpot_s for run in runs)),
+        tokens_per_s=fmean(run.tokens_per_s for run in runs),
+        num_failed=sum(run.num_failed for run in runs),
+        attainment=fmean(run.attainment for run in runs),
+    )
+
+
 def run_validate(
     traces: Sequence[Path],
     work_dir: Path,
@@ -114,10 +132,12 @@ def run_validate(
     shares: Sequence[float],
     seconds: float,
     least_requests: int,
+    num_plays: int,
 ) -> None:
     """shares: of the rate at which the simulated service still keeps the targets of 90 %; seconds: of arrivals at each.
 
-    They go on until there are least_requests, of which medians can be told. Writes NAME.json.
+    They go on until there are least_requests, of which medians can be told. The live service is sent them num_plays
+    times, one after the other. Writes NAME.json.
     """
     say("compiling demo-code")
     artifact = artifact_of_demo(work_dir)
@@ -140,15 +160,21 @@ def run_validate(
             for share in shares:
                 rate = share * most
                 say(f"{stem} at {rate:.2f} requests/s")
-                arrivals = window(trace, rate, seconds, setting, least_requests)
-                live = figures_of_live(arrivals, cluster.replay(arrivals, seed=setting.seed))
-                again = window(trace, rate, seconds, setting, least_requests)
-                simulated, _ = simulate(again, measured.hardware, setting)
+                live_runs, simulated_runs = [], []
+                for _ in range(num_plays):
+                    arrivals = window(trace, rate, seconds, setting, least_requests)
+                    live_runs.append(figures_of_live(arrivals, cluster.replay(arrivals, seed=setting.seed)))
+                for seed in range(_NUM_SIMULATED):
+                    arrivals = window(trace, rate, seconds, setting, least_requests)
+                    simulated_runs.append(simulate(arrivals, measured.hardware, replace(setting, seed=seed))[0])
+                live, simulated = together(live_runs), together(simulated_runs)
                 figures[f"{stem}, {share:.0%} load"] = {
                     "requests/s": rate,
                     "num_requests": len(arrivals),
                     "live": live.to_json(),
+                    "live runs": [run.to_json() for run in live_runs],
                     "simulated": simulated.to_json(),
+                    "simulated runs": [run.to_json() for run in simulated_runs],
                 }
                 bars += _bars(f"{stem}, {share:.0%} load", live, simulated)
     _show(figures)

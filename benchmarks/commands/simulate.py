@@ -136,6 +136,7 @@ def _live_setting(options: dict[str, Any]) -> Any:
     default=100,
     help="Arrivals at each rate go on until there are so many.",
 )
+@click.option("--plays", "num_plays", type=click.IntRange(1), default=3, help="Of these arrivals, one after the other.")
 @live_options
 def simulate_validate_command(traces: tuple[Path, ...], **options: Any) -> None:
     """The simulator against four live instances, on the same arrivals -> simulation_validated.json."""

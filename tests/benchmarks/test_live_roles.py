@@ -3,7 +3,7 @@
 import pytest
 
 from xllm_compile.benchmarks.bench_live_roles import CASES, OURS, Search, _bars
-from xllm_compile.benchmarks.bench_validate import LiveSetting, figures_of_live, window
+from xllm_compile.benchmarks.bench_validate import LiveSetting, Served, figures_of_live, together, window
 from xllm_compile.benchmarks.live_cluster import Replay
 from xllm_compile.benchmarks.openai_client import StreamResult
 from xllm_compile.request_trace import TraceRequest
@@ -39,3 +39,13 @@ def test_answers_count_from_when_they_were_to_be_sent():
     assert found.tpot_s == pytest.approx([0.1])
     assert (found.num_failed, found.tokens_per_s) == (1, 1.0)
     assert found.attainment == pytest.approx(1 / 3)
+
+
+def test_runs_on_the_same_arrivals_are_taken_together():
+    runs = [
+        Served(ttft_s=[0.1, 0.4], tpot_s=[0.03], tokens_per_s=8.0, num_failed=1, attainment=0.5),
+        Served(ttft_s=[0.2, 0.3, 0.5], tpot_s=[], tokens_per_s=10.0, num_failed=0, attainment=1.0),
+    ]
+    found = together(runs)
+    assert (found.ttft_s, found.tpot_s) == ([0.1, 0.2, 0.3, 0.4, 0.5], [0.03])
+    assert (found.tokens_per_s, found.num_failed, found.attainment) == (9.0, 1, 0.75)
