@@ -1,8 +1,12 @@
-"""How much offline work rides beside online work within its targets, in simulation. Nothing is run on a device."""
+"""How much offline work rides beside online work within its targets, in simulation. Nothing is run on a device.
+
+How much more than the baselines depends on how full the service is: beside little online work all of them fill the
+devices, and beside as much as it was built for the baselines have no place for any.
+"""
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,6 +16,7 @@ from typing import Any
 from xllm_compile.benchmarks.bench_simulate import Targets, hardware_of, settings
 from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.record import Bar, make_record
+from xllm_compile.benchmarks.simulation.chart import curves_chart, page
 from xllm_compile.benchmarks.simulation.cluster import Cluster, ClusterRules, attainment
 from xllm_compile.benchmarks.simulation.goodput import Goodput, highest_rate
 from xllm_compile.benchmarks.simulation.hardware import Hardware
@@ -25,8 +30,8 @@ from xllm_compile.scheduler.policies.routing import RoutingRules
 MODES = ("base P/D", "online priority", "co-location")
 # Online requests that may miss a target, and what they may miss without any offline one.
 _VIOLATIONS, _VIOLATIONS_ALONE = 0.03, 0.01
-# Share of the rate at which the base keeps to that, at which online requests come here.
-_ONLINE_SHARE = 0.7
+# Offline requests a second that are tried first. The search gives up below 1/64 of it.
+_FIRST_RATE = 4.0
 # Offline requests are sustained when so many of them are finished so soon behind the last arrival.
 _FINISHED, _GRACE_S = 0.97, 30.0
 
@@ -105,10 +110,12 @@ def run_colocation(
     num_requests: int,
     lengths: Path,
     tide: Path | None,
+    online_shares: Sequence[float],
 ) -> None:
-    """Highest offline rates at 3 % online violations, of every mode on every trace.
+    """Highest offline rates at 3 % online violations, of every mode on every trace; writes NAME.json and NAME.html.
 
-    The first comes once more with its arrivals moved by the day of ``tide``, a ServeGen trace.
+    Online requests come at each of these shares of the rate that the base sustains without any offline one. The first
+    trace comes once more with its arrivals moved by the day of ``tide``, a ServeGen trace.
     """
     half = num_instances // 2
     workloads = {path.stem: read_requests(path, num_requests) for path in traces}
@@ -117,6 +124,7 @@ def run_colocation(
         workloads = {f"{traces[0].stem}, tidal": tidal(workloads[traces[0].stem], rates)} | workloads
     figures: dict[str, Any] = {}
     bars: list[Bar] = []
+    charts: list[str] = []
     hardware = hardware_of(model, device)
     for what, trace in workloads.items():
         setting = Setting(
@@ -126,27 +134,34 @@ def run_colocation(
             trace=trace,
             lengths=read_requests(lengths),
         )
-        alone = _online_goodput(setting, float(num_instances))
-        online_rate = _ONLINE_SHARE * alone.median
-        say(f"{what}: {online_rate:.2f} online requests/s")
+        alone = _online_goodput(setting, float(num_instances)).median
+        say(f"{what}: {alone:.2f} online requests/s without offline ones")
+        cases = [(share, mode) for share in online_shares for mode in MODES]
         with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-            search = partial(_offline_goodput, setting=setting, online_rate=online_rate, seeds=seeds)
-            found = dict(zip(MODES, pool.map(search, MODES), strict=True))
-        steady, most = (most_offline_rate(setting, online_rate, grace_s) for grace_s in (0.0, _GRACE_S))
-        figures[what] = {
-            "online requests/s": online_rate,
-            "devices full, steady": steady,
-            "devices full, with the time behind the last arrival": most,
-        } | {mode: one.to_json() for mode, one in found.items()}
-        bars += _bars(what, found, steady, most)
+            search = partial(_offline_goodput, setting=setting, online_rate=alone, seeds=seeds)
+            found = dict(zip(cases, pool.map(search, cases), strict=True))
+        by_share = {share: {mode: found[share, mode] for mode in MODES} for share in online_shares}
+        full = {share: _devices_full(setting, share * alone) for share in online_shares}
+        figures[what] = {"online requests/s without offline ones": alone} | {
+            f"{share:.0%} of them": {
+                "devices full, steady": full[share][0],
+                "devices full, with the time behind the last arrival": full[share][1],
+            }
+            | {mode: one.to_json() for mode, one in modes.items()}
+            for share, modes in by_share.items()
+        }
+        for share, modes in by_share.items():
+            bars += _bars(f"{what}, {share:.0%} online", modes, *full[share], is_tidal=what.endswith("tidal"))
+        curves = {mode: [(share, by_share[share][mode].median) for share in online_shares] for mode in MODES}
+        curves["devices full"] = [(share, full[share][0]) for share in online_shares]
+        charts.append(curves_chart(f"{what}: offline requests/s", "share of the online rate sustained alone", curves))
         show_table(
-            f"{what}: offline requests/s beside {online_rate:.2f} online ones, {_VIOLATIONS:.0%} of them late at most",
-            ("mode", "median", "lowest", "highest"),
+            f"{what}: offline requests/s, {_VIOLATIONS:.0%} of online ones late at most",
+            ("online", *MODES, "devices full"),
             [
-                (mode, f"{one.median:.2f}", f"{min(one.rates):.2f}", f"{max(one.rates):.2f}")
-                for mode, one in found.items()
-            ]
-            + [("devices full", f"{steady:.2f}", "", "")],
+                (f"{share:.0%}", *(f"{one.median:.2f}" for one in modes.values()), f"{full[share][0]:.2f}")
+                for share, modes in by_share.items()
+            ],
         )
     raw = settings(model, device, hardware, num_instances) | {
         "scheduling_policy": "fcfs",
@@ -157,11 +172,12 @@ def run_colocation(
         "seeds": seeds,
         "num_requests": num_requests,
         "violations": _VIOLATIONS,
-        "online_share": _ONLINE_SHARE,
+        "online_shares": list(online_shares),
         "rules": asdict(ColocationRules(tpot_slo_s=targets.tpot_slo_s)),
         "workloads": figures,
     }
     finish(make_record(name, command, seed=0, raw=raw, bars=bars), results)
+    (results / f"{name}.html").write_text(page(charts))
 
 
 def _online_goodput(setting: Setting, start: float) -> Goodput:
@@ -175,20 +191,27 @@ def _online_goodput(setting: Setting, start: float) -> Goodput:
     )
 
 
-def _offline_goodput(mode: str, setting: Setting, online_rate: float, seeds: int) -> Goodput:
+def _offline_goodput(case: tuple[float, str], setting: Setting, online_rate: float, seeds: int) -> Goodput:
+    """case: share of the online rate, and the mode."""
+    share, mode = case
     return highest_rate(
-        lambda rate, seed: violations(setting.serve(mode, online_rate, rate, seed)),
+        lambda rate, seed: violations(setting.serve(mode, share * online_rate, rate, seed)),
         lambda share: share <= _VIOLATIONS,
         range(seeds),
-        start=4.0,
+        start=_FIRST_RATE,
         precision=0.05,
     )
 
 
-def _bars(what: str, found: dict[str, Goodput], steady: float, most: float) -> list[Bar]:
+def _devices_full(setting: Setting, online_rate: float) -> tuple[float, float]:
+    """Offline requests a second that no policy exceeds: steady, and with the time behind the last arrival."""
+    return most_offline_rate(setting, online_rate), most_offline_rate(setting, online_rate, _GRACE_S)
+
+
+def _bars(what: str, found: Mapping[str, Goodput], steady: float, most: float, *, is_tidal: bool) -> list[Bar]:
     """Beside what was reached, what any policy could: the ratios to baselines end where the devices are full."""
-    base, priority, ours = (max(found[mode].median, 1e-9) for mode in MODES)
-    is_tidal = what.endswith("tidal")
+    # What sustains not even the lowest rate tried is taken to sustain that one.
+    base, priority, ours = (max(found[mode].median, _FIRST_RATE / 64) for mode in MODES)
     return [
         Bar(
             what=f"{what}: offline requests/s, {MODES[2]} over {MODES[0]}",

@@ -63,12 +63,21 @@ def simulate_roles_command(
 @click.option("--instances", "num_instances", type=click.IntRange(2), default=8)
 @click.option("--requests", "num_requests", type=click.IntRange(100), default=2000, help="Online ones of each trace.")
 @targets_options
+@click.option(
+    "--online-share",
+    "online_shares",
+    type=click.FloatRange(0, min_open=True),
+    multiple=True,
+    default=(0.7, 0.85, 1.0),
+    show_default=True,
+    help="Of the online rate that the service sustains without offline requests.",
+)
 @click.option("--seeds", type=click.IntRange(1), default=2, help="Each begins elsewhere in the trace.")
 @results_option
 def simulate_colocation_command(
     traces: tuple[Path, ...], ttft_slo: float, tpot_slo: float, results: Path, **options: Any
 ) -> None:
-    """Offline work beside online work within its targets -> colocation.json."""
+    """Offline work beside online work within its targets -> colocation.json and .html."""
     from xllm_compile.benchmarks.bench_colocation import run_colocation
     from xllm_compile.benchmarks.bench_simulate import Targets
 

@@ -5,8 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.benchmarks.simulation.fixtures import hardware, requests
-from xllm_compile.benchmarks.bench_colocation import MODES, Setting, most_offline_rate, violations
+from xllm_compile.benchmarks.bench_colocation import (
+    MODES,
+    Setting,
+    most_offline_rate,
+    run_colocation,
+    violations,
+)
 from xllm_compile.benchmarks.bench_simulate import Targets, role_cases
+from xllm_compile.benchmarks.record import read_record
 from xllm_compile.benchmarks.simulation.cluster import attainment
 from xllm_compile.request_trace import TraceRequest
 from xllm_compile.runtime.policies.chunk import StepLoad
@@ -61,6 +68,37 @@ def test_the_least_time_of_a_request_is_no_more_than_any_way_of_serving_it_takes
     for at in range(1, output):
         seconds += device.profile.step_s(StepLoad(batch, batch, batch * (prompt + at))) / batch
     assert device.least_s(prompt, output) <= seconds * (1 + 1e-9)
+
+
+def test_co_location_is_recorded_at_every_online_share(tmp_path):
+    trace = tmp_path / "trace.csv"
+    lines = [f"2024-05-10 00:00:{at // 10:02}.{at % 10}00000,2048,32" for at in range(400)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    run_colocation(
+        [trace],
+        tmp_path,
+        ["x"],
+        name="colocation",
+        model="qwen3-8b",
+        device="ascend-910b2",
+        num_instances=2,
+        targets=Targets(ttft_slo_s=2.0, tpot_slo_s=0.1),
+        seeds=1,
+        num_requests=400,
+        lengths=trace,
+        tide=None,
+        online_shares=(0.5, 1.0),
+    )
+    record = read_record(tmp_path / "colocation.json")
+    half, whole = (record.raw["workloads"]["trace"][f"{share} of them"] for share in ("50%", "100%"))
+    for mode in MODES:
+        assert half[mode]["median"] > whole[mode]["median"]
+    assert whole["co-location"]["median"] > whole["base P/D"]["median"]
+    assert half["devices full, steady"] > whole["devices full, steady"]
+    bars = {bar.what: bar.value for bar in record.bars}
+    ratio = half["co-location"]["median"] / half["base P/D"]["median"]
+    assert bars["trace, 50% online: offline requests/s, co-location over base P/D"] == pytest.approx(ratio)
+    assert (tmp_path / "colocation.html").read_text().count("<svg") == 1
 
 
 def test_modes_differ_in_who_gives_way_only():
