@@ -23,9 +23,9 @@ from xllm_compile.runtime.sampling_params import RequestOutputKind, SamplingPara
 from xllm_compile.runtime.structured_output import StructuredOutput
 
 FREE, SCHEMA = "free", "JSON schema"
-SAMPLED_FREE, SAMPLED_SCHEMA = "free, sampled", "JSON schema, sampled"
-# Likewise where tokens that the schema forces have a step of their own.
-SLOW_SCHEMA, SLOW_SAMPLED_SCHEMA = "JSON schema, no jumps", "JSON schema, sampled, no jumps"
+# Tokens that the schema forces have a step of their own.
+SLOW_SCHEMA = "JSON schema, no jumps"
+_TEMPERATURES = {"greedy": 0.0, "temperature 1": 1.0}
 _BATCH = 8
 _PROMPT_TOKENS = 64
 _TURN_TOKENS = 16
@@ -52,25 +52,16 @@ _ENDLESS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overhead:
-    """Seconds from token to token, free and under a schema, in rounds."""
+    """Of one model at one temperature, by mode: free or under the schema."""
 
     tpot_s: dict[str, Summary]
+    """Seconds from token to token, in rounds."""
     forced_share: dict[str, float]
     """Of the tokens, those without a step of their own."""
 
-    @property
-    def share(self) -> float:
-        """What the schema adds to greedy requests, the median of rounds."""
-        return self.share_of(FREE, SCHEMA)
-
-    @property
-    def sampled_share(self) -> float:
-        """Likewise to requests at temperature 1."""
-        return self.share_of(SAMPLED_FREE, SAMPLED_SCHEMA)
-
-    def share_of(self, free: str, schema: str) -> float:
-        """What the second way adds to the first."""
-        pairs = zip(self.tpot_s[free].values, self.tpot_s[schema].values, strict=True)
+    def share(self, mode: str) -> float:
+        """What the mode adds to free text, the median of rounds."""
+        pairs = zip(self.tpot_s[FREE].values, self.tpot_s[mode].values, strict=True)
         return summarise([with_schema / without - 1 for without, with_schema in pairs]).median
 
 
@@ -101,11 +92,13 @@ def run_structured(
     artifacts = {"demo-code": demo, shape.name: artifact_of_shape(shape, work_dir, seed=seed)[0]}
     say(f"{num_schemas} random schemas on demo-code")
     validity = check_schemas(_open(demo, _PROMPT_TOKENS + _MAX_TOKENS), num_schemas, seed=seed)
-    overheads, foreign = {}, {}
+    overheads: dict[tuple[str, str], Overhead] = {}
+    foreign = {}
     for name, artifact in artifacts.items():
         wait_quiet()
         with ForeignLoad() as load:
-            overheads[name] = _measure(artifact, output_tokens, seed=seed, rounds=rounds)
+            for way, temperature in _TEMPERATURES.items():
+                overheads[name, way] = _measure(artifact, temperature, output_tokens, seed=seed, rounds=rounds)
         foreign[name] = load.cores
     _show(overheads)
     raw = {
@@ -115,10 +108,13 @@ def run_structured(
         "output_tokens": output_tokens,
         "foreign_cores": foreign,
         "schema": _ENDLESS,
-        "tpot_s": {
-            name: {mode: each.tpot_s[mode].to_json() for mode in each.tpot_s} for name, each in overheads.items()
+        "found": {
+            f"{name}, {way}": {
+                "tpot_s": {mode: seconds.to_json() for mode, seconds in each.tpot_s.items()},
+                "forced_share": each.forced_share,
+            }
+            for (name, way), each in overheads.items()
         },
-        "forced_share": {name: each.forced_share for name, each in overheads.items()},
         "validity": {
             "num_schemas": validity.num_schemas,
             "num_valid": validity.num_valid,
@@ -178,87 +174,66 @@ def _open(artifact: Path, max_len: int, *, jumps: bool = True) -> Engine:
     ).engine
 
 
-def _measure(artifact: Path, output_tokens: int, *, seed: int, rounds: int) -> Overhead:
+def _measure(artifact: Path, temperature: float, output_tokens: int, *, seed: int, rounds: int) -> Overhead:
+    """All modes side by side."""
     schema = StructuredOutput.json_schema(_ENDLESS)
-    # Greedy and sampled, side by side: free, under the schema, and likewise without jumps.
-    groups: list[dict[str, tuple[bool, float, StructuredOutput | None]]] = [
-        {FREE: (True, 0.0, None), SCHEMA: (True, 0.0, schema), SLOW_SCHEMA: (False, 0.0, schema)},
-        {
-            SAMPLED_FREE: (True, 1.0, None),
-            SAMPLED_SCHEMA: (True, 1.0, schema),
-            SLOW_SAMPLED_SCHEMA: (False, 1.0, schema),
-        },
-    ]
-    tpot_s: dict[str, list[float]] = {mode: [] for group in groups for mode in group}
+    modes = {FREE: None, SCHEMA: schema, SLOW_SCHEMA: schema}
+    # One that is ahead of the others may end later than they do.
+    max_len = _PROMPT_TOKENS + 2 * output_tokens
+    engines = {mode: _open(artifact, max_len, jumps=mode != SLOW_SCHEMA) for mode in modes}
+    tpot_s: dict[str, list[float]] = {mode: [] for mode in modes}
     forced_share: dict[str, float] = {}
     rng = random.Random(seed)
     prompts = [[rng.randrange(100, 1000) for _ in range(_PROMPT_TOKENS)] for _ in range(_BATCH)]
-    for group in groups:
-        # One that is ahead of the others may end later than they do.
-        engines = [_open(artifact, _PROMPT_TOKENS + 2 * output_tokens, jumps=jumps) for jumps, *_ in group.values()]
-        # The first round is the warm-up.
-        for _ in range(1 + rounds):
-            players = {mode: DecodeTurns(engine) for mode, engine in zip(group, engines, strict=True)}
-            for mode, player in players.items():
-                _, temperature, structured = group[mode]
-                params = SamplingParams(
-                    temperature=temperature,
-                    seed=seed,
-                    ignore_eos=True,
-                    max_tokens=2 * output_tokens,
-                    structured=structured,
-                    output_kind=RequestOutputKind.DELTA,
-                )
-                player.begin(prompts, params)
-            take_turns(players.values(), _BATCH * _TURN_TOKENS, num_turns=output_tokens // _TURN_TOKENS)
-            for mode, player in players.items():
-                tpot_s[mode].append(_BATCH * player.seconds_per_token)
-                forced_share[mode] = player.forced_share
-                player.stop()
-        for engine in engines:
-            engine.close()
+    # The first round is the warm-up.
+    for _ in range(1 + rounds):
+        players = {mode: DecodeTurns(engine) for mode, engine in engines.items()}
+        for mode, player in players.items():
+            params = SamplingParams(
+                temperature=temperature,
+                seed=seed,
+                ignore_eos=True,
+                max_tokens=2 * output_tokens,
+                structured=modes[mode],
+                output_kind=RequestOutputKind.DELTA,
+            )
+            player.begin(prompts, params)
+        take_turns(players.values(), _BATCH * _TURN_TOKENS, num_turns=output_tokens // _TURN_TOKENS)
+        for mode, player in players.items():
+            tpot_s[mode].append(_BATCH * player.seconds_per_token)
+            forced_share[mode] = player.forced_share
+            player.stop()
+    for engine in engines.values():
+        engine.close()
     return Overhead(tpot_s={mode: summarise(values[1:]) for mode, values in tpot_s.items()}, forced_share=forced_share)
 
 
-def _show(overheads: Mapping[str, Overhead]) -> None:
+def _show(overheads: Mapping[tuple[str, str], Overhead]) -> None:
     rows = [
         (
             f"{name}, {way}",
-            *(f"{each.tpot_s[mode].median * 1e3:.3f}" for mode in (free, schema, slow)),
-            f"{each.forced_share[schema]:.0%}",
-            f"{each.share_of(free, schema):+.1%}",
-            f"{each.share_of(free, slow):+.1%}",
+            *(f"{seconds.median * 1e3:.3f}" for seconds in each.tpot_s.values()),
+            f"{each.forced_share[SCHEMA]:.0%}",
+            f"{each.share(SCHEMA):+.1%}",
+            f"{each.share(SLOW_SCHEMA):+.1%}",
         )
-        for name, each in overheads.items()
-        for way, free, schema, slow in (
-            ("greedy", FREE, SCHEMA, SLOW_SCHEMA),
-            ("sampled", SAMPLED_FREE, SAMPLED_SCHEMA, SLOW_SAMPLED_SCHEMA),
-        )
+        for (name, way), each in overheads.items()
     ]
     headings = ("model", "free, ms", "schema, ms", "no jumps, ms", "forced", "more", "no jumps, more")
     show_table(f"TPOT at batch {_BATCH}", headings, rows)
 
 
-def _bars(overheads: Mapping[str, Overhead], validity: Validity) -> list[Bar]:
+def _bars(overheads: Mapping[tuple[str, str], Overhead], validity: Validity) -> list[Bar]:
+    """The bar is for greedy requests."""
     bars = [
-        Bar(what=f"{name}, batch {_BATCH}: a JSON schema adds to TPOT", value=each.share * 100, unit="%", bar="<= 5")
-        for name, each in overheads.items()
-    ]
-    bars += [
-        Bar(what=f"{name}, batch {_BATCH}, temperature 1: likewise", value=each.sampled_share * 100, unit="%")
-        for name, each in overheads.items()
-    ]
-    bars += [
         Bar(
-            what=f"{name}, batch {_BATCH}{way}: a JSON schema without jumps",
-            value=each.share_of(free, slow) * 100,
+            what=f"{name}, batch {_BATCH}, {way}: {mode} adds to TPOT",
+            value=each.share(mode) * 100,
             unit="%",
+            bar="<= 5" if mode == SCHEMA and _TEMPERATURES[way] == 0 else "",
         )
-        for name, each in overheads.items()
-        for way, free, slow in (
-            ("", FREE, SLOW_SCHEMA),
-            (", temperature 1", SAMPLED_FREE, SLOW_SAMPLED_SCHEMA),
-        )
+        for mode in (SCHEMA, SLOW_SCHEMA)
+        for (name, way), each in overheads.items()
     ]
     share = validity.num_valid / validity.num_schemas * 100
     return [
