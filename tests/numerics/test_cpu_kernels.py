@@ -1,5 +1,6 @@
 """The CPU kernels against the plain-torch reference, for every instruction set this CPU can run."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -276,6 +277,34 @@ def test_errors_name_operator_value_and_limit(ops: native.Kernels) -> None:
     for pattern, operator, arguments in refused:
         with pytest.raises(native.KernelError, match=pattern):
             operator(*arguments)
+
+
+MOVING_CALLER = """
+import os, sys
+from pathlib import Path
+cpus = sorted(os.sched_getaffinity(0))[:2]
+os.sched_setaffinity(0, cpus)
+import torch
+from xllm_compile.runtime.ops import native
+
+kernels = native.Kernels(Path(sys.argv[1]))
+kernels.set_num_threads(2)
+x = torch.randn(512, 2048)
+kernels.silu_mul(x)
+affinities = {int(name): os.sched_getaffinity(int(name)) for name in os.listdir("/proc/self/task")}
+(worker,) = [thread for thread, where in affinities.items() if len(where) == 1]
+for cpu in (*cpus, *cpus):
+    os.sched_setaffinity(0, {cpu})
+    kernels.silu_mul(x)
+    print(cpu not in os.sched_getaffinity(worker), len(os.sched_getaffinity(worker)))
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU has room for no worker beside the caller")
+def test_a_worker_leaves_the_cpu_that_the_caller_comes_to(build: Callable[[str], Path]) -> None:
+    arguments = [sys.executable, "-c", MOVING_CALLER, str(build("machine"))]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:-1] == ["True 1"] * 4, done.stderr
 
 
 LEAK_LOOP = """

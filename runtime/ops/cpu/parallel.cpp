@@ -8,6 +8,8 @@
 
 #include <mutex>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -48,31 +50,59 @@ uint32_t wait_while_equal(std::atomic<uint32_t>& word, std::atomic<uint32_t>& sl
   return now;
 }
 
-// The CPU for worker `worker` when the pool has as many threads as the process has CPUs, else -1. A worker that the
-// scheduler wakes on the caller's CPU would wait there until the caller has done its work for it.
-int cpu_of_worker(int worker, int threads) {
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) != 0 || CPU_COUNT(&set) != threads) return -1;
-  const int here = sched_getcpu();
-  for (int step = 1; step <= CPU_SETSIZE; ++step) {
-    const int cpu = (here + step) % CPU_SETSIZE;
-    if (CPU_ISSET(cpu, &set) && --worker == 0) return cpu;
-  }
-  return -1;
-}
-
-void pin(int cpu) {
+void pin(pthread_t thread, int cpu) {
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(cpu, &set);
-  sched_setaffinity(0, sizeof set, &set);
+  pthread_setaffinity_np(thread, sizeof set, &set);
 }
+
+// Where the workers stand when the pool has as many threads as the process has CPUs: each on a CPU of its own, and none
+// on the caller's. One that the scheduler wakes there would wait until the caller has done its work for it.
+//
+// The caller is not pinned: the scheduler takes it away from a CPU that another thread of the process wants. Then the
+// worker there changes places with it, or the two would share that CPU for as long as the caller is busy.
+class Places {
+ public:
+  // Of these workers and the calling thread.
+  void assign(const std::vector<pthread_t>& workers) {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) != 0 || CPU_COUNT(&set) != int(workers.size()) + 1) return;
+    cpus_.clear();
+    callers_ = sched_getcpu();
+    for (int cpu = callers_; cpus_.size() < workers.size();) {
+      cpu = (cpu + 1) % CPU_SETSIZE;
+      if (!CPU_ISSET(cpu, &set) || cpu == callers_) continue;
+      pin(workers[cpus_.size()], cpu);
+      cpus_.push_back(cpu);
+    }
+  }
+  // For the calling thread.
+  void make_way(const std::vector<pthread_t>& workers) {
+    if (cpus_.empty()) return;
+    const int here = sched_getcpu();
+    if (here == callers_) return;
+    for (size_t worker = 0; worker < cpus_.size(); ++worker) {
+      if (cpus_[worker] != here) continue;
+      pin(workers[worker], callers_);
+      std::swap(cpus_[worker], callers_);
+      return;
+    }
+  }
+
+ private:
+  // Of each worker; empty where they are not pinned.
+  std::vector<int> cpus_;
+  int callers_ = -1;
+};
 
 // A region is `threads` shares. Whoever is awake claims the next one, the caller included, so a worker that the
 // scheduler brings late finds nothing left to do and nobody waits for it.
 struct Pool {
   std::mutex busy;
-  int workers = 0;
+  // They never end.
+  std::vector<pthread_t> workers;
+  Places places;
   ThreadFunction function = nullptr;
   void* argument = nullptr;
   alignas(64) std::atomic<uint32_t> round{0};
@@ -100,14 +130,13 @@ struct Pool {
   }
 
   void start_workers(int wanted) {
-    while (workers < wanted) {
-      ++workers;
-      const uint32_t seen = round.load();
-      std::thread([this, seen, cpu = cpu_of_worker(workers, wanted + 1)] {
-        if (cpu >= 0) pin(cpu);
-        work(seen);
-      }).detach();
+    if (int(workers.size()) >= wanted) return;
+    while (int(workers.size()) < wanted) {
+      std::thread worker([this, seen = round.load()] { work(seen); });
+      workers.push_back(worker.native_handle());
+      worker.detach();
     }
+    places.assign(workers);
   }
 
   void work(uint32_t seen) {
@@ -119,6 +148,7 @@ struct Pool {
 
   void run(int wanted, ThreadFunction region, void* region_argument) {
     start_workers(wanted - 1);
+    places.make_way(workers);
     function = region;
     argument = region_argument;
     remaining.store(uint32_t(wanted));
