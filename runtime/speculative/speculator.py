@@ -84,12 +84,12 @@ class Speculator:
             num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=max_output_tokens,
         )
-        if speculation.heat > 1:
-            # These hardly repeat anything.
-            speculation.looks = Looks(64, patience=1)
-        elif self.is_costly:
+        if self.is_costly:
             # Of a draft model nothing new is known before a draft was verified.
             speculation.looks = Looks(64, patience=2)
+        elif speculation.heat > 1:
+            # These hardly repeat anything.
+            speculation.looks = Looks(64, patience=1)
         return speculation
 
     def reserve(self, sequence: Speculation) -> int:

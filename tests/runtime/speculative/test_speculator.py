@@ -123,7 +123,7 @@ def test_hot_text_is_shown_to_a_draft_model_late() -> None:
     player = Player()
     player.play(0.0, 960, **HOT)
     assert player.num_drafted == 0
-    player.play(0.0, 256, **HOT)
+    player.play(0.0, 192, **HOT)
     assert player.num_drafted > 0
 
 
