@@ -193,6 +193,15 @@ def test_the_budget_keeps_the_sizes_in_use(tmp_path, library):
     assert promoter.promoted_bytes <= 2 * library.stat().st_size
 
 
+def run(runner, step):
+    """Its logits, and how the graph of its layers was chosen."""
+    before = runner.graph_cache_stats().choices
+    logits = runner.execute(step).clone()
+    after = runner.graph_cache_stats().choices
+    (found,) = (labels[1:] for labels, count in after.items() if labels[0] == "layers" and count != before.get(labels))
+    return logits, found
+
+
 @pytest.mark.integration
 def test_a_hot_size_is_compiled_and_computes_the_same(family_artifact, kernels):
     """The real command, at this process's priority; the store keeps the graph for the next session."""
@@ -200,20 +209,19 @@ def test_a_hot_size_is_compiled_and_computes_the_same(family_artifact, kernels):
     command = [*COMMAND, str(root), "--tokens", "6", "--store", str(store)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    step, results = step_of((4, 2), read_manifest(root).model.vocab_size, seed=1), {}
-    for promotion in (None, PromotionConfig(store=store)):
-        runner, _, _ = compiled_runner(root, promotion=promotion)
-        ends = time.monotonic() + LIMIT_S
-        while promotion is not None and not runner.graph_cache_stats().promotions.get("loaded"):
-            runner.execute(step)
-            assert time.monotonic() < ends
-        before = runner.graph_cache_stats().choices
-        results[promotion is None] = runner.execute(step).clone()
-        after = runner.graph_cache_stats().choices
-        found = {labels[1:] for labels, count in after.items() if labels[0] == "layers" and count != before.get(labels)}
-        assert found == {("dynamic", "above_buckets") if promotion is None else ("exact", "promoted")}
-        runner.close()
-    torch.testing.assert_close(results[False], results[True], rtol=1e-5, atol=1e-4)
+    step = step_of((4, 2), read_manifest(root).model.vocab_size, seed=1)
+    runner, _, _ = compiled_runner(root)
+    expected, found = run(runner, step)
+    assert found == ("dynamic", "above_buckets")
+    runner.close()
+    runner, _, _ = compiled_runner(root, promotion=PromotionConfig(store=store))
+    ends = time.monotonic() + LIMIT_S
+    # Servers of other tests leave their hot sizes in this store, and those may be loaded first.
+    while found != ("exact", "promoted"):
+        logits, found = run(runner, step)
+        assert time.monotonic() < ends, found
+    runner.close()
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.integration
