@@ -345,10 +345,20 @@ void narrow_block(const Block& block, int64_t row, int64_t state) {
   vf best[R], factor[R];
   for (int r = 0; r < R; ++r) best[r] = splat(kMinusInfinity);
   constexpr int N = R <= 2 ? std::min<int64_t>(kWide<R>, kKeys / kTileColumns) : 1;
-  for (int64_t first = 0; first < kKeys; first += N * kTileColumns) {
-    transpose_keys<C>(block, first, N * kTileColumns, block.b.keys, N * kTileColumns, kKeyLines<C>);
-    score_keys<T, C, R, N>(block, row, block.b.queries + state * p.units, block.b.keys, N * kTileColumns, first, best);
-  }
+  const int64_t count = block.keys.end - block.keys.begin;
+  const uint32_t* queries = block.b.queries + state * p.units;
+  const auto score = [&](auto tiles, int64_t first) {
+    constexpr int kTiles = decltype(tiles)::value;
+    transpose_keys<C>(block, first, kTiles * kTileColumns, block.b.keys, kTiles * kTileColumns, kKeyLines<C>);
+    score_keys<T, C, R, kTiles>(block, row, queries, block.b.keys, kTiles * kTileColumns, first, best);
+  };
+  int64_t first = 0;
+  for (; first + (N - 1) * kTileColumns < count; first += N * kTileColumns)
+    score(std::integral_constant<int, N>(), first);
+  for (; first < count; first += kTileColumns) score(std::integral_constant<int, 1>(), first);
+  // Not left out: the compiler may round the sum of a shorter loop otherwise, and rows must not depend on the way.
+  for (int r = 0; r < R; ++r)
+    for (int64_t i = first; i < kKeys; i += kLanes) store(block.b.scores + r * kKeys + i, splat(kMinusInfinity));
   update_softmax<T, R>(block.b, state, best, factor);
   float* out = block.b.split.out + state * p.padded_dim;
   int64_t column = 0;
