@@ -102,10 +102,11 @@ struct PlainWeight {
 
 // The sums of one group take as many registers as the totals: a tile of rows needs what twice its rows need without
 // groups. Where one tile can have all rows it may be higher than that, with totals in L1: better than to read weights
-// twice. Four bytes an instruction are more than memory gives, even with few accumulators: one block of rounded rows'
-// columns is read at a time, at 1.1 of the rate of four.
+// twice. Where a few accumulators keep up with memory one block is read at a time: rounded rows' columns, four bytes an
+// instruction, at 1.1 of the rate of four blocks, and stored ones for a single row at 1.02.
 template <class Columns, int R>
-constexpr int kBlocks = Columns::kIsRounded ? 1 : kWide<Columns::kIsGrouped ? 2 * R : R>;
+constexpr int kBlocks =
+    Columns::kIsRounded || (Columns::kIsStored && R == 1) ? 1 : kWide<Columns::kIsGrouped ? 2 * R : R>;
 template <class Columns>
 int64_t num_tiles(int64_t rows) {
   constexpr int64_t kMostRows = Columns::kIsGrouped ? kTileRows / 2 : kTileRows;
