@@ -106,20 +106,33 @@ def run_peers(
 
 
 def ratios(found: Results, engines: Mapping[str, Sequence[Contestant]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Ours against each peer, by precision and case; above 1 ours is faster. Of each engine its best setting."""
+    """Ours against each peer, by precision and case; above 1 ours is faster. Of each engine its best setting.
+
+    Medians of the rounds' ratios, not ratios of medians: in a round both ran at about the same time.
+    """
     table = {}
     for precision, of in found.items():
-        best: dict[str, dict[str, float]] = {}
+        best: dict[str, dict[str, Found]] = {}
         for engine in engines[precision]:
-            for case in of[engine.name].rates:
+            one = of[engine.name]
+            for case in one.rates:
                 by_engine = best.setdefault(case, {})
-                by_engine[engine.engine] = max(of[engine.name].median(case), by_engine.get(engine.engine, 0.0))
+                other = by_engine.setdefault(engine.engine, one)
+                if one.median(case) > other.median(case):
+                    by_engine[engine.engine] = one
         table[precision] = {
-            case: {peer: best[case][OURS] / rate for peer, rate in best[case].items() if peer != OURS}
+            case: {
+                peer: _median_ratio(best[case][OURS], other, case) for peer, other in best[case].items() if peer != OURS
+            }
             for case in _ALL_CASES
             if case in best
         }
     return table
+
+
+def _median_ratio(ours: Found, other: Found, case: str) -> float:
+    pairs = zip(ours.rates[case].tokens_per_s, other.rates[case].tokens_per_s, strict=True)
+    return summarise([mine / theirs for mine, theirs in pairs]).median
 
 
 def make_bars(

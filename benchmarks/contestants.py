@@ -45,6 +45,11 @@ class Contestant:
         """Whether it also runs the mixed workload, and its memory counts."""
         return self.cases == RUN
 
+    @property
+    def calls(self) -> set[str]:
+        """Names of what it runs."""
+        return {case.name for case in self.cases} | ({OFFLINE} if self.is_whole else set())
+
 
 def contestants(shape: Shape, precision: str, peers: Peers, work_dir: Path, *, seed: int) -> list[Contestant]:
     """All that take part at this precision; their models are made now unless they are there."""

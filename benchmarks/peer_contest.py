@@ -1,23 +1,31 @@
-"""Engines at one precision, measured in turns: all stay loaded, and those that are not measured are stopped."""
+"""Engines at one precision, measured in turns, case by case: all stay loaded, the others are stopped meanwhile.
+
+The machine's bandwidth changes within minutes. Engines that run a case one after the other have the same of it, so what
+is compared is their rates of the same round.
+"""
 
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from xllm_compile.benchmarks.bench_latency import LimitedRates, prompts_of
+from xllm_compile.benchmarks.bench_latency import Case, LimitedRates, prompts_of
 from xllm_compile.benchmarks.bench_precisions import WIDE, rates_of
 from xllm_compile.benchmarks.checkpoints import Shape
 from xllm_compile.benchmarks.console import say
 from xllm_compile.benchmarks.contestants import OFFLINE, RUN, Contestant
 from xllm_compile.benchmarks.engine_process import EngineProcess, TokenIds
-from xllm_compile.benchmarks.limits import measure_limits
+from xllm_compile.benchmarks.limits import Limits, measure_limits
 from xllm_compile.benchmarks.load import ForeignLoad, process_tree, wait_quiet
 from xllm_compile.benchmarks.offline_workload import OfflineWorkload
 from xllm_compile.benchmarks.timing import summarise
+
+Call = Callable[[EngineProcess], dict[str, float]]
+"""What an engine does, and its tok/s by case."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +53,11 @@ class Found:
         rates = self.rates.setdefault(case, LimitedRates())
         rates.tokens_per_s.append(rate)
         rates.foreign_cores.append(load.cores)
+
+    def add_limits(self, before: Limits, after: Limits) -> None:
+        """Measured around all rates that have none yet."""
+        for rates in self.rates.values():
+            rates.limits += [(before, after)] * (len(rates.tokens_per_s) - len(rates.limits))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,19 +99,24 @@ def compete(
             processes[engine.name] = process
         before = measure_limits(limits_of)
         for index in range(max(rounds, offline_rounds)):
-            for engine in engines if index % 2 == 0 else reversed(engines):
-                result, process = found[engine.name], processes[engine.name]
-                wait_quiet()
-                with _running(process.pid):
-                    did = [_round(engine, process, prompts, result, index)] if index < rounds else []
-                    if index < offline_rounds and engine.is_whole:
-                        did.append(_offline(process, workload, result))
+            calls: dict[str, Call] = {}
+            if index < rounds:
+                # The prompts of WIDE take as long as all else in a round.
+                cases = [case for case in RUN if case is not WIDE or index % 2 == 0]
+                calls |= {case.name: partial(_generate, case, prompts[case.name]) for case in cases}
+            if index < offline_rounds:
+                calls[OFFLINE] = partial(_complete, workload)
+            for name, call in calls.items():
+                takers = [engine for engine in engines if name in engine.calls]
+                for engine in takers if index % 2 == 0 else reversed(takers):
+                    _measure(call, processes[engine.name], found[engine.name])
                 after = measure_limits(limits_of)
-                for rates in result.rates.values():
-                    rates.limits += [(before, after)] * (len(rates.tokens_per_s) - len(rates.limits))
+                for engine in takers:
+                    found[engine.name].add_limits(before, after)
+                did = ", ".join(f"{one.name} {found[one.name].rates[name].tokens_per_s[-1]:.1f}" for one in takers)
                 say(
-                    f"round {index + 1} of {max(rounds, offline_rounds)}, {engine.name}: {', '.join(did)};"
-                    f" read {before.read_gb_per_s:.0f} then {after.read_gb_per_s:.0f} GB/s"
+                    f"round {index + 1} of {max(rounds, offline_rounds)}, {name}, tok/s: {did}; read"
+                    f" {before.read_gb_per_s:.0f} then {after.read_gb_per_s:.0f} GB/s"
                 )
                 before = after
         for engine in engines:
@@ -106,26 +124,21 @@ def compete(
     return found
 
 
-def _round(
-    engine: Contestant, process: EngineProcess, prompts: Mapping[str, list[TokenIds]], result: Found, index: int
-) -> str:
-    for case in engine.cases:
-        if case is WIDE and index % 2 == 1:
-            # Its prompts take as long as all else in a round.
-            continue
-        with ForeignLoad() as load:
-            done = process.generate(prompts[case.name], 1 + case.num_tokens)
-        for name, rate in rates_of(case, done).items():
-            result.add(name, rate, load)
-    first = engine.cases[0].name
-    return f"{first} {result.rates[first].tokens_per_s[-1]:.1f} tok/s"
+def _measure(call: Call, process: EngineProcess, found: Found) -> None:
+    wait_quiet()
+    with _running(process.pid), ForeignLoad() as load:
+        rates = call(process)
+    for case, rate in rates.items():
+        found.add(case, rate, load)
 
 
-def _offline(process: EngineProcess, workload: OfflineWorkload, result: Found) -> str:
-    with ForeignLoad() as load:
-        done = process.complete(workload.prompts, workload.lengths)
-    result.add(OFFLINE, (workload.num_prompt_tokens + workload.num_output_tokens) / done.seconds, load)
-    return f"{len(workload.lengths)} requests in {done.seconds:.1f} s"
+def _generate(case: Case, prompts: list[TokenIds], process: EngineProcess) -> dict[str, float]:
+    return rates_of(case, process.generate(prompts, 1 + case.num_tokens))
+
+
+def _complete(workload: OfflineWorkload, process: EngineProcess) -> dict[str, float]:
+    done = process.complete(workload.prompts, workload.lengths)
+    return {OFFLINE: (workload.num_prompt_tokens + workload.num_output_tokens) / done.seconds}
 
 
 def _share_equal(process: EngineProcess, checked: Checked) -> float:

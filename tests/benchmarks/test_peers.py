@@ -56,6 +56,13 @@ def test_of_each_engine_its_best_setting_counts() -> None:
     assert against[OFFLINE] == {OPENVINO: 1.5, LLAMA: 3.0}
 
 
+def test_rounds_are_compared_one_by_one() -> None:
+    of = results(30.0, 20.0, 20.0, 10.0)
+    for name, rates in ((OURS, [40.0, 20.0, 21.0]), (OPENVINO, [20.0, 10.0, 30.0])):
+        of["bfloat16"][name].rates[OFFLINE].tokens_per_s = rates
+    assert ratios(of, ENGINES)["bfloat16"][OFFLINE][OPENVINO] == 2.0
+
+
 def test_bars() -> None:
     start_s = {"xllm-serve": [1.9, 1.8, 2.5], OURS: [1.0, 1.1], OPENVINO: [2.1, 2.1], LLAMA: [0.1]}
     bars = {bar.what: bar for bar in make_bars(results(30.0, 20.0, 40.0, 10.0), ENGINES, start_s) if bar.bar}
