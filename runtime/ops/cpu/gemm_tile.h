@@ -1,8 +1,12 @@
 // Products of packed weights in vector registers.
 //
-// Rows are packed into tiles of at most kTileRows, [unit][row], once per call. Work items are (group of column blocks,
-// range of row tiles): the group stays in L2 while the row tiles pass over it, and with one tile the weights are
-// streamed once. The whole reduction axis runs in registers, so there is one rounding order for every tile height.
+// Rows are packed into tiles of at most kTileRows, [unit][row], once per call. With one tile the weights are streamed
+// once; with several, work items are (group of column blocks, range of row tiles): the group stays in L2 while the row
+// tiles pass over it. The whole reduction axis runs in registers, so there is one rounding order for every tile height.
+//
+// A thread walks a range of blocks of its own, in the order they lie in memory. Measured in paired runs, against blocks
+// handed out in turns and read four at a time: 1.03 to 1.1 of the rate of bfloat16 weights for one to twelve rows, 1.1 to
+// 1.3 of codes; with AVX2 1.2 to 1.6 for one and two.
 //
 // A thread claims an item before it begins the one ahead of it, and so knows what it will read. While it multiplies one
 // block of stored weights it fetches the next; while several rows are multiplied with one block of quantised weights
@@ -36,14 +40,14 @@ struct TileJob : Product {
   uint32_t* tile_at(int64_t tile, int64_t row) const { return packed + row * steps + tile * kLanes; }
 };
 
-// Two cache lines of every step are fetched, which lie this many bytes from where it is read: the hardware prefetchers
-// stop at 4 KiB pages. kLocality 3 is L1, 2 is L2.
-template <int kLocality>
+// The cache lines of every step that are read together, one or two, are fetched, which lie this many bytes from where it
+// is read: the hardware prefetchers stop at 4 KiB pages. kLocality 3 is L1, 2 is L2.
+template <int kLocality, int kLines>
 struct Fetch {
   int64_t first, second;
   XLLM_INLINE void operator()(const void* step, int64_t, int64_t) const {
     __builtin_prefetch(static_cast<const char*>(step) + first, 0, kLocality);
-    if (kTileColumns > 16) __builtin_prefetch(static_cast<const char*>(step) + second, 0, kLocality);
+    if (kLines > 1) __builtin_prefetch(static_cast<const char*>(step) + second, 0, kLocality);
   }
 };
 
@@ -57,9 +61,9 @@ struct Nothing {
   XLLM_INLINE void operator()(const void*, int64_t, int64_t) const {}
 };
 
-// What a product takes its columns from. multiply<R, NB>(a, block, column, begin, end, work, acc) adds units [begin,
-// end) of R rows times kTileColumns columns, from `column` on, of each of NB blocks, and at every step of kUnits units
-// calls work(where the step is read, its first unit, column). Blocks lie block_bytes() apart. Up to kMostRows rows are
+// What a product takes its columns from. multiply<R, N>(a, block, column, begin, end, work, acc) adds units [begin, end)
+// of R rows times N * kTileColumns columns of a block, from `column` on, and at every step of kUnits units calls
+// work(where the step is read, its first unit, column). Blocks lie block_bytes() apart. Up to kMostRows rows are
 // multiplied with columns as they lie, with kIsDirect any number. The sums of group_units() units are one group, which
 // scale(block, group, column) multiplies, less zero(block, group, column) times the sum of x with kHasZero; without
 // kIsGrouped all units are one group and nothing does. With kIsRounded the rows are packed as codes and sums are int32;
@@ -78,13 +82,13 @@ struct StoredColumns {
   int64_t first_block;
   int64_t block_bytes() const { return 4 * block_stride; }
 
-  template <int R, int NB, class Work>
+  template <int R, int N, class Work>
   XLLM_INLINE void multiply(const uint32_t* a, int64_t block, int64_t column, int64_t begin, int64_t end, Work work,
-                            vf (&acc)[R][NB * kTileVecs]) const {
+                            vf (&acc)[R][N * kTileVecs]) const {
     const uint32_t* from = data + (block - first_block) * block_stride + begin * kBlockColumns + column;
-    xllm::multiply<T, R, NB>(a, 1, R, from, kBlockColumns, block_stride, end - begin, acc,
-                             [=](const uint32_t* step, int64_t k)
-                                 __attribute__((always_inline)) { work(step, begin + k, column); });
+    xllm::multiply<T, R, N>(a, 1, R, from, kBlockColumns, kTileColumns, end - begin, acc,
+                            [=](const uint32_t* step, int64_t k)
+                                __attribute__((always_inline)) { work(step, begin + k, column); });
   }
 };
 
@@ -102,11 +106,12 @@ struct PlainWeight {
 
 // The sums of one group take as many registers as the totals: a tile of rows needs what twice its rows need without
 // groups. Where one tile can have all rows it may be higher than that, with totals in L1: better than to read weights
-// twice. Where a few accumulators keep up with memory one block is read at a time: rounded rows' columns, four bytes an
-// instruction, at 1.1 of the rate of four blocks, and stored ones for a single row at 1.02.
+// twice. A few rows take several column tiles of a block where vectors are short: enough accumulators to hide the latency
+// of the multiply-adds.
 template <class Columns, int R>
-constexpr int kBlocks =
-    Columns::kIsRounded || (Columns::kIsStored && R == 1) ? 1 : kWide<Columns::kIsGrouped ? 2 * R : R>;
+constexpr int kColumnTiles = Columns::kIsRounded
+                                 ? 1
+                                 : std::min<int>(kBlockColumns / kTileColumns, kWide<Columns::kIsGrouped ? 2 * R : R>);
 template <class Columns>
 int64_t num_tiles(int64_t rows) {
   constexpr int64_t kMostRows = Columns::kIsGrouped ? kTileRows / 2 : kTileRows;
@@ -134,12 +139,12 @@ XLLM_INLINE void begin_sums(const int32_t* begins, int64_t group, SumOf<Columns>
   }
 }
 
-template <class T, int R, int NB, class Columns, class Work>
+template <class T, int R, class Columns, class Work>
 __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& columns, const uint32_t* a, int64_t row,
                                           int64_t block, const Meanwhile<Work>& meanwhile) {
-  constexpr int kVectors = NB * kTileVecs;
+  constexpr int N = kColumnTiles<Columns, R>, kVectors = N * kTileVecs;
   const int32_t* begins = Columns::kIsRounded ? job.begins + row * num_groups(columns, job.steps) : nullptr;
-  for (int64_t sub = 0; sub < kBlockColumns; sub += kTileColumns) {
+  for (int64_t sub = 0; sub < kBlockColumns; sub += N * kTileColumns) {
     // Copied with constant indices: an accumulator that is indexed by a loop would live in memory, not in a register.
     vf result[R][kVectors];
     if constexpr (Columns::kIsGrouped) {
@@ -148,12 +153,12 @@ __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& col
       for (int64_t group = 0, unit = 0; unit < job.steps; ++group, unit += columns.group_units()) {
         SumOf<Columns> acc[R][kVectors];
         begin_sums<Columns>(begins, group, acc);
-        for (int n = 0; n < NB; ++n) columns.fetch_scales(meanwhile.next + n, group);
-        columns.template multiply<R, NB>(a + unit * R, block, sub, unit, unit + columns.group_units(),
-                                         unit < meanwhile.turn ? meanwhile.before : meanwhile.after, acc);
+        columns.fetch_scales(meanwhile.next, group);
+        columns.template multiply<R, N>(a + unit * R, block, sub, unit, unit + columns.group_units(),
+                                        unit < meanwhile.turn ? meanwhile.before : meanwhile.after, acc);
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {
-          const vf scale = columns.scale(block + v / kTileVecs, group, sub + v % kTileVecs * kLanes);
+          const vf scale = columns.scale(block, group, sub + v * kLanes);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
             vf sum = to_floats(acc[r][v]);
@@ -161,7 +166,7 @@ __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& col
             total[r][v] = multiply_add(sum, scale, total[r][v]);
           }
           if constexpr (Columns::kHasZero) {
-            const vf offset = -scale * columns.zero(block + v / kTileVecs, group, sub + v % kTileVecs * kLanes);
+            const vf offset = -scale * columns.zero(block, group, sub + v * kLanes);
             const float* sums = job.group_sums + row * groups + group;
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) total[r][v] = multiply_add(splat(sums[r * groups]), offset, total[r][v]);
@@ -175,23 +180,21 @@ __attribute__((noinline)) void block_tile(const TileJob& job, const Columns& col
       for (int64_t unit = 0; unit < job.steps;) {
         const bool is_before = unit < meanwhile.turn;
         const int64_t end = is_before ? meanwhile.turn : job.steps;
-        columns.template multiply<R, NB>(a + unit * R, block, sub, unit, end,
-                                         is_before ? meanwhile.before : meanwhile.after, acc);
+        columns.template multiply<R, N>(a + unit * R, block, sub, unit, end,
+                                        is_before ? meanwhile.before : meanwhile.after, acc);
         unit = end;
       }
       unrolled_copy(acc, result);
     }
-    for (int n = 0; n < NB; ++n) {
-      for (int v = 0; v < kTileVecs; ++v) {
-        const int64_t first = (block + n) * kBlockColumns + sub + v * kLanes;
-        const int64_t count = job.columns - first < kLanes ? job.columns - first : kLanes;
-        if (count <= 0) break;
-        const Finish finish = finish_of<T>(job, first, count);
-        for (int r = 0; r < R; ++r) {
-          vf y = result[r][n * kTileVecs + v];
-          if constexpr (Columns::kIsRounded) y *= job.row_scale[row + r];
-          store_results<T>(job, row + r, first, count, finish(y));
-        }
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t first = block * kBlockColumns + sub + v * kLanes;
+      const int64_t count = job.columns - first < kLanes ? job.columns - first : kLanes;
+      if (count <= 0) break;
+      const Finish finish = finish_of<T>(job, first, count);
+      for (int r = 0; r < R; ++r) {
+        vf y = result[r][v];
+        if constexpr (Columns::kIsRounded) y *= job.row_scale[row + r];
+        store_results<T>(job, row + r, first, count, finish(y));
       }
     }
   }
@@ -208,14 +211,13 @@ void with_rows(int64_t rows, Body body) {
 // Measured in paired runs of 5 to 8 rows: 1.15 of the rate of L1 by L2 with bfloat16 weights, 1.25 the other way with
 // codes.
 template <class Columns, int R>
-using FetchOf = Fetch<(Columns::kIsStored && R > 4) ? 2 : 3>;
+using FetchOf = Fetch<(Columns::kIsStored && R > 4) ? 2 : 3, (kColumnTiles<Columns, R> * kTileColumns > 16) ? 2 : 1>;
 
-// What is fetched while blocks from `block` on are read by one tile that has all rows: what it reads kAheadSteps later,
-// at the end of a block the beginning of block `next`.
+// What is fetched while a block is read by one tile that has all rows: what it reads kAheadSteps later, at the end of the
+// block the beginning of block `next`.
 template <class Columns, int R>
 Meanwhile<FetchOf<Columns, R>> fetch_soon(const TileJob& job, const Columns& columns, int64_t block, int64_t next) {
-  // Measured in paired runs of one row: with codes 1.1 of the rate of 48 steps, with bfloat16 weights the same.
-  constexpr int64_t kAheadSteps = Columns::kIsStored ? 48 : 24;
+  constexpr int64_t kAheadSteps = 48;
   int64_t whole = Columns::kUnits;
   if constexpr (Columns::kIsGrouped) whole = columns.group_units();
   const int64_t turn = std::max<int64_t>(0, job.steps - kAheadSteps * Columns::kUnits) / whole * whole;
@@ -233,6 +235,19 @@ Meanwhile<FetchOf<Columns, R>> fetch_later(const Columns& columns, int64_t tile,
   return {next, 0, {}, {line, line}};
 }
 
+// All rows, which are one tile, times the blocks that the queue gives the thread.
+template <class T, class Columns>
+void run_stream(const TileJob& job, const Columns& columns, RangeQueue& queue, int thread) {
+  with_rows<Columns::kMostRows>(job.rows, [&](auto height) {
+    constexpr int R = height.value;
+    for (int64_t block = queue.next(thread), following; block >= 0; block = following) {
+      following = queue.next(thread);
+      const auto fetch = fetch_soon<Columns, R>(job, columns, block, following < 0 ? block : following);
+      block_tile<T, R>(job, columns, job.packed, 0, block, fetch);
+    }
+  });
+}
+
 // Blocks [begin, end) of row tiles `tiles`, read where they lie; `following` is the first block of the next item.
 template <class T, class Columns>
 void run_item(const TileJob& job, const Columns& columns, int64_t begin, int64_t end, Span tiles, int64_t following) {
@@ -240,20 +255,11 @@ void run_item(const TileJob& job, const Columns& columns, int64_t begin, int64_t
     const Span rows = even_span(job.rows, job.tiles, tile);
     const uint32_t* a = job.tile_at(tile, rows.begin);
     with_rows<Columns::kMostRows>(rows.end - rows.begin, [&](auto height) {
-      constexpr int R = height.value, kWidth = kBlocks<Columns, R>;
-      const auto multiply = [&](auto width, int64_t block) {
-        const int64_t next = block + width.value;
-        if (job.tiles > 1) {
-          const auto fetch = fetch_later<Columns, R>(columns, tile - tiles.begin, block, following + block - begin);
-          block_tile<T, R, width.value>(job, columns, a, rows.begin, block, fetch);
-        } else {
-          const auto fetch = fetch_soon<Columns, R>(job, columns, block, next < end ? next : following);
-          block_tile<T, R, width.value>(job, columns, a, rows.begin, block, fetch);
-        }
-      };
-      int64_t block = begin;
-      for (; block + kWidth <= end; block += kWidth) multiply(std::integral_constant<int, kWidth>(), block);
-      for (; block < end; ++block) multiply(std::integral_constant<int, 1>(), block);
+      constexpr int R = height.value;
+      for (int64_t block = begin; block < end; ++block) {
+        const auto fetch = fetch_later<Columns, R>(columns, tile - tiles.begin, block, following + block - begin);
+        block_tile<T, R>(job, columns, a, rows.begin, block, fetch);
+      }
     });
   }
 }
@@ -306,16 +312,16 @@ void sum_groups(const View& x, int64_t row, int64_t group, float* sums) {
 
 // Blocks that are multiplied unpacked, one an item: the next is unpacked while the first row tile passes over this one.
 template <class T, class Weight>
-void run_unpacked(const TileJob& job, const Weight& weight, int64_t row_parts, WorkQueue& queue) {
+void run_unpacked(const TileJob& job, const Weight& weight, int64_t row_parts, RangeQueue& queue, int thread) {
   using Columns = decltype(weight.unpacked(0, nullptr));
   static thread_local Scratch scratch;
   const int64_t size = job.steps * kBlockColumns + kUnpackSlack;
   uint32_t* buffer = scratch.get<uint32_t>(size_t(2 * size) * 4);
   uint32_t* other = buffer + size;
-  int64_t item = queue.next();
+  int64_t item = queue.next(thread);
   if (item >= 0) weight.codes.unpack(item / row_parts, 0, job.steps, buffer);
   for (int64_t following; item >= 0; item = following, std::swap(buffer, other)) {
-    following = queue.next();
+    following = queue.next(thread);
     const int64_t block = item / row_parts, next = following < 0 ? block : following / row_parts;
     const Columns columns = weight.unpacked(block, buffer);
     const Span tiles = even_span(job.tiles, row_parts, item % row_parts);
@@ -325,12 +331,12 @@ void run_unpacked(const TileJob& job, const Weight& weight, int64_t row_parts, W
       with_rows<kTileRows>(rows.end - rows.begin, [&](auto height) {
         constexpr int R = height.value;
         if (tile > tiles.begin || following < 0) {
-          block_tile<T, R, 1>(job, columns, a, rows.begin, block, Meanwhile<Nothing>{next, 0, {}, {}});
+          block_tile<T, R>(job, columns, a, rows.begin, block, Meanwhile<Nothing>{next, 0, {}, {}});
         } else {
-          // Threads mostly take turns: what comes after `next` lies as far from it.
+          // What comes after `next` mostly lies as far from it.
           const auto unpacker = weight.unpacker(next, 2 * next - block, other);
           using Work = std::decay_t<decltype(unpacker)>;
-          block_tile<T, R, 1>(job, columns, a, rows.begin, block, Meanwhile<Work>{next, 0, unpacker, unpacker});
+          block_tile<T, R>(job, columns, a, rows.begin, block, Meanwhile<Work>{next, 0, unpacker, unpacker});
           unpacker.finish(job.steps);
         }
       });
@@ -357,16 +363,6 @@ void linear_registers(const View& x, const Product& product, const Weight& weigh
   }
 
   const int threads = threads_for(job.rows * job.steps * job.blocks * 4);
-  const int64_t block_units = job.steps * kBlockColumns;
-  // One tile reads a group once: as many blocks as it takes together, so that no thread ends much later than another.
-  const int64_t wanted = is_unpacked      ? 1
-                         : job.tiles == 1 ? (job.rows <= 4 ? 4 : 1)
-                                          : std::max<int64_t>(1, kGroupBytes / (block_units * 4));
-  const int64_t group = std::max<int64_t>(1, std::min(wanted, job.blocks / (2 * threads)));
-  const int64_t groups = (job.blocks + group - 1) / group;
-  // Few column groups for the threads: share the row tiles of a group as well.
-  const int64_t row_parts = std::min(job.tiles, std::max<int64_t>(1, 4 * threads / groups));
-
   const auto pack = [&](int64_t tile) { pack_tile<T>(x, job, weight.columns(), tile); };
   if (!direct) parallel_for(job.tiles > 1 ? threads : 1, job.tiles, pack);
   if constexpr (Columns::kHasZero) {
@@ -377,12 +373,22 @@ void linear_registers(const View& x, const Product& product, const Weight& weigh
                  [&](int64_t row) { sum_groups<T>(x, row, units * kPair<T>, to + row * row_groups); });
     job.group_sums = to;
   }
-  WorkQueue queue(groups * row_parts);
-  parallel(threads, [&](int, int) {
+  if (job.tiles == 1 && !is_unpacked) {
+    RangeQueue queue(job.blocks, threads);
+    return parallel(threads, [&](int thread, int) { run_stream<T>(job, weight.columns(), queue, thread); });
+  }
+  const int64_t block_bytes = job.steps * kStepBytes;
+  const int64_t wanted = is_unpacked ? 1 : std::max<int64_t>(1, kGroupBytes / block_bytes);
+  const int64_t group = std::max<int64_t>(1, std::min(wanted, job.blocks / (2 * threads)));
+  const int64_t groups = (job.blocks + group - 1) / group;
+  // Few column groups for the threads: share the row tiles of a group as well.
+  const int64_t row_parts = std::min(job.tiles, std::max<int64_t>(1, 4 * threads / groups));
+  RangeQueue queue(groups * row_parts, threads);
+  parallel(threads, [&](int thread, int) {
     if constexpr (!Columns::kIsDirect)
-      if (is_unpacked) return run_unpacked<T>(job, weight, row_parts, queue);
-    for (int64_t item = queue.next(), following; item >= 0; item = following) {
-      following = queue.next();
+      if (is_unpacked) return run_unpacked<T>(job, weight, row_parts, queue, thread);
+    for (int64_t item = queue.next(thread), following; item >= 0; item = following) {
+      following = queue.next(thread);
       const int64_t begin = item / row_parts * group;
       run_item<T>(job, weight.columns(), begin, std::min(begin + group, job.blocks),
                   even_span(job.tiles, row_parts, item % row_parts),

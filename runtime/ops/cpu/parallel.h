@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace xllm {
 
@@ -54,6 +55,47 @@ class WorkQueue {
  private:
   const int64_t count_;
   std::atomic<int64_t> at_{0};
+};
+
+// The same for work that streams through memory: every thread walks a range of its own in ascending order, and one that
+// is through takes over the second half of what it finds another to have left. 2^31 indices at most.
+class RangeQueue {
+ public:
+  RangeQueue(int64_t count, int threads) : threads_(threads), ranges_(new Range[size_t(threads)]) {
+    for (int t = 0; t < threads; ++t)
+      ranges_[t].bounds.store(pack(count * t / threads, count * (t + 1) / threads), std::memory_order_relaxed);
+  }
+  // The next index for thread `thread` of the region, or -1 when none is left.
+  int64_t next(int thread) {
+    std::atomic<uint64_t>& own = ranges_[thread].bounds;
+    uint64_t seen = own.load(std::memory_order_relaxed);
+    while (begin_of(seen) < end_of(seen))
+      if (own.compare_exchange_weak(seen, pack(begin_of(seen) + 1, end_of(seen)), std::memory_order_relaxed))
+        return begin_of(seen);
+    for (int step = 1; step < threads_; ++step) {
+      std::atomic<uint64_t>& other = ranges_[(thread + step) % threads_].bounds;
+      seen = other.load(std::memory_order_relaxed);
+      while (begin_of(seen) < end_of(seen)) {
+        const int64_t begin = begin_of(seen), end = end_of(seen), middle = begin + (end - begin) / 2;
+        if (!other.compare_exchange_weak(seen, pack(begin, middle), std::memory_order_relaxed)) continue;
+        // Nobody else writes an empty range.
+        own.store(pack(middle + 1, end), std::memory_order_relaxed);
+        return middle;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  // Each on a cache line of its own.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> bounds;
+  };
+  static uint64_t pack(int64_t begin, int64_t end) { return uint64_t(begin) << 32 | uint64_t(end); }
+  static int64_t begin_of(uint64_t bounds) { return int64_t(bounds >> 32); }
+  static int64_t end_of(uint64_t bounds) { return int64_t(bounds & 0xffffffffu); }
+  const int threads_;
+  const std::unique_ptr<Range[]> ranges_;
 };
 
 }  // namespace xllm

@@ -59,19 +59,19 @@ struct CodeColumns {
   int64_t block_bytes() const { return stride; }
   const uint8_t* step(int64_t block, int64_t unit) const { return data + block * stride + unit / kUnits * kStepBytes; }
 
-  template <int R, int NB, class Work>
+  template <int R, int N, class Work>
   XLLM_INLINE void multiply(const uint32_t* a, int64_t block, int64_t column, int64_t begin, int64_t end, Work work,
-                            vf (&acc)[R][NB * kTileVecs]) const {
+                            vf (&acc)[R][N * kTileVecs]) const {
     const uint8_t* from = step(block, begin) + 4 * column;
     for (int64_t unit = begin; unit < end; unit += kUnits, from += kStepBytes, a += kUnits * R) {
-      // Block by block: the codes of all would not stay in registers.
+      work(from, unit, column);
+      // Tile by tile: the codes of all would not stay in registers.
 #pragma GCC unroll 16
-      for (int n = 0; n < NB; ++n) {
-        work(from + n * stride, unit, column);
+      for (int n = 0; n < N; ++n) {
         if (unit + kUnits <= end)
-          add_step<R, NB>(a, from + n * stride, kUnits, n, acc);
+          add_step<R, N>(a, from, kUnits, n, acc);
         else
-          add_step<R, NB>(a, from + n * stride, int(end - unit), n, acc);
+          add_step<R, N>(a, from, int(end - unit), n, acc);
       }
     }
   }
@@ -92,12 +92,12 @@ struct CodeColumns {
   }
 
  private:
-  template <int R, int NB>
+  template <int R, int N>
   static XLLM_INLINE void add_step(const uint32_t* a, const uint8_t* from, int units, int n,
-                                   vf (&acc)[R][NB * kTileVecs]) {
+                                   vf (&acc)[R][N * kTileVecs]) {
     Codes<T> codes[kTileVecs];
 #pragma GCC unroll 16
-    for (int v = 0; v < kTileVecs; ++v) codes[v] = Codes<T>(from + 4 * v * kLanes);
+    for (int v = 0; v < kTileVecs; ++v) codes[v] = Codes<T>(from + 4 * (n * kTileColumns + v * kLanes));
 #pragma GCC unroll 16
     for (int unit = 0; unit < kUnits; ++unit) {
       if (unit >= units) break;
@@ -154,32 +154,26 @@ struct RoundedColumns {
   int64_t stride;
   int64_t block_bytes() const { return stride; }
 
-  template <int R, int NB, class Work>
+  template <int R, int N, class Work>
   XLLM_INLINE void multiply(const uint32_t* a, int64_t block, int64_t column, int64_t begin, int64_t end, Work work,
-                            vi (&acc)[R][NB * kTileVecs]) const {
+                            vi (&acc)[R][N * kTileVecs]) const {
+    static_assert(N == 1);
     const uint8_t* from = data + block * stride + begin / kUnits * kStepBytes + 4 * column;
     for (int64_t unit = begin; unit < end; unit += kUnits, from += kStepBytes, a += kUnits * R) {
-      // Block by block: the codes of all would not stay in registers.
+      work(from, unit, column);
+      Bytes codes[kTileVecs];
 #pragma GCC unroll 16
-      for (int n = 0; n < NB; ++n) {
-        work(from + n * stride, unit, column);
-        Bytes codes[kTileVecs];
+      for (int v = 0; v < kTileVecs; ++v) codes[v] = Bytes(from + 4 * v * kLanes);
 #pragma GCC unroll 16
-        for (int v = 0; v < kTileVecs; ++v) codes[v] = Bytes(from + n * stride + 4 * v * kLanes);
+      for (int part = 0; part < kUnits; ++part) {
+        vu columns[kTileVecs];
 #pragma GCC unroll 16
-        for (int part = 0; part < kUnits; ++part) {
-          vu columns[kTileVecs];
+        for (int v = 0; v < kTileVecs; ++v) columns[v] = codes[v].operand(part);
 #pragma GCC unroll 16
-          for (int v = 0; v < kTileVecs; ++v) columns[v] = codes[v].operand(part);
+        for (int r = 0; r < R; ++r) {
+          const vu row = vu{} + a[part * R + r];
 #pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) {
-            const vu row = vu{} + a[part * R + r];
-#pragma GCC unroll 16
-            for (int v = 0; v < kTileVecs; ++v) {
-              vi& sum = acc[r][n * kTileVecs + v];
-              sum = add_quads<Bytes::kBits>(sum, columns[v], row);
-            }
-          }
+          for (int v = 0; v < kTileVecs; ++v) acc[r][v] = add_quads<Bytes::kBits>(acc[r][v], columns[v], row);
         }
       }
     }
@@ -198,10 +192,10 @@ struct FixedColumns {
   int64_t stride;
   int64_t block_bytes() const { return stride; }
 
-  template <int R, int NB, class Work>
+  template <int R, int N, class Work>
   XLLM_INLINE void multiply(const uint32_t* a, int64_t block, int64_t column, int64_t begin, int64_t end, Work work,
-                            vi (&acc)[R][NB * kTileVecs]) const {
-    static_assert(R == 1 && NB == 1);
+                            vi (&acc)[R][N * kTileVecs]) const {
+    static_assert(R == 1 && N == 1);
     const uint8_t* from = data + block * stride + begin / kUnits * kStepBytes + 4 * column;
     vi high[kTileVecs] = {};
     for (int64_t unit = begin; unit < end; unit += kUnits, from += kStepBytes, a += kUnits) {

@@ -83,7 +83,7 @@ struct Dot<bf16> {
 };
 
 // acc[r][n * kTileVecs + v] += sum over k of a[r * a_row + k * a_step] * b[n * b_block + k * b_step + v].
-// meanwhile(b, k) is called for each block at every step: a place to fetch or unpack what is multiplied later.
+// meanwhile(b, k) is called at every step: a place to fetch or unpack what is multiplied later.
 template <class T, int R, int NB, class Meanwhile>
 XLLM_INLINE void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t b_step,
                           int64_t b_block, int64_t steps, vf (&acc)[R][NB * kTileVecs], const Meanwhile& meanwhile) {
@@ -94,8 +94,8 @@ XLLM_INLINE void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, cons
 #pragma GCC unroll 16
       for (int v = 0; v < kTileVecs; ++v)
         columns[n * kTileVecs + v] = Dot<T>::vector(b + n * b_block + v * kLanes);
-      meanwhile(b + n * b_block, k);
     }
+    meanwhile(b, k);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const typename Dot<T>::Operand row = Dot<T>::broadcast(a + r * a_row);
