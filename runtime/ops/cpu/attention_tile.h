@@ -113,7 +113,7 @@ void load_keys(const Block& block) {
       for (int64_t key = 0; key < kKeys; key += kLanes) {
         const Int8Codes<T> codes(reinterpret_cast<const uint8_t*>(from + key));
         for (int unit = 0; unit < units; ++unit)
-          Dot<T>::store(block.b.keys + (first + unit) * kKeys + key, codes.operand(unit));
+          Dot<T>::store_exact(block.b.keys + (first + unit) * kKeys + key, codes.operand(unit));
       }
     }
   }
@@ -185,15 +185,15 @@ void unpack_values(const Block& block) {
     for (; i + kTileColumns <= cache.head_dim; i += kTileColumns) {
       typename Dot<T>::Operand columns[kTileVecs];
       operands_from_codes<T>(even + i, odd + i, columns);
-      for (int v = 0; v < kTileVecs; ++v) Dot<T>::store(to + i + v * kLanes, columns[v]);
+      for (int v = 0; v < kTileVecs; ++v) Dot<T>::store_exact(to + i + v * kLanes, columns[v]);
     }
     for (; i < cache.head_dim; i += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, cache.head_dim - i);
       const vf first = widen_codes(even + i, count);
       if constexpr (kPair<T> == 2)
-        Dot<T>::store(to + i, Dot<T>::pair(first, widen_codes(odd + i, count)));
+        Dot<T>::store_exact(to + i, Dot<T>::exact_pair(first, widen_codes(odd + i, count)));
       else
-        Dot<T>::store(to + i, first);
+        Dot<T>::store_exact(to + i, first);
     }
     even += kPair<T> * cache.view.strides[1];
   }

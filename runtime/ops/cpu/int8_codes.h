@@ -54,7 +54,7 @@ XLLM_INLINE void operands_from_codes(const int8_t* even, const int8_t* odd,
   for (int v = 0; v < kTileVecs; ++v) {
     const vf first = widen_codes(even + v * kLanes, kLanes);
     if constexpr (kPair<T> == 2)
-      to[v] = Dot<T>::pair(first, widen_codes(odd + v * kLanes, kLanes));
+      to[v] = Dot<T>::exact_pair(first, widen_codes(odd + v * kLanes, kLanes));
     else
       to[v] = first;
   }

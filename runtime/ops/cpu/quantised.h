@@ -88,7 +88,7 @@ struct CodeColumns {
   static XLLM_INLINE void unpack_vector(const uint8_t* from, uint32_t* to) {
     const Codes<T> codes(from);
 #pragma GCC unroll 16
-    for (int unit = 0; unit < kUnits; ++unit) Dot<T>::store(to + unit * kBlockColumns, codes.operand(unit));
+    for (int unit = 0; unit < kUnits; ++unit) Dot<T>::store_exact(to + unit * kBlockColumns, codes.operand(unit));
   }
 
  private:

@@ -35,6 +35,7 @@ struct Dot<float> {
     return splat(x);
   }
   static XLLM_INLINE void store(uint32_t* p, Operand x) { store_raw(p, x); }
+  static XLLM_INLINE void store_exact(uint32_t* p, Operand x) { store(p, x); }
   static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return a * b + acc; }
 };
 
@@ -54,6 +55,7 @@ struct Dot<bf16> {
   static XLLM_INLINE Operand vector(const uint32_t* p) { return (Operand)_mm512_loadu_si512(p); }
   static XLLM_INLINE Operand broadcast(const uint32_t* p) { return (Operand)_mm512_set1_epi32(int(*p)); }
   static XLLM_INLINE void store(uint32_t* p, Operand x) { store_raw(p, x); }
+  static XLLM_INLINE void store_exact(uint32_t* p, Operand x) { store(p, x); }
   // Pairs of two rows of values, rounded to nearest even.
   static XLLM_INLINE Operand pair(vf even, vf odd) {
     alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -77,6 +79,7 @@ struct Dot<bf16> {
   static XLLM_INLINE void store(uint32_t* p, Operand x) { store_raw(p, round(x.odd) << 16 | round(x.even)); }
   static XLLM_INLINE Operand pair(vf even, vf odd) { return split(round(odd) << 16 | round(even)); }
   // Of values that are bfloat16 already.
+  static XLLM_INLINE void store_exact(uint32_t* p, Operand x) { store_raw(p, (vu)x.odd | (vu)x.even >> 16); }
   static XLLM_INLINE Operand exact_pair(vf even, vf odd) { return {even, odd}; }
   static XLLM_INLINE vf add(vf acc, Operand a, Operand b) { return a.odd * b.odd + (a.even * b.even + acc); }
 #endif
