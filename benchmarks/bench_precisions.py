@@ -1,7 +1,8 @@
 """Prefill and decode at every precision against the machine's limits: bytes that a step reads, products that it makes.
 
-Each precision is an artifact of its own with layers and head rounded; all run in turns, the limits around each. A
-decode step reads all weights and the KV of its contexts, which is bfloat16 but where the precision says int8.
+Each precision is an artifact of its own with layers and head rounded; all run in turns, the limits around each, and the
+read bandwidth around each call that it bounds. A decode step reads all weights and the KV of its contexts, which is
+bfloat16 but where the precision says int8.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from xllm_compile.benchmarks.bench_latency import Case, LimitedRates, prompts_of
 from xllm_compile.benchmarks.checkpoints import Shape
 from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.engine_process import EngineProcess, Generation
-from xllm_compile.benchmarks.limits import measure_limits
+from xllm_compile.benchmarks.limits import measure_limits, with_read_of_now
 from xllm_compile.benchmarks.load import ForeignLoad, wait_quiet
 from xllm_compile.benchmarks.record import Bar, make_record
 from xllm_compile.benchmarks.roofline import linear_parameters, prefill_flops
@@ -42,6 +43,7 @@ LONG_PREFILL = Case(name="prefill 2048", num_seqs=1, prompt_tokens=LONG.prompt_t
 CASES = (DECODE, LONG, WIDE, PREFILL, LONG_PREFILL)
 # Of a call of LONG the first part is LONG_PREFILL.
 RUN = (DECODE, LONG, WIDE, PREFILL)
+READ_BOUND = (DECODE, LONG)
 
 
 Figures = dict[str, dict[str, LimitedRates]]
@@ -92,19 +94,24 @@ def _measure(shape: Shape, artifacts: Mapping[str, Path], *, rounds: int, seed: 
             before = measure_limits(artifacts["none"])
             for engine in engines if index % 2 == 0 else reversed(engines):
                 wait_quiet()
+                found = figures[engine.name]
                 for case in RUN:
                     with ForeignLoad() as load:
                         done = engine.generate(prompts[case.name], 1 + case.num_tokens)
                     for name, rate in rates_of(case, done).items():
-                        figures[engine.name][name].tokens_per_s.append(rate)
-                        figures[engine.name][name].foreign_cores.append(load.cores)
+                        found[name].tokens_per_s.append(rate)
+                        found[name].foreign_cores.append(load.cores)
+                    if case in READ_BOUND:
+                        after = with_read_of_now(before, artifacts["none"])
+                        found[case.name].limits.append((before, after))
+                        before = after
                 after = measure_limits(artifacts["none"])
-                for case in CASES:
-                    figures[engine.name][case.name].limits.append((before, after))
-                decode = figures[engine.name][DECODE.name].tokens_per_s[-1]
+                for case in (case for case in CASES if case not in READ_BOUND):
+                    found[case.name].limits.append((before, after))
+                reads = [limits.read_gb_per_s for limits in found[DECODE.name].limits[-1]]
                 say(
-                    f"round {index + 1} of {rounds}, {engine.name}: decode {decode:.1f} tok/s; read"
-                    f" {before.read_gb_per_s:.0f} then {after.read_gb_per_s:.0f} GB/s"
+                    f"round {index + 1} of {rounds}, {engine.name}: decode {found[DECODE.name].tokens_per_s[-1]:.1f}"
+                    f" tok/s; read {reads[0]:.0f} then {reads[1]:.0f} GB/s"
                 )
                 before = after
     return figures

@@ -2,14 +2,15 @@
 
 Measured in a process of its own, shortly before and after what is compared with them: on a shared host the memory
 bandwidth changes within minutes, and with where in the host's memory the pages lie. So the very weights that an engine
-streams are read too, and the better figure counts. ``python -m xllm_compile.benchmarks.limits ARTIFACT`` prints JSON.
+streams are read too, and the better figure counts. ``python -m xllm_compile.benchmarks.limits ARTIFACT`` prints JSON;
+with ``--read`` of the read bandwidth alone.
 """
 
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from xllm_compile.benchmarks.timing import measure
 _READ_BYTES = 1 << 30
 _READ_PASSES = 9
 _MULTIPLY_STEPS = 10_000_000
+_ONLY_READ = "--read"
 # (M, K, N): square ones, and a prefill's largest linear.
 _GEMM_SIZES = ((2048, 2048, 2048), (4096, 4096, 4096), (512, 1024, 6144))
 
@@ -41,14 +43,24 @@ class Limits:
 
 def measure_limits(artifact: Path) -> Limits:
     """The artifact's kernel library holds the two measuring loops. Raises RuntimeError with the process's message."""
-    command = [sys.executable, "-m", "xllm_compile.benchmarks.limits", str(artifact)]
+    return Limits(**_measure_apart(artifact))
+
+
+def with_read_of_now(limits: Limits, artifact: Path) -> Limits:
+    """The same but for the read bandwidth, which is measured now: half the time that all of them take."""
+    return replace(limits, read_gb_per_s=_measure_apart(artifact, _ONLY_READ)["read_gb_per_s"])
+
+
+def _measure_apart(artifact: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "xllm_compile.benchmarks.limits", str(artifact), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"measuring the machine's limits failed:\n{done.stderr.strip()}")
-    return Limits(**json.loads(done.stdout))
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
-def _measure_here(artifact: Path) -> Limits:
+def _measure_here(artifact: Path, *, only_read: bool) -> dict[str, Any]:
     import ctypes
 
     import torch
@@ -60,15 +72,19 @@ def _measure_here(artifact: Path) -> Limits:
     library.xllm_measure_read.restype = library.xllm_measure_multiply.restype = ctypes.c_double
     library.xllm_measure_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.xllm_measure_multiply.argtypes = [ctypes.c_int32, ctypes.c_int64]
-    return Limits(
+    read_gb_per_s = _read_rate(library.xllm_measure_read, artifact / WEIGHTS) / 1e9
+    if only_read:
+        return {"read_gb_per_s": read_gb_per_s}
+    limits = Limits(
         num_threads=torch.get_num_threads(),
-        read_gb_per_s=_read_rate(library.xllm_measure_read, artifact / WEIGHTS) / 1e9,
+        read_gb_per_s=read_gb_per_s,
         bf16_gemm_gflops=_gemm_rate(torch.bfloat16) / 1e9,
         f32_gemm_gflops=_gemm_rate(torch.float32) / 1e9,
         bf16_packed_32_gflops=_packed_rate(artifact / kernels, 32) / 1e9,
         bf16_register_gflops=max(library.xllm_measure_multiply(1, _MULTIPLY_STEPS) for _ in range(3)) / 1e9,
         f32_register_gflops=max(library.xllm_measure_multiply(0, _MULTIPLY_STEPS) for _ in range(3)) / 1e9,
     )
+    return asdict(limits)
 
 
 def _read_rate(measure_read: Callable[[int, int], float], weights: Path) -> float:
@@ -121,4 +137,4 @@ def _packed_rate(kernels: Path, rows: int) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_measure_here(Path(sys.argv[1])))))
+    print(json.dumps(_measure_here(Path(sys.argv[1]), only_read=_ONLY_READ in sys.argv[2:])))

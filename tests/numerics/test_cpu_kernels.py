@@ -165,6 +165,19 @@ def test_packed_linear_many_blocks(ops: native.Kernels, two_threads: None, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 12, 30])
+def test_packed_linear_on_any_number_of_threads(ops: native.Kernels, dtype: torch.dtype, rows: int) -> None:
+    """Threads take over what others have left; with 64 of them most begin with nothing, or next to it."""
+    x, weight = torch.randn(rows, 1024).to(dtype), pack_weight(torch.randn(1200, 1024).to(dtype) / 32)
+    want = ops.packed_linear(x, weight, None, 1200, True)
+    for threads in (2, 3, 7, 64):
+        ops.set_num_threads(threads)
+        for _ in range(5):
+            assert_close(ops.packed_linear(x, weight, None, 1200, True), want, rtol=0, atol=0)
+    ops.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_packed_embedding(ops: native.Kernels, dtype: torch.dtype, index: torch.dtype) -> None:
     table = torch.randn(100, 37).to(dtype)
