@@ -65,6 +65,15 @@ class LimitedRates:
     limits: list[tuple[Limits, Limits]] = field(default_factory=list)
     foreign_cores: list[float] = field(default_factory=list)
 
+    def add(self, rate: float, load: ForeignLoad) -> None:
+        """Its limits are to be added."""
+        self.tokens_per_s.append(rate)
+        self.foreign_cores.append(load.cores)
+
+    def add_limits(self, before: Limits, after: Limits) -> None:
+        """Measured around all rates that have none yet."""
+        self.limits += [(before, after)] * (len(self.tokens_per_s) - len(self.limits))
+
     def to_json(self) -> dict[str, Any]:
         return {
             **summarise(self.tokens_per_s).to_json(),
@@ -159,7 +168,7 @@ def _measure(artifact: Path, model_dir: Path, prompts: Mapping[str, list[TokenId
                     found.foreign_cores.append(load.cores)
                 after = measure_limits(artifact)
                 for case in (case for case in CASES if engine.name in case.engines):
-                    figures[case.name][engine.name].limits += [(before, after)] * case.calls_per_round
+                    figures[case.name][engine.name].add_limits(before, after)
                 decode = figures[DECODE.name][engine.name].tokens_per_s[-1]
                 say(
                     f"round {index + 1} of {rounds}, {engine.name}: decode {decode:.1f} tok/s; read"

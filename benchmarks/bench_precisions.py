@@ -99,15 +99,14 @@ def _measure(shape: Shape, artifacts: Mapping[str, Path], *, rounds: int, seed: 
                     with ForeignLoad() as load:
                         done = engine.generate(prompts[case.name], 1 + case.num_tokens)
                     for name, rate in rates_of(case, done).items():
-                        found[name].tokens_per_s.append(rate)
-                        found[name].foreign_cores.append(load.cores)
+                        found[name].add(rate, load)
                     if case in READ_BOUND:
                         after = with_read_of_now(before, artifacts["none"])
-                        found[case.name].limits.append((before, after))
+                        found[case.name].add_limits(before, after)
                         before = after
                 after = measure_limits(artifacts["none"])
-                for case in (case for case in CASES if case not in READ_BOUND):
-                    found[case.name].limits.append((before, after))
+                for rates in found.values():
+                    rates.add_limits(before, after)
                 reads = [limits.read_gb_per_s for limits in found[DECODE.name].limits[-1]]
                 say(
                     f"round {index + 1} of {rounds}, {engine.name}: decode {found[DECODE.name].tokens_per_s[-1]:.1f}"

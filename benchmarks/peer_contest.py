@@ -50,14 +50,12 @@ class Found:
         }
 
     def add(self, case: str, rate: float, load: ForeignLoad) -> None:
-        rates = self.rates.setdefault(case, LimitedRates())
-        rates.tokens_per_s.append(rate)
-        rates.foreign_cores.append(load.cores)
+        self.rates.setdefault(case, LimitedRates()).add(rate, load)
 
     def add_limits(self, before: Limits, after: Limits) -> None:
         """Measured around all rates that have none yet."""
         for rates in self.rates.values():
-            rates.limits += [(before, after)] * (len(rates.tokens_per_s) - len(rates.limits))
+            rates.add_limits(before, after)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
