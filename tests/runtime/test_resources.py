@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from xllm_compile.runtime.resources import available_memory_bytes, num_cpus, total_memory_bytes
+from xllm_compile.runtime.resources import (
+    available_memory_bytes,
+    num_cpus,
+    return_freed_memory,
+    total_memory_bytes,
+)
 
 GIB = 1 << 30
 MEMINFO = "MemTotal: 67108864 kB\nMemFree: 1 kB\nMemAvailable: 33554432 kB\n"
@@ -104,3 +109,18 @@ def test_memory(tmp_path: Path, groups: str, files: Mapping[str, str], total: in
 
 def test_this_machine() -> None:
     assert num_cpus() >= 1 and 0 < available_memory_bytes() <= total_memory_bytes()
+
+
+def test_freed_memory_below_what_lives_goes_back_to_the_system() -> None:
+    # Above the sizes that Python pools, below those that get a mapping of their own.
+    blocks = [bytes(4096) for _ in range(25_000)]
+    last = blocks[-1]
+    del blocks
+    held = _resident_bytes()
+    return_freed_memory()
+    assert held - _resident_bytes() > 50_000_000
+    assert len(last) == 4096
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
