@@ -66,7 +66,7 @@ class LimitedRates:
     foreign_cores: list[float] = field(default_factory=list)
 
     def add(self, rate: float, load: ForeignLoad) -> None:
-        """Its limits are to be added."""
+        """Of one call; add_limits() is to follow."""
         self.tokens_per_s.append(rate)
         self.foreign_cores.append(load.cores)
 

@@ -34,7 +34,7 @@ def available_memory_bytes(root: Path = _ROOT) -> int:
 
 
 def return_freed_memory() -> None:
-    """Gives pages of the heap that hold nothing any more back to the system; takes about 10 ms for each 100 MB.
+    """Gives pages of the heap that hold nothing any more back to the system; takes about 15 ms for each 100 MB.
 
     glibc keeps them while anything above them lives. Source: malloc_trim(3). Other C libraries have no such call, and
     nothing is done.

@@ -59,7 +59,7 @@ class Tokenizer:
         # The tokenizers package raises Exception itself.
         except Exception as err:
             raise ValueError(f"{path} is not a tokenizer: {err}; download or save it again") from err
-        # Reading 150,000 tokens leaves more than 50 MB of them: for good, in a server that never needs as many again.
+        # Reading 150,000 tokens frees more than 50 MB again, which the process would keep for good.
         return_freed_memory()
         config = _read_json(directory / "tokenizer_config.json")
         generation = _read_json(directory / "generation_config.json")

@@ -135,11 +135,11 @@ async def test_a_gateway_that_starts_now_knows_what_is_there(service, processes)
 
 
 def blocks(gateway: ServeProcess) -> dict[str, float]:
-    """As the gateway believes."""
-    return reported(gateway, "kv_blocks")
+    return believed(gateway, "kv_blocks")
 
 
-def reported(gateway: ServeProcess, what: str) -> dict[str, float]:
+def believed(gateway: ServeProcess, what: str) -> dict[str, float]:
+    """Of each instance, by the gateway."""
     metrics = gateway.metrics()
     return {name: metrics.get(f'xllm_instance_{what}{{instance="{name}"}}', -1) for name in "ab"}
 
@@ -168,7 +168,7 @@ def test_a_gateway_follows_its_instances_and_forgets_only_who_is_gone(family_art
             complete(process, prompt(seed, 1))
         until(lambda: min(blocks(gateway).values()) >= 32)
         # Who is believed to be busy yet is not worth waiting for.
-        until(lambda: set(reported(gateway, "sequences_running").values()) == {0})
+        until(lambda: set(believed(gateway, "sequences_running").values()) == {0})
         assert [complete(gateway, prompt(seed, 2)) for seed in (1, 2, 1, 2)] == [496, 496, 512, 512]
         processes["a"].send(signal.SIGKILL)
         processes["a"].wait()

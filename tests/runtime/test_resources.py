@@ -6,12 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from xllm_compile.runtime.resources import (
-    available_memory_bytes,
-    num_cpus,
-    return_freed_memory,
-    total_memory_bytes,
-)
+from tests.runtime.memory.test_cpu_memory import resident_bytes
+from xllm_compile.runtime.resources import available_memory_bytes, num_cpus, return_freed_memory, total_memory_bytes
 
 GIB = 1 << 30
 MEMINFO = "MemTotal: 67108864 kB\nMemFree: 1 kB\nMemAvailable: 33554432 kB\n"
@@ -116,11 +112,7 @@ def test_freed_memory_below_what_lives_goes_back_to_the_system() -> None:
     blocks = [bytes(4096) for _ in range(25_000)]
     last = blocks[-1]
     del blocks
-    held = _resident_bytes()
+    held = resident_bytes(0, 1 << 64)
     return_freed_memory()
-    assert held - _resident_bytes() > 50_000_000
+    assert held - resident_bytes(0, 1 << 64) > 50_000_000
     assert len(last) == 4096
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
