@@ -20,6 +20,7 @@ from xllm_compile.benchmarks.bench_prefix_cache import ideal_hits
 from xllm_compile.benchmarks.bench_simulate import hardware_of
 from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.record import Bar, make_record
+from xllm_compile.benchmarks.server_process import status_bytes
 from xllm_compile.runtime.kv_events import KVTier
 from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.scheduler.cluster.kv_index import KVHolder, KVIndex, block_keys
@@ -239,7 +240,7 @@ def measure_state(num_holders: int, num_blocks: int = NUM_BLOCKS) -> dict[str, f
     """Of an index with so many blocks, all of which so many instances have."""
     rng = random.Random(0)
     digests = rng.randbytes(_DIGEST_BYTES * num_blocks)
-    before = _resident_bytes()
+    before = status_bytes(os.getpid(), "VmRSS")
     index = KVIndex()
     holders = [index.add(str(number)) for number in range(num_holders)]
     began_s = time.perf_counter()
@@ -248,7 +249,7 @@ def measure_state(num_holders: int, num_blocks: int = NUM_BLOCKS) -> dict[str, f
         for begin in range(0, len(digests), step):
             holder.store(KVTier.DEVICE, block_keys(digests[begin : begin + step]))
     stored_s = time.perf_counter() - began_s
-    num_bytes = _resident_bytes() - before
+    num_bytes = status_bytes(os.getpid(), "VmRSS") - before
     prompt = [digests[begin : begin + _DIGEST_BYTES] for begin in range(0, _DIGEST_BYTES * 2000, _DIGEST_BYTES)]
     began_s = time.perf_counter()
     found = index.match(prompt)
@@ -285,7 +286,3 @@ def _info(name: str, max_num_batched_tokens: int, kv_bytes_per_token: int) -> In
         max_num_batched_tokens=max_num_batched_tokens,
         kv_tokens_total=1 << 40,
     )
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,5 +1,6 @@
 """Soak: thousands of random steps through the real runner, promotion on; nothing unexplained, nothing grows."""
 
+import os
 import random
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from xllm_compile.benchmarks.artifacts import artifact_of_shape
 from xllm_compile.benchmarks.checkpoints import Shape
 from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.record import Bar, make_record
+from xllm_compile.benchmarks.server_process import status_bytes
 from xllm_compile.runtime.artifact import Manifest, cpu_kernels, read_manifest
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
@@ -115,7 +117,7 @@ def soak(
             logits = runner.execute(next(steps))
             num_nonfinite += not bool(torch.isfinite(logits).all())
             if index % max(num_steps // _SAMPLES, 1) == 0:
-                samples.append(rss_bytes())
+                samples.append(status_bytes(os.getpid(), "VmRSS"))
         seconds = time.monotonic() - began
         stats = runner.graph_cache_stats()
     finally:
@@ -191,11 +193,3 @@ def random_step(rng: random.Random, total: int, num_seqs: int, vocab_size: int) 
         slot=ints(rng.sample(range(_NUM_SLOTS), num_seqs)),
         logits_at=ints(sorted(ends[index] - 1 for index in answered)),
     )
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmRSS line")

@@ -70,6 +70,17 @@ def process_memory(pid: int) -> dict[str, int]:
     return found
 
 
+def status_bytes(pid: int, key: str) -> int:
+    """Bytes that /proc/PID/status has of the process: VmRSS (resident now), VmHWM (resident at most).
+
+    0 of a process that has ended and that nobody waited for.
+    """
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def import_seconds(module: str) -> float:
     """Seconds of a fresh interpreter that imports the module and ends."""
     began = time.monotonic()
