@@ -33,6 +33,8 @@ def find_peers(pythons: Mapping[str, Path]) -> Peers:
     """Raises ValueError for a Python without its engine, and where there is none at all."""
     if not pythons:
         raise ValueError("no peer is given; name the Python of at least one (benchmarks/PEERS.md): --openvino PYTHON")
+    # "./python" is "python" to Path, which would be looked for in PATH.
+    pythons = {engine: python.absolute() for engine, python in pythons.items()}
     versions = {}
     for engine, python in pythons.items():
         package = _PACKAGES[engine]

@@ -135,6 +135,14 @@ def test_a_python_without_its_engine_is_refused(tmp_path: Path) -> None:
         find_peers({LLAMA: tmp_path})
 
 
+def test_a_python_is_a_file_and_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho 1.2.3\n")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    assert find_peers({LLAMA: Path("./python")}).versions[LLAMA] == "1.2.3"
+
+
 @pytest.mark.integration
 def test_a_process_that_is_not_measured_stands_still() -> None:
     def state() -> str:
