@@ -20,7 +20,7 @@ from xllm_compile.benchmarks.bench_prefix_cache import ideal_hits
 from xllm_compile.benchmarks.bench_simulate import hardware_of
 from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.record import Bar, make_record
-from xllm_compile.benchmarks.server_process import status_bytes
+from xllm_compile.benchmarks.server_process import process_memory
 from xllm_compile.runtime.kv_events import KVTier
 from xllm_compile.runtime.memory.prefix_cache import BlockChain
 from xllm_compile.scheduler.cluster.kv_index import KVHolder, KVIndex, block_keys
@@ -240,7 +240,7 @@ def measure_state(num_holders: int, num_blocks: int = NUM_BLOCKS) -> dict[str, f
     """Of an index with so many blocks, all of which so many instances have."""
     rng = random.Random(0)
     digests = rng.randbytes(_DIGEST_BYTES * num_blocks)
-    before = status_bytes(os.getpid(), "VmRSS")
+    before = process_memory(os.getpid())["rss"]
     index = KVIndex()
     holders = [index.add(str(number)) for number in range(num_holders)]
     began_s = time.perf_counter()
@@ -249,7 +249,7 @@ def measure_state(num_holders: int, num_blocks: int = NUM_BLOCKS) -> dict[str, f
         for begin in range(0, len(digests), step):
             holder.store(KVTier.DEVICE, block_keys(digests[begin : begin + step]))
     stored_s = time.perf_counter() - began_s
-    num_bytes = status_bytes(os.getpid(), "VmRSS") - before
+    num_bytes = process_memory(os.getpid())["rss"] - before
     prompt = [digests[begin : begin + _DIGEST_BYTES] for begin in range(0, _DIGEST_BYTES * 2000, _DIGEST_BYTES)]
     began_s = time.perf_counter()
     found = index.match(prompt)

@@ -17,7 +17,7 @@ from xllm_compile.benchmarks.artifacts import artifact_of_shape
 from xllm_compile.benchmarks.checkpoints import Shape
 from xllm_compile.benchmarks.console import finish, say, show_table
 from xllm_compile.benchmarks.record import Bar, make_record
-from xllm_compile.benchmarks.server_process import status_bytes
+from xllm_compile.benchmarks.server_process import process_memory
 from xllm_compile.runtime.artifact import Manifest, cpu_kernels, read_manifest
 from xllm_compile.runtime.model_runner import CompiledModelRunner
 from xllm_compile.runtime.ops import native
@@ -117,7 +117,7 @@ def soak(
             logits = runner.execute(next(steps))
             num_nonfinite += not bool(torch.isfinite(logits).all())
             if index % max(num_steps // _SAMPLES, 1) == 0:
-                samples.append(status_bytes(os.getpid(), "VmRSS"))
+                samples.append(process_memory(os.getpid())["rss"])
         seconds = time.monotonic() - began
         stats = runner.graph_cache_stats()
     finally:

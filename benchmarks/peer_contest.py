@@ -22,7 +22,7 @@ from xllm_compile.benchmarks.engine_process import EngineProcess, TokenIds
 from xllm_compile.benchmarks.limits import Limits, measure_limits
 from xllm_compile.benchmarks.load import ForeignLoad, process_tree, wait_quiet
 from xllm_compile.benchmarks.offline_workload import OfflineWorkload
-from xllm_compile.benchmarks.server_process import status_bytes
+from xllm_compile.benchmarks.server_process import process_memory
 from xllm_compile.benchmarks.timing import summarise
 
 Call = Callable[[EngineProcess], dict[str, float]]
@@ -164,4 +164,4 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _peak_bytes(pid: int) -> int:
-    return sum(status_bytes(one, "VmHWM") for one in process_tree(pid))
+    return sum(process_memory(one).get("rss_peak", 0) for one in process_tree(pid))

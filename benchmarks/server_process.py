@@ -50,14 +50,22 @@ class ServerProcess(ChildProcess):
         """Bytes of the server and its children: rss, pss, and of rss the parts rss_anon, rss_file and rss_shmem."""
         total = dict.fromkeys(("rss", "pss", "rss_anon", "rss_file", "rss_shmem"), 0)
         for pid in process_tree(self.pid):
-            for key, num_bytes in process_memory(pid).items():
-                total[key] += num_bytes
+            found = process_memory(pid)
+            for key in total:
+                total[key] += found.get(key, 0)
         return total
 
 
 def process_memory(pid: int) -> dict[str, int]:
     """Bytes, from /proc/PID/status and smaps_rollup; empty when the process has ended."""
-    names = {"VmRSS": "rss", "RssAnon": "rss_anon", "RssFile": "rss_file", "RssShmem": "rss_shmem", "Pss": "pss"}
+    names = {
+        "VmRSS": "rss",
+        "VmHWM": "rss_peak",
+        "RssAnon": "rss_anon",
+        "RssFile": "rss_file",
+        "RssShmem": "rss_shmem",
+        "Pss": "pss",
+    }
     found = {}
     try:
         text = Path(f"/proc/{pid}/status").read_text() + Path(f"/proc/{pid}/smaps_rollup").read_text()
@@ -68,17 +76,6 @@ def process_memory(pid: int) -> dict[str, int]:
         if key in names:
             found[names[key]] = int(value.split()[0]) * 1024
     return found
-
-
-def status_bytes(pid: int, key: str) -> int:
-    """Bytes that /proc/PID/status has of the process: VmRSS (resident now), VmHWM (resident at most).
-
-    0 of a process that has ended and that nobody waited for.
-    """
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def import_seconds(module: str) -> float:
